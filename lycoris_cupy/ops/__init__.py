@@ -1,0 +1,39 @@
+"""Differentiable operations on arrays, and on arrays that a tape watches, for NumPy and CuPy."""
+
+from .columns import column_sum, expand_rows
+from .elementwise import add, cast, multiply, prelu, scale
+from .hadamard import face_split, hadamard_weight
+from .kron import kron_weight, mix_blocks
+from .low_rank import fold_core, low_rank_weight, tucker_weight
+from .product import convolution, product, product_dw, product_dx
+from .shapes import pixel_shuffle, reshape, resize_nearest, tap_diagonal, transpose
+from .tucker2 import tucker_decompose
+from .window import Window
+
+__all__ = [
+    "Window",
+    "add",
+    "cast",
+    "column_sum",
+    "convolution",
+    "expand_rows",
+    "face_split",
+    "fold_core",
+    "hadamard_weight",
+    "kron_weight",
+    "low_rank_weight",
+    "mix_blocks",
+    "multiply",
+    "pixel_shuffle",
+    "prelu",
+    "product",
+    "product_dw",
+    "product_dx",
+    "reshape",
+    "resize_nearest",
+    "scale",
+    "tap_diagonal",
+    "transpose",
+    "tucker_decompose",
+    "tucker_weight",
+]

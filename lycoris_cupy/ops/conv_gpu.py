@@ -1,0 +1,103 @@
+"""The GPU launches of convolution: conv, conv_dx, conv_dw of cuda_src/conv.cu, up to three axes.
+
+A plan (kernel, grid, numbers) is made once for a shape and cached; a launch allocates, passes the
+arguments and returns.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from ..arrays import Array, wide_dtype
+from .conv_plan import dw_shape, plan_conv, plan_dw, plan_dx
+from .window import Window
+
+
+def conv(x, w, window: Window, *, scale=None, add=None, bias=None) -> Array:
+    """scale * the sum over taps and channels of x at each output position times w, + add + bias.
+
+    x: (N, *space, groups * I).  w: (taps, I, groups * O), or (taps, I, O) if window.shared.  scale:
+    (1,) wide, or None. add: like the result.  bias: (groups * O,).  Returns (N, *out_space, groups
+    * O) in the dtype of x, rounded once. All arrays C-contiguous. Cross-correlation, as in every
+    framework.
+    """
+    import cupy
+
+    plan = plan_conv(x.dtype, x.shape, w.shape, window, _aligned(x), _aligned(w), _processors())
+    y = cupy.empty(plan.shape, x.dtype)
+    if y.size:
+        args = (x, w, scale, add, bias, y, plan.geometry, *plan.numbers)
+        plan.launch(plan.grid, plan.block, *args, shared=plan.shared)
+    return y
+
+
+def conv_dx(dy, w, window: Window, in_space: tuple[int, ...], *, scale=None, add=None) -> Array:
+    """The gradient of conv's x: scale * the sum over taps and columns of dy at the positions that
+    read p, times w, + add.
+
+    dy: (N, *out_space, groups * O).  w as in conv.  add: like the result.  Returns (N, *in_space,
+    groups * I) in the dtype of dy, rounded once.
+    """
+    import cupy
+
+    space = tuple(in_space)
+    plan = plan_dx(
+        dy.dtype, dy.shape, w.shape, window, space, _aligned(dy), _aligned(w), _processors()
+    )
+    dx = cupy.empty(plan.shape, dy.dtype)
+    if dx.size:
+        args = (dy, w, scale, add, dx, plan.geometry, *plan.numbers)
+        plan.launch(plan.grid, plan.block, *args, shared=plan.shared)
+    return dx
+
+
+def conv_dw(x, dy, window: Window, *, scale=None) -> Array:
+    """The gradient of conv's w: scale * the sum over positions of x at each tap times dy; over
+    groups too if shared.
+
+    x: (N, *space, groups * I).  dy: (N, *out_space, groups * O).  Returns (taps, I, groups * O), or
+    (taps, I, O) if window.shared, in the wide dtype. Always summed in the same order.
+    """
+    import cupy
+
+    dtype = wide_dtype(x.dtype)
+    if 0 in x.shape or 0 in dy.shape:
+        return cupy.zeros(dw_shape(x.shape, dy.shape, window), dtype)
+    plan = plan_dw(x.dtype, x.shape, dy.shape, window, _aligned(x), _aligned(dy), _processors())
+    dw = cupy.empty(plan.shape, dtype)
+    if not plan.sum:
+        plan.launch(
+            plan.grid,
+            plan.block,
+            x,
+            dy,
+            scale,
+            dw,
+            plan.geometry,
+            *plan.numbers,
+            shared=plan.shared,
+        )
+        return dw
+    partials = cupy.empty((plan.splits, plan.size), dtype)
+    first = (x, dy, partials) if plan.launch.op == "conv_narrow_dw" else (x, dy, None, partials)
+    plan.launch(plan.grid, plan.block, *first, plan.geometry, *plan.numbers, shared=plan.shared)
+    total, grid, numbers = plan.sum
+    total(grid, (256,), partials, scale, dw, *numbers)
+    return dw
+
+
+def _aligned(array: Array) -> bool:
+    return array.data.ptr % 16 == 0
+
+
+def _processors() -> int:
+    import cupy
+
+    return _processor_count(cupy.cuda.runtime.getDevice())
+
+
+@functools.cache
+def _processor_count(device: int) -> int:
+    import cupy
+
+    return cupy.cuda.runtime.deviceGetAttribute(16, device)  # cudaDevAttrMultiProcessorCount

@@ -1,0 +1,80 @@
+"""The product where each output position reads one input position, on cuBLASLt. A group is a column
+range of views.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from ..arrays import wide_dtype
+from ..gemm import gemm
+from .columns import rows_of
+from .conv_gpu import conv
+from .window import Window
+
+
+def pointwise(x, w, window: Window, *, scale, add, bias):
+    """add + scale * (x * w) + bias on matrices (P, C); groups as a batch, shared groups as more
+    rows.
+    """
+    import cupy
+
+    groups = window.groups
+    if bias is not None and x.size and (groups > 1 or not _fuses_bias(x, w, add)):
+        spatial = x if window.axes else rows_of(x)
+        add = None if add is None else add.reshape(*spatial.shape[:-1], add.shape[-1])
+        y = conv(spatial, w, window, scale=scale, add=add, bias=bias)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+    out = cupy.empty((*x.shape[:-1], w.shape[2] * (groups if window.shared else 1)), x.dtype)
+    x, add, to = (_matrices(a, window) for a in (x, add, out))
+    gemm(x, _columns(w, window), scale=scale, add=add, bias=bias, out=to)
+    return out
+
+
+def pointwise_dx(g, w, window: Window, *, scale, add):
+    """add + scale * g @ w^T."""
+    import cupy
+
+    out = cupy.empty((*g.shape[:-1], w.shape[1] * window.groups), g.dtype)
+    g, add, to = (_matrices(a, window) for a in (g, add, out))
+    gemm(g, _columns(w, window), transpose_b=True, scale=scale, add=add, out=to)
+    return out
+
+
+def pointwise_dw(x, g, window: Window, *, scale):
+    """scale * x^T @ g, (1, in, columns), wide."""
+    import cupy
+
+    columns = g.shape[-1] // (window.groups if window.shared else 1)
+    out = cupy.empty((1, x.shape[-1] // window.groups, columns), wide_dtype(x.dtype))
+    x, g = _matrices(x, window), _matrices(g, window)
+    gemm(x, g, transpose_a=True, scale=scale, out=_columns(out, window))
+    return out
+
+
+def _fuses_bias(*arrays) -> bool:
+    # cuBLASLt's epilogue adds the bias before the rounding only in kernels that move 16 bytes at a
+    # time: with rows of 24 bytes (K = 12, N = 20; cuBLASLt 13.1, H200) the product was rounded
+    # first and the bias added to that.
+    return all(a is None or (a.shape[-1] % 8 == 0 and a.data.ptr % 16 == 0) for a in arrays)
+
+
+def _matrices(x, window: Window):
+    """(..., groups * c) as views: (P, c), (P * groups, c) for shared groups, (groups, P, c)
+    otherwise.
+    """
+    if x is None:
+        return None
+    positions, channels = prod(x.shape[:-1]), x.shape[-1] // window.groups
+    if window.groups == 1 or window.shared:
+        return x.reshape(positions * window.groups, channels)
+    return x.reshape(positions, window.groups, channels).transpose(1, 0, 2)
+
+
+def _columns(w, window: Window):
+    """(1, in, columns) as views: (in, columns), or (groups, in, out) when groups have their own
+    columns.
+    """
+    if window.groups == 1 or window.shared:
+        return w[0]
+    return w[0].reshape(w.shape[1], window.groups, w.shape[2] // window.groups).transpose(1, 0, 2)

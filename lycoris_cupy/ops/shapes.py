@@ -1,0 +1,146 @@
+"""Operations that only move values: reshape, transpose, tap_diagonal, pixel_shuffle,
+resize_nearest. Bits are untouched.
+
+On the GPU a copy runs on the array seen as unsigned integers, so that no dtype support is asked of
+CuPy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..arrays import Array, module_of
+from ..errors import ShapeError
+from ..tape import Primitive, value_of
+from .columns import _column_sum, bits, moved
+
+
+def reshape(x: Array, shape: tuple[int, ...]) -> Array:
+    """x (C-contiguous) with other axes; a view."""
+    shape = tuple(value_of(x).reshape(shape).shape)
+    return x if shape == tuple(x.shape) else _reshape(x, shape=shape)
+
+
+def transpose(x: Array, axes: tuple[int, ...]) -> Array:
+    """x with its axes in another order, as a contiguous copy."""
+    if sorted(axes) != list(range(x.ndim)):
+        raise ShapeError(f"axes {axes} are not an order of the {x.ndim} axes of x {tuple(x.shape)}")
+    return _transpose(x, axes=tuple(axes))
+
+
+def tap_diagonal(x: Array) -> Array:
+    """(taps, IN, R) -> (taps, IN, taps * R): tap t fills columns t * R to (t + 1) * R, all else is
+    zero.
+
+    x * tap_diagonal(down) keeps what each tap saw apart, side by side.
+    """
+    if x.ndim != 3:
+        raise ShapeError(f"x has shape {tuple(x.shape)}, expected (taps, IN, R)")
+    return _tap_diagonal(x)
+
+
+def pixel_shuffle(x: Array, factor: int) -> Array:
+    """(N, H, W, C * f^2) -> (N, H * f, W * f, C); input channel c * f^2 + i * f + j goes to pixel
+    (i, j) of channel c.
+
+    Shi et al. 2016, arXiv 1609.05158.
+    """
+    n, h, w, c = x.shape
+    if c % (factor * factor):
+        raise ShapeError(
+            f"x has {c} channels, expected a multiple of {factor}^2 = {factor * factor}"
+        )
+    x = reshape(x, (n, h, w, c // factor**2, factor, factor))
+    return reshape(transpose(x, (0, 1, 4, 2, 5, 3)), (n, h * factor, w * factor, c // factor**2))
+
+
+def resize_nearest(x: Array, factor: int) -> Array:
+    """(N, H, W, C) -> (N, H * f, W * f, C), each pixel repeated f x f times."""
+    if x.ndim != 4 or factor < 1:
+        raise ShapeError(
+            f"x has shape {tuple(x.shape)}, expected (N, H, W, C), and factor {factor} must be at "
+            "least 1"
+        )
+    return _resize_nearest(x, factor=int(factor))
+
+
+def _run_reshape(x, *, shape):
+    return x.reshape(shape)
+
+
+_reshape = Primitive(
+    "reshape",
+    cpu=_run_reshape,
+    gpu=_run_reshape,
+    vjp=lambda needs, out, x, *, shape: lambda g, old=x.shape: (g.reshape(old),),
+    keeps_wide=True,
+)
+
+
+def _run_transpose(x, *, axes):
+    return moved(x, lambda b: b.transpose(axes))
+
+
+_transpose = Primitive(
+    "transpose",
+    cpu=_run_transpose,
+    gpu=_run_transpose,
+    vjp=lambda needs, out, x, *, axes: (
+        lambda g: (_transpose(g, axes=tuple(np.argsort(axes).tolist())),)
+    ),
+    keeps_wide=True,
+)
+
+
+def _run_resize_nearest(x, *, factor):
+    n, h, w, c = x.shape
+    spread = (n, h, factor, w, factor, c)
+    return moved(
+        x,
+        lambda b: (
+            module_of(b)
+            .broadcast_to(b[:, :, None, :, None, :], spread)
+            .reshape(n, h * factor, w * factor, c)
+        ),
+    )
+
+
+def _resize_nearest_vjp(needs, out, x, *, factor):
+    n, h, w, c = x.shape
+
+    def pull(g):
+        # The sum over the f x f copies: bring them in front of everything else and add them as
+        # rows.
+        g = _transpose(g.reshape(n, h, factor, w, factor, c), axes=(2, 4, 0, 1, 3, 5))
+        return (_column_sum(g.reshape(factor * factor, x.size)).reshape(x.shape),)
+
+    return pull
+
+
+_resize_nearest = Primitive(
+    "resize_nearest", cpu=_run_resize_nearest, gpu=_run_resize_nearest, vjp=_resize_nearest_vjp
+)
+
+
+def _blocks(x, taps):
+    """The diagonal blocks of (taps, IN, taps * R), as a view (taps, IN, R)."""
+    inputs, rank = x.shape[1], x.shape[2] // taps
+    step, row, one = x.strides
+    strides = (step + rank * one, row, one)
+    return module_of(x).lib.stride_tricks.as_strided(x, (taps, inputs, rank), strides)
+
+
+def _run_tap_diagonal(x):
+    taps, inputs, rank = x.shape
+    out = module_of(x).zeros((taps, inputs, taps * rank), bits(x).dtype)
+    _blocks(out, taps)[...] = bits(x)
+    return out.view(x.dtype)
+
+
+_tap_diagonal = Primitive(
+    "tap_diagonal",
+    cpu=_run_tap_diagonal,
+    gpu=_run_tap_diagonal,
+    vjp=lambda needs, out, x: lambda g, taps=x.shape[0]: (moved(g, lambda b: _blocks(b, taps)),),
+    keeps_wide=True,
+)

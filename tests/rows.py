@@ -1,0 +1,409 @@
+"""One row a primitive: inputs, an independently written formula, static arguments. A primitive
+without a row fails the suite.
+
+Inputs are drawn in f64 and rounded to bf16 first, so that every dtype computes with the same
+numbers. Shapes are odd, prime, one-sized and empty, and never square where an axis could be
+swapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lycoris_cupy import ops
+from lycoris_cupy.ops.kron import mix_blocks_dw1
+from lycoris_cupy.ops.window import Window
+from tests import naive
+
+FACTOR = np.array([0.703125])  # exact in bf16
+
+
+@dataclass(frozen=True)
+class Row:
+    """call: on arrays of any device. formula: on f64. args: shapes, or arrays. wide: positions of
+    arguments in the wide dtype.
+    """
+
+    primitive: str
+    name: str
+    call: Callable
+    formula: Callable
+    args: tuple
+    depth: int = 1
+    wide: tuple[int, ...] = ()
+    fixed: tuple[int, ...] = ()  # arguments that are constants of the tape
+    roundings: float = 1.0
+    linear: bool = True  # a sum of products, whose magnitude is the formula over absolute values
+    dtypes: tuple[str, ...] = ("bf16", "f32", "f64")
+
+    @property
+    def id(self) -> str:
+        return f"{self.primitive}-{self.name}"
+
+    def draw(self, seed: int = 0) -> list[np.ndarray]:
+        """The arguments in f64, exact in bf16."""
+        from lycoris_cupy import bf16
+
+        rng = np.random.default_rng([seed, *self.id.encode()])
+        out = []
+        for arg in self.args:
+            value = (
+                rng.standard_normal(arg) if isinstance(arg, tuple) else np.asarray(arg, np.float64)
+            )
+            out.append(value.astype(bf16).astype(np.float64))
+        return out
+
+
+def _window(kernel=(), stride=1, padding=0, dilation=1, groups=1, shared=False) -> Window:
+    return Window.of(kernel, stride, padding, dilation, groups).grouped(groups, shared)
+
+
+# name: (window, x shape, outputs a group); inputs a group are x's channels / groups.
+GEOMETRIES = {
+    "linear": (_window(), (5, 7), 11),
+    "linear 3d": (_window(), (2, 3, 13), 5),
+    "linear vector": (_window(), (7,), 3),
+    "linear one": (_window(), (1, 1), 1),
+    "linear none": (_window(), (0, 7), 3),
+    "linear no inputs": (_window(), (3, 0), 5),
+    "linear wide": (_window(), (33, 264), 136),
+    "linear groups": (_window(groups=3), (5, 21), 4),
+    "linear shared": (_window(groups=3, shared=True), (5, 21), 4),
+    "1x1": (_window((1, 1)), (2, 3, 5, 7), 11),
+    "1x1 stride": (_window((1, 1), stride=2), (2, 5, 4, 7), 3),
+    "1x1 padded": (_window((1, 1), padding=1), (1, 2, 3, 5), 3),
+    "1x1 groups": (_window((1, 1), groups=2), (2, 3, 5, 14), 5),
+    "3x3": (_window((3, 3), padding=1), (2, 5, 6, 7), 11),
+    "3x3 aligned": (_window((3, 3), padding=1), (2, 9, 11, 48), 72),
+    "3x3 large": (_window((3, 3), padding=1), (1, 17, 19, 136), 200),
+    "3x3 stride": (_window((3, 3), stride=(2, 3), padding=(1, 2)), (2, 8, 7, 5), 3),
+    "3x2 dilation": (_window((3, 2), padding=(2, 1), dilation=(2, 3)), (1, 7, 8, 5), 3),
+    "5x1": (_window((5, 1), padding=(2, 0)), (1, 6, 5, 8), 16),
+    "3x3 none": (_window((3, 3), padding=1), (0, 4, 5, 8), 8),
+    "3x3 groups": (_window((3, 3), padding=1, groups=2), (2, 5, 4, 6), 5),
+    "3x3 groups aligned": (_window((3, 3), padding=1, groups=2), (2, 6, 5, 32), 24),
+    "3x3 groups stride": (_window((3, 3), stride=2, padding=1, groups=3), (2, 7, 6, 24), 8),
+    "3x3 shared": (_window((3, 3), padding=1, groups=3, shared=True), (2, 5, 4, 15), 7),
+    "3x3 shared aligned": (
+        _window((3, 3), stride=2, padding=1, groups=4, shared=True),
+        (2, 7, 5, 64),
+        8,
+    ),
+    "depthwise": (_window((3, 3), padding=1, groups=13), (2, 5, 6, 13), 1),
+    "depthwise aligned": (_window((3, 3), stride=2, padding=1, groups=40), (2, 9, 6, 40), 1),
+    "depthwise two outputs": (_window((3, 3), dilation=2, padding=2, groups=8), (1, 7, 6, 8), 2),
+    "1d": (_window((3,), padding=1), (2, 9, 5), 7),
+    "1d stride": (_window((4,), stride=3, padding=2, dilation=2, groups=2), (2, 17, 6), 3),
+    "3d": (_window((2, 3, 2), padding=(0, 1, 1)), (2, 3, 4, 5, 3), 5),
+    "3d groups": (_window((2, 1, 3), stride=(1, 2, 1), padding=1, groups=2), (1, 4, 3, 5, 16), 8),
+}
+
+
+def _product_rows():
+    for name, (window, x, outputs) in GEOMETRIES.items():
+        inputs = x[-1] // window.groups
+        w = (window.taps, inputs, outputs if window.shared else outputs * window.groups)
+        space = x[1:-1] if window.axes else ()
+        y = (
+            (x[0], *window.out_space(space), outputs * window.groups)
+            if window.axes
+            else (*x[:-1], outputs)
+        )
+        if not window.axes and window.groups > 1:
+            y = (*x[:-1], outputs * window.groups)
+        depth = window.taps * inputs
+        positions = int(np.prod(y[:-1])) * (window.groups if window.shared else 1)
+        yield Row(
+            "product",
+            name,
+            lambda x, w, window=window: ops.product(x, w, window),
+            lambda x, w, window=window: naive.product(x, w, window),
+            (x, w),
+            depth,
+        )
+        yield Row(
+            "product",
+            f"{name}, all terms",
+            lambda x, w, b, a, s, window=window: ops.product(x, w, window, bias=b, add=a, scale=s),
+            lambda x, w, b, a, s, window=window: a + s * naive.product(x, w, window) + b,
+            (x, w, (y[-1],), y, FACTOR),
+            depth + 3,
+            wide=(4,),
+            fixed=(4,),
+        )
+        yield Row(
+            "product_dx",
+            name,
+            lambda g, w, a, s, window=window, space=space: ops.product_dx(
+                g, w, window, space, add=a, scale=s
+            ),
+            lambda g, w, a, s, window=window, space=space: (
+                a + s * naive.product_dx(g, w, window, space)
+            ),
+            (y, w, x, FACTOR),
+            window.taps * outputs + 2,
+            wide=(3,),
+            fixed=(3,),
+        )
+        yield Row(
+            "product_dw",
+            name,
+            lambda x, g, s, window=window: ops.product_dw(x, g, window, scale=s),
+            lambda x, g, s, window=window: s * naive.product_dw(x, g, window),
+            (x, y, FACTOR),
+            positions,
+            wide=(2,),
+            fixed=(2,),
+        )
+    window, x, outputs = GEOMETRIES["3x3"]
+    yield Row(
+        "product",
+        "bias, rounded",
+        lambda x, w, b: ops.product(x, w, window, bias=b),
+        lambda x, w, b: naive.product(x, w, window) + b,
+        (x, (9, 7, 11), (11,)),
+        64,
+    )
+    # One rounding after the bias, whatever kernel cuBLASLt picks.
+    for m, k, n in (
+        (6, 16, 24),
+        (15, 12, 20),
+        (64, 256, 512),
+        (1, 64, 8),
+        (300, 40, 136),
+        (7, 6, 5),
+    ):
+        yield Row(
+            "product",
+            f"linear bias {m} {k} {n}",
+            lambda x, w, b: ops.product(x, w, bias=b),
+            lambda x, w, b: naive.product(x, w, _window()) + b,
+            ((m, k), (1, k, n), (n,)),
+            k + 1,
+        )
+
+
+def _kron_rows():
+    for name, w1, w2 in (
+        ("odd", (3, 2), (5, 7, 4)),
+        ("linear", (5, 4), (1, 6, 8)),
+        ("one", (1, 1), (1, 1, 1)),
+        ("tall", (17, 1), (4, 1, 37)),
+        ("empty", (3, 2), (1, 0, 5)),
+        ("large", (8, 6), (9, 40, 48)),
+    ):
+        yield Row(
+            "kron_weight",
+            name,
+            ops.kron_weight,
+            lambda a, b: naive.kron(a, b),
+            (w1, w2),
+            max(w2[1] * w2[2] * w2[0], 6),
+        )
+        yield Row(
+            "kron_weight",
+            f"{name}, scaled",
+            ops.kron_weight,
+            lambda a, b, s: s * naive.kron(a, b),
+            (w1, w2, FACTOR),
+            max(w2[1] * w2[2] * w2[0], w1[0] * w1[1]),
+            wide=(2,),
+            fixed=(2,),
+        )
+    for name, lead, w1, n in (
+        ("odd", (5,), (3, 2), 7),
+        ("space", (2, 3, 4), (9, 5), 3),
+        ("one", (1,), (1, 1), 1),
+        ("none", (0,), (3, 2), 5),
+        ("many blocks", (33,), (21, 18), 40),
+        ("more blocks", (5,), (9, 150), 3),
+        ("wide blocks", (13,), (9, 7), 136),
+        ("many positions", (700,), (4, 3), 8),
+    ):
+        rows, columns = w1
+        x, g = (*lead, columns * n), (*lead, rows * n)
+        positions = int(np.prod(lead))
+        yield Row(
+            "mix_blocks", name, ops.mix_blocks, naive.mix, (x, w1), max(columns, positions * n)
+        )
+        yield Row(
+            "mix_blocks_dw1",
+            name,
+            lambda g, x, w1=w1: mix_blocks_dw1(g, x, *w1),
+            lambda g, x, w1=w1: np.einsum(
+                "pln,pmn->lm",
+                g.reshape(int(np.prod(g.shape[:-1])), w1[0], g.shape[-1] // w1[0]),
+                x.reshape(int(np.prod(x.shape[:-1])), w1[1], x.shape[-1] // w1[1]),
+            ),
+            (g, x),
+            positions * n,
+        )
+
+
+def _weight_rows():
+    for name, taps, i, r, o in (
+        ("odd", 5, 7, 3, 11),
+        ("linear", 1, 24, 4, 40),
+        ("one", 1, 1, 1, 1),
+        ("rank 0", 2, 3, 0, 5),
+        ("large", 9, 70, 17, 131),
+    ):
+        q = r + 2
+        size = taps * max(i, o) * max(r, 1)
+        yield Row(
+            "low_rank_weight",
+            name,
+            ops.low_rank_weight,
+            lambda d, u, s: s * np.einsum("tir,ro->tio", d, u[0]),
+            ((taps, i, r), (1, r, o), FACTOR),
+            size,
+            wide=(2,),
+            fixed=(2,),
+        )
+        yield Row(
+            "low_rank_weight",
+            f"{name}, an up a tap",
+            ops.low_rank_weight,
+            lambda d, u: np.einsum("tir,tro->tio", d, u),
+            ((taps, i, r), (taps, r, o)),
+            size,
+        )
+        yield Row(
+            "tucker_weight",
+            name,
+            ops.tucker_weight,
+            lambda d, m, u, s: s * np.einsum("iq,tqp,po->tio", d, m, u),
+            ((i, q), (taps, q, r), (r, o), FACTOR),
+            size * q + o * r,
+            wide=(3,),
+            fixed=(3,),
+        )
+        yield Row(
+            "fold_core",
+            name,
+            ops.fold_core,
+            lambda d, m: np.einsum("iq,tqp->tip", d, m),
+            ((i, q), (taps, q, r)),
+            size,
+        )
+        yield Row(
+            "hadamard_weight",
+            name,
+            ops.hadamard_weight,
+            lambda a, b, c, d, s: (
+                s * np.einsum("tir,ro->tio", a, b[0]) * np.einsum("tir,ro->tio", c, d[0])
+            ),
+            ((taps, i, r), (1, r, o), (taps, i, q), (1, q, o), FACTOR),
+            size * q,
+            wide=(4,),
+            fixed=(4,),
+        )
+        yield Row(
+            "face_split",
+            f"{name}, columns",
+            lambda a, b: ops.face_split(a, b, -1),
+            lambda a, b: np.einsum("tip,tiq->tipq", a, b).reshape(
+                *a.shape[:-1], a.shape[-1] * b.shape[-1]
+            ),
+            ((taps, i, r), (taps, i, q)),
+            q + r,
+        )
+        yield Row(
+            "face_split",
+            f"{name}, rows",
+            lambda a, b: ops.face_split(a, b, -2),
+            lambda a, b: np.einsum("tpo,tqo->tpqo", a, b).reshape(
+                a.shape[0], a.shape[1] * b.shape[1], a.shape[-1]
+            ),
+            ((1, r, o), (1, q, o)),
+            q + r,
+        )
+
+
+def _elementwise_rows():
+    for name, shape in (
+        ("odd", (3, 5, 7)),
+        ("one", (1, 1)),
+        ("none", (0, 3)),
+        ("large", (2000, 33)),
+    ):
+        c = shape[-1]
+        rows = int(np.prod(shape[:-1]))
+        yield Row("cast", f"{name}, to f32", lambda x: ops.cast(x, "f32"), lambda x: x, (shape,))
+        yield Row("cast", f"{name}, to bf16", lambda x: ops.cast(x, "bf16"), lambda x: x, (shape,))
+        yield Row("cast", f"{name}, to f64", lambda x: ops.cast(x, "f64"), lambda x: x, (shape,))
+        yield Row("add", name, ops.add, lambda a, b: a + b, (shape, shape), 2)
+        yield Row("multiply", name, ops.multiply, lambda a, b: a * b, (shape, shape), 2)
+        yield Row(
+            "scale", name, ops.scale, lambda x, s: x * s, (shape, FACTOR), 2, wide=(1,), fixed=(1,)
+        )
+        yield Row(
+            "prelu",
+            name,
+            ops.prelu,
+            lambda x, s: np.where(x < 0, x * s, x),
+            (shape, (c,)),
+            rows + 1,
+            linear=False,
+        )
+        yield Row(
+            "column_sum",
+            name,
+            ops.column_sum,
+            lambda x: x.sum(tuple(range(x.ndim - 1))),
+            (shape,),
+            rows,
+        )
+        yield Row(
+            "expand_rows",
+            name,
+            lambda x, s=shape: ops.expand_rows(x, s),
+            lambda x, s=shape: np.broadcast_to(x, s),
+            ((c,),),
+            rows,
+        )
+
+
+def _shape_rows():
+    yield Row(
+        "reshape",
+        "odd",
+        lambda x: ops.reshape(x, (5, -1)),
+        lambda x: x.reshape(5, -1),
+        ((3, 5, 7),),
+    )
+    yield Row(
+        "transpose",
+        "odd",
+        lambda x: ops.transpose(x, (2, 0, 1)),
+        lambda x: x.transpose(2, 0, 1),
+        ((3, 5, 7),),
+    )
+    yield Row(
+        "tap_diagonal",
+        "odd",
+        ops.tap_diagonal,
+        lambda x: np.einsum("tir,ts->tisr", x, np.eye(x.shape[0])).reshape(*x.shape[:2], -1),
+        ((4, 5, 3),),
+    )
+    yield Row(
+        "resize_nearest",
+        "odd",
+        lambda x: ops.resize_nearest(x, 3),
+        lambda x: x.repeat(3, axis=1).repeat(3, axis=2),
+        ((2, 3, 5, 4),),
+        9,
+    )
+    yield Row(
+        "transpose",
+        "pixel shuffle",
+        lambda x: ops.pixel_shuffle(x, 2),
+        lambda x: x.reshape(2, 3, 5, 3, 2, 2).transpose(0, 1, 4, 2, 5, 3).reshape(2, 6, 10, 3),
+        ((2, 3, 5, 12),),
+    )
+
+
+ROWS = [*_product_rows(), *_kron_rows(), *_weight_rows(), *_elementwise_rows(), *_shape_rows()]
