@@ -1,0 +1,75 @@
+"""Full: a change of the whole weight, and of the bias.
+
+    weight' = weight + strength * diff        bias' = bias + strength * diff_b
+
+There is no rank and no alpha. A layer without a bias gets one if the file says so. File keys: diff,
+diff_b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..arrays import Array, wide_dtype
+from ..layers import Layer, LayerShape
+from ..ops import elementwise
+from ..ops.product import product
+from .base import Adapter, Factor, Parameters, require_two_axes, zeros
+
+
+@dataclass(frozen=True)
+class Full(Adapter):
+    """rank: always 0. bias: whether a change of the bias is kept too."""
+
+    rank: int = 0
+    bias: bool = False
+
+    algorithm = "full"
+    keys = ("diff", "diff_b")
+    marks = ("diff", "diff_b")
+
+    @property
+    def scale(self) -> float:
+        return 1.0
+
+    @property
+    def saved_alpha(self) -> float | None:
+        return None
+
+    @classmethod
+    def create(
+        cls, shape: LayerShape, rank: int = 0, alpha: float | None = None, **options
+    ) -> Full:
+        """A new Full adapter; rank and alpha mean nothing to it."""
+        return cls(shape, **options)
+
+    def factors(self) -> dict[str, Factor]:
+        out = {"diff": Factor("diff", self.shape.inputs, self.shape.outputs, spatial=True)}
+        if self.bias:
+            out["diff_b"] = Factor("diff_b", plain=(self.shape.outputs,))
+        return out
+
+    def init(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {name: zeros(self.flame_shape(factor)) for name, factor in self.factors().items()}
+
+    def delta_weight(self, weight: Array, p: Parameters, scale: Array) -> Array:
+        return elementwise.scale(elementwise.cast(p["diff"], wide_dtype(p["diff"].dtype)), scale)
+
+    def delta_bias(self, p: Parameters) -> Array | None:
+        return p.get("diff_b")
+
+    def apply(
+        self, change: Array | None, layer: Layer, x: Array, p: Parameters, scale: Array
+    ) -> Array:
+        bias = elementwise.scale(p["diff_b"], scale) if self.bias else None
+        return product(x, p["diff"], layer.window, bias=bias, add=change, scale=scale)
+
+    @classmethod
+    def read(
+        cls, shape: LayerShape, tensors: Mapping[str, np.ndarray], alpha: float | None
+    ) -> Full:
+        require_two_axes(tensors, "diff")
+        return cls(shape, bias="diff_b" in tensors)

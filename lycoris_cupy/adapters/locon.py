@@ -1,0 +1,136 @@
+"""LoRA and LoCon: a down product, a Tucker core if there is one, and an up product.  Hu et al.
+2021, arXiv 2106.09685.
+
+    plain    delta[t] = scale * down[t] @ up
+    taps     delta[t] = scale * down[t] @ up[t]       an up for each tap
+    Tucker   delta[t] = scale * down @ mid[t] @ up
+
+File keys: lora_down.weight, lora_up.weight, lora_mid.weight (Tucker), alpha.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..arrays import Array
+from ..errors import FileFormatError, ShapeError
+from ..layers import Layer, LayerShape
+from ..ops.low_rank import low_rank_weight, tucker_weight
+from ..ops.product import product
+from ..ops.shapes import reshape, tap_diagonal
+from .base import (
+    Adapter,
+    Factor,
+    Parameters,
+    apply_low_rank,
+    low_rank_cost,
+    require_two_axes,
+    uniform,
+    zeros,
+)
+
+
+@dataclass(frozen=True)
+class LoCon(Adapter):
+    """rank: columns of down. mid_rank: rows of mid's input side when `tucker` (by default the
+    rank). per_tap: `up` for each tap.
+    """
+
+    tucker: bool = False
+    per_tap: bool = False
+    mid_rank: int | None = None
+
+    algorithm = "locon"
+    keys = ("lora_down.weight", "lora_up.weight", "lora_mid.weight")
+    marks = ("lora_down.weight", "lora_up.weight", "lora_mid.weight")
+
+    def __post_init__(self):
+        if self.tucker and (self.per_tap or self.shape.taps == 1):
+            raise ShapeError(
+                "a Tucker core needs a spatial kernel and one up for all taps; the layer is "
+                f"{self.shape}"
+            )
+
+    @property
+    def down_rank(self) -> int:
+        return self.rank if self.mid_rank is None else self.mid_rank
+
+    def factors(self) -> dict[str, Factor]:
+        shape = self.shape
+        down = Factor(
+            "lora_down.weight",
+            shape.inputs,
+            self.down_rank if self.tucker else self.rank,
+            spatial=not self.tucker,
+        )
+        up = Factor("lora_up.weight", self.rank, shape.outputs, spatial=self.per_tap)
+        if not self.tucker:
+            return {"down": down, "up": up}
+        return {
+            "down": down,
+            "mid": Factor("lora_mid.weight", self.down_rank, self.rank, spatial=True),
+            "up": up,
+        }
+
+    def init(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        forms = {name: self.flame_shape(factor) for name, factor in self.factors().items()}
+        taps = 1 if self.tucker else self.shape.taps
+        out = {"down": uniform(rng, forms["down"], self.shape.inputs * taps)}
+        if self.tucker:
+            out["mid"] = uniform(rng, forms["mid"], self.down_rank * self.shape.taps)
+        return {**out, "up": zeros(forms["up"])}
+
+    def delta_weight(self, weight: Array, p: Parameters, scale: Array) -> Array:
+        if self.tucker:
+            down, up = reshape(p["down"], p["down"].shape[1:]), reshape(p["up"], p["up"].shape[1:])
+            return tucker_weight(down, p["mid"], up, scale)
+        return low_rank_weight(p["down"], p["up"], scale)
+
+    def costs(self) -> dict[str, int]:
+        shape, costs = self.shape, super().costs()
+        if self.tucker:
+            groups, q = shape.window.groups, self.down_rank
+            inner = shape.channels * q + groups * shape.taps * q * self.rank
+            return {**costs, "low rank": inner + self.rank * shape.outputs}
+        # An up for each tap is one up of rank taps * R behind a down that keeps the taps apart.
+        rank = self.rank * (shape.taps if self.per_tap else 1)
+        return {**costs, "low rank": low_rank_cost(shape, rank)}
+
+    def apply(
+        self, change: Array | None, layer: Layer, x: Array, p: Parameters, scale: Array
+    ) -> Array:
+        if self.route == "delta":
+            return super().apply(change, layer, x, p, scale)
+        if self.per_tap:
+            up = reshape(p["up"], (1, self.shape.taps * self.rank, self.shape.outputs))
+            return apply_low_rank(change, layer, x, tap_diagonal(p["down"]), up, scale)
+        if not self.tucker:
+            return apply_low_rank(change, layer, x, p["down"], p["up"], scale)
+        window = layer.window
+        groups = window.groups
+        inner = product(x, p["down"], window.pointwise_like(groups, shared=True))
+        inner = product(inner, p["mid"], window.grouped(groups, shared=True))
+        return product(inner, p["up"], window.pointwise_like(groups), add=change, scale=scale)
+
+    @classmethod
+    def read(
+        cls, shape: LayerShape, tensors: Mapping[str, np.ndarray], alpha: float | None
+    ) -> LoCon:
+        require_two_axes(tensors, "lora_down.weight", "lora_up.weight")
+        up, mid = tensors["lora_up.weight"], tensors.get("lora_mid.weight")
+        adapter = cls(shape, up.shape[1], alpha)
+        if mid is not None:
+            require_two_axes(tensors, "lora_mid.weight")
+            if shape.taps == 1:
+                raise FileFormatError(
+                    f"lora_mid.weight needs a spatial kernel, the layer is {shape}"
+                )
+            return replace(adapter, tucker=True, mid_rank=mid.shape[1])
+        # Files of other programs keep one up for all taps; (O, r, *kernel) is this project's own
+        # form.
+        return replace(
+            adapter, per_tap=shape.taps > 1 and tuple(up.shape[2:]) == shape.window.kernel
+        )

@@ -1,0 +1,250 @@
+"""LoKr: a Kronecker product, each side full or a product of factors.  Yeh et al. 2023, arXiv
+2309.14859.
+
+    delta[t][m * N + n, l * K + k] = scale * w1[l, m] * w2[t][n, k]
+    w1 = lokr_w1                or w1_a @ w1_b
+    w2 = lokr_w2                or w2_down[t] @ w2_up       or, Tucker, w2_down @ t2[t] @ w2_up
+
+w1 stands as in files, output side first, (L, M); all else input side first. With both sides full
+the scale is 1, whatever alpha says. File keys: lokr_w1, or lokr_w1_a and lokr_w1_b; lokr_w2, or
+lokr_w2_a, lokr_w2_b (and lokr_t2); alpha.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite, isqrt
+
+import numpy as np
+
+from ..arrays import Array
+from ..errors import ShapeError
+from ..layers import Layer, LayerShape
+from ..ops.elementwise import cast
+from ..ops.kron import kron_weight, mix_blocks
+from ..ops.low_rank import low_rank_weight, tucker_weight
+from ..ops.product import product
+from ..ops.shapes import reshape
+from .base import Adapter, Factor, Parameters, require_two_axes, uniform, zeros
+
+
+def factorization(size: int, factor: int) -> tuple[int, int]:
+    """The pair (m, n), m <= n, m * n = size, into which the reference splits a side of a layer.
+
+    A positive factor that divides gives (factor, size / factor), sorted; otherwise m is the largest
+    divisor with m * m <= size and m <= factor (any, if factor is negative). Only for new adapters:
+    a file says its own split.
+    """
+    if factor > 0 and size % factor == 0:
+        return min(factor, size // factor), max(factor, size // factor)
+    cap = size if factor < 0 else max(factor, 1)
+    m = next(m for m in range(min(isqrt(size), cap), 0, -1) if size % m == 0)
+    return m, size // m
+
+
+@dataclass(frozen=True)
+class LoKr(Adapter):
+    """split: (L, K, M, N) with OUT = L * K and IN = M * N. w1_rank, w2_rank: None where that side
+    is full.
+    """
+
+    split: tuple[int, int, int, int] = (1, 1, 1, 1)
+    w1_rank: int | None = None
+    w2_rank: int | None = None
+    tucker: bool = False
+    core_rank: int | None = None  # of the core's input side; by default w2_rank
+
+    algorithm = "lokr"
+    keys = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    marks = keys
+
+    def __post_init__(self):
+        rows, columns, blocks, width = self.split
+        if rows * columns != self.shape.outputs or blocks * width != self.shape.inputs:
+            raise ShapeError(
+                f"w1 ({rows}, {blocks}) kron w2 ({columns}, {width}) gives ({rows * columns}, "
+                f"{blocks * width}), "
+                f"expected ({self.shape.outputs}, {self.shape.inputs}) on {self.shape}"
+            )
+
+    @classmethod
+    def create(
+        cls,
+        shape: LayerShape,
+        rank: int,
+        alpha: float | None = None,
+        *,
+        factor: int = -1,
+        tucker: bool = False,
+        decompose_both: bool = False,
+        full_matrix: bool = False,
+        unbalanced_factorization: bool = False,
+    ) -> LoKr:
+        """A new adapter by the reference's rules: a side is factored only where that is smaller."""
+        blocks, width = factorization(shape.inputs, factor)
+        rows, columns = factorization(shape.outputs, factor)
+        if unbalanced_factorization:
+            rows, columns = columns, rows
+        w1_rank = (
+            rank if decompose_both and not full_matrix and rank < max(rows, blocks) / 2 else None
+        )
+        w2_rank = None if full_matrix or rank >= max(columns, width) / 2 else rank
+        tucker = tucker and w2_rank is not None and shape.taps > 1
+        return cls(shape, rank, alpha, (rows, columns, blocks, width), w1_rank, w2_rank, tucker)
+
+    @property
+    def _full(self) -> bool:
+        return self.w1_rank is None and self.w2_rank is None
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self._full else super().scale
+
+    @property
+    def saved_alpha(self) -> float | None:
+        if self._full:  # readers ignore it; it only has to be a number
+            return float(self.alpha) if self.alpha and isfinite(self.alpha) else 1.0
+        return super().saved_alpha
+
+    @property
+    def _core_rank(self) -> int:
+        """Columns of w2_down; 0 where w2 is full."""
+        return (self.w2_rank or 0) if self.core_rank is None else self.core_rank
+
+    def factors(self) -> dict[str, Factor]:
+        rows, columns, blocks, width = self.split
+        if self.w1_rank is None:
+            out = {"w1": Factor("lokr_w1", plain=(rows, blocks))}
+        else:
+            out = {
+                "w1_a": Factor("lokr_w1_a", plain=(rows, self.w1_rank)),
+                "w1_b": Factor("lokr_w1_b", plain=(self.w1_rank, blocks)),
+            }
+        if self.w2_rank is None:
+            return {**out, "w2": Factor("lokr_w2", width, columns, spatial=True)}
+        down = Factor("lokr_w2_b", width, self._core_rank, spatial=not self.tucker, flat=True)
+        up = Factor("lokr_w2_a", self.w2_rank, columns, flat=True, turned=self.tucker)
+        core = (
+            {"t2": Factor("lokr_t2", self._core_rank, self.w2_rank, spatial=True)}
+            if self.tucker
+            else {}
+        )
+        return {**out, "w2_down": down, **core, "w2_up": up}
+
+    def init(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        rows, columns, blocks, width = self.split
+        # The fan-in is that of the tensor as files store it; the side that starts at zero is w2's
+        # last factor.
+        fan_in = {
+            "w1": blocks,
+            "w1_a": self.w1_rank,
+            "w1_b": blocks,
+            "t2": self._core_rank * self.shape.taps,
+        }
+        fan_in["w2_up"] = columns if self.tucker else self.w2_rank
+        forms = {name: self.flame_shape(factor) for name, factor in self.factors().items()}
+        return {
+            n: uniform(rng, form, fan_in[n]) if n in fan_in else zeros(form)
+            for n, form in forms.items()
+        }
+
+    def _w1(self, p: Parameters) -> Array:
+        if self.w1_rank is None:
+            return p["w1"]
+        a, b = p["w1_a"], p["w1_b"]
+        return reshape(
+            low_rank_weight(reshape(a, (1, *a.shape)), reshape(b, (1, *b.shape))),
+            (a.shape[0], b.shape[1]),
+        )
+
+    def _w2(self, p: Parameters) -> Array:
+        if self.w2_rank is None:
+            return p["w2"]
+        if self.tucker:
+            return tucker_weight(_matrix(p["w2_down"]), p["t2"], _matrix(p["w2_up"]))
+        return low_rank_weight(p["w2_down"], p["w2_up"])
+
+    def delta_weight(self, weight: Array, p: Parameters, scale: Array) -> Array:
+        w1, w2 = self._w1(p), self._w2(p)
+        if w1.dtype != w2.dtype:  # the side that is a product is wide
+            w1, w2 = (cast(w, max(w1.dtype, w2.dtype, key=lambda d: d.itemsize)) for w in (w1, w2))
+        return kron_weight(w1, w2, scale)
+
+    def costs(self) -> dict[str, int]:
+        costs, shape = super().costs(), self.shape
+        if shape.window.groups > 1:
+            return (
+                costs  # the group of an output depends on both of its halves: the weight is built
+            )
+        (rows, columns, blocks, width), taps = self.split, shape.taps
+        if self.w2_rank is None:
+            return {**costs, "blocks": rows * blocks * width + taps * shape.outputs * width}
+        inner = taps * shape.inputs * self.w2_rank
+        if self.tucker:
+            inner = shape.inputs * self._core_rank + taps * blocks * self._core_rank * self.w2_rank
+        return {**costs, "blocks": inner + self.w2_rank * rows * (blocks + columns)}
+
+    def apply(
+        self, change: Array | None, layer: Layer, x: Array, p: Parameters, scale: Array
+    ) -> Array:
+        if self.route == "delta":
+            return super().apply(change, layer, x, p, scale)
+        rows, _, blocks, _ = self.split
+        window, w1 = layer.window, cast(self._w1(p), x.dtype)
+        shared = window.pointwise_like(rows, shared=True)
+        if self.w2_rank is None:
+            # Blocks of channels are mixed, then every block goes through the same w2.
+            return product(
+                mix_blocks(x, w1),
+                p["w2"],
+                window.grouped(rows, shared=True),
+                add=change,
+                scale=scale,
+            )
+        if self.tucker:
+            inner = product(x, p["w2_down"], window.pointwise_like(blocks, shared=True))
+            inner = product(inner, p["t2"], window.grouped(blocks, shared=True))
+        else:
+            inner = product(x, p["w2_down"], window.grouped(blocks, shared=True))
+        # The mix runs between the factors, where the blocks are only rank wide.
+        return product(mix_blocks(inner, w1), p["w2_up"], shared, add=change, scale=scale)
+
+    @classmethod
+    def read(
+        cls, shape: LayerShape, tensors: Mapping[str, np.ndarray], alpha: float | None
+    ) -> LoKr:
+        w1_rank = w2_rank = core_rank = None
+        if "lokr_w1" in tensors:
+            require_two_axes(tensors, "lokr_w1")
+            rows, blocks = tensors["lokr_w1"].shape[:2]
+        else:
+            require_two_axes(tensors, "lokr_w1_a", "lokr_w1_b")
+            rows, blocks = tensors["lokr_w1_a"].shape[0], tensors["lokr_w1_b"].shape[1]
+            w1_rank = tensors["lokr_w1_b"].shape[0]
+        tucker = "lokr_t2" in tensors
+        if "lokr_w2" in tensors:
+            require_two_axes(tensors, "lokr_w2")
+            columns, width = tensors["lokr_w2"].shape[:2]
+        else:
+            require_two_axes(tensors, "lokr_w2_a", "lokr_w2_b", *(["lokr_t2"] if tucker else []))
+            a, b = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
+            # Tucker turns w2_a: its rank stands first. w2_b has its rank first in both forms.
+            w2_rank, columns = (a.shape if tucker else a.shape[::-1])[:2]
+            core_rank = b.shape[0] if tucker else None
+            flat = not tucker and b.ndim == 2
+            if flat and b.shape[1] % shape.taps:
+                raise ShapeError(
+                    f"lokr_w2_b has shape {tuple(b.shape)}, expected a multiple of the "
+                    f"{shape.taps} taps of {shape}"
+                )
+            width = b.shape[1] // shape.taps if flat else b.shape[1]
+        rank = tensors["lokr_w2_b"].shape[0] if w2_rank is not None else (w1_rank or 0)
+        split = (rows, columns, blocks, width)
+        return cls(
+            shape, rank, alpha, split, w1_rank, w2_rank, tucker and w2_rank is not None, core_rank
+        )
+
+
+def _matrix(factor: Array) -> Array:
+    return reshape(factor, factor.shape[1:])

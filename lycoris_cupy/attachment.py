@@ -1,0 +1,159 @@
+"""Attachment: the adapters of one file, their factors on a device, and their strength."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from .adapters import Adapter
+from .arrays import Array, device_context, to_device, wide_dtype
+from .errors import LycorisError, MatchError, ShapeError
+from .io.report import LoadReport
+from .layers import Layer
+from .ops.elementwise import cast, scale
+
+
+class Attachment:
+    """adapters: layer -> Adapter. parameters: layer -> factor -> Flame array. scales: layer ->
+    strength * alpha / rank, (1,).
+
+    The arrays are made once and written in place ever after, so that whoever holds them (a captured
+    graph) sees changes.
+    """
+
+    def __init__(
+        self,
+        found: Mapping[str, tuple[Adapter, Mapping[str, np.ndarray]]],
+        device: str,
+        dtype,
+        strength: float,
+        report: LoadReport | None = None,
+    ):
+        self.report, self.device = report, device
+        self.adapters = {layer: adapter for layer, (adapter, _) in found.items()}
+        self.parameters = {
+            layer: {
+                name: to_device(np.asarray(value).astype(dtype), device)
+                for name, value in values.items()
+            }
+            for layer, (_, values) in found.items()
+        }
+        ones = np.zeros(1, wide_dtype(dtype))
+        self.scales = {layer: to_device(ones.copy(), device) for layer in found}
+        self.strength = strength
+
+    @property
+    def strength(self) -> float:
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        value = float(value)
+        if not math.isfinite(value):
+            raise LycorisError(f"strength is {value}, expected a finite number")
+        self._strength = value
+        with device_context(self.device):
+            for layer, adapter in self.adapters.items():
+                self.scales[layer].fill(value * adapter.scale)
+
+    def canonical(self) -> dict[str, dict[str, Array]]:
+        """The factors as algorithms see them, (taps, rows, columns): views."""
+        return {
+            layer: adapter.canonical(self.parameters[layer])
+            for layer, adapter in self.adapters.items()
+        }
+
+    def flame(self, views: Mapping[str, Mapping[str, Any]], made: Callable) -> dict:
+        """layer -> factor -> made(view) in Flame layout, for views laid out as by `canonical`."""
+        return {
+            layer: {
+                name: made(v).reshape(self.parameters[layer][name].shape) for name, v in p.items()
+            }
+            for layer, p in views.items()
+        }
+
+    def delta(self, name: str, layer: Layer) -> tuple[Array, Array | None]:
+        """The change of a layer's weight (taps, IN, OUT) and bias at the present strength, wide."""
+        adapter = self.adapters[name]
+        p, factor = adapter.canonical(self.parameters[name]), self.scales[name]
+        bias = adapter.delta_bias(p)
+        weight = adapter.delta_weight(layer.matrix, p, factor)
+        return weight, None if bias is None else scale(cast(bias, factor.dtype), factor)
+
+    def set(self, values: Mapping[str, Mapping[str, Array]]) -> None:
+        """Copy values into the factors in place, rounded once. Raises before anything changes."""
+        for layer, factors in values.items():
+            for name, value in factors.items():
+                if name not in self.parameters.get(layer, {}):
+                    raise MatchError(f"there is no factor {name!r} on layer {layer!r}")
+                expected = self.parameters[layer][name].shape
+                if value.shape != expected:
+                    raise ShapeError(
+                        f"{layer}.{name} has shape {tuple(value.shape)}, expected {tuple(expected)}"
+                    )
+        for layer, factors in values.items():
+            for name, value in factors.items():
+                kept = self.parameters[layer][name]
+                kept[...] = cast(to_device(value, self.device), kept.dtype)
+
+    def on_host(self) -> dict[str, tuple[Adapter, dict[str, np.ndarray]]]:
+        """What `write_adapter` takes."""
+        return {
+            layer: (
+                adapter,
+                {name: to_device(value, "cpu") for name, value in self.parameters[layer].items()},
+            )
+            for layer, adapter in self.adapters.items()
+        }
+
+
+class Strengths(MutableMapping):
+    """engine.strength: adapter name -> float. Setting one writes the device arrays that the routes
+    read.
+    """
+
+    def __init__(self, attachments: Mapping[str, Attachment]):
+        self._attachments = attachments
+
+    def __getitem__(self, name: str) -> float:
+        return self._find(name).strength
+
+    def __setitem__(self, name: str, value: float) -> None:
+        self._find(name).strength = value
+
+    def __delitem__(self, name: str) -> None:
+        raise LycorisError(
+            f"a strength cannot be deleted: use engine.detach({name!r}), or set it to 0"
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._attachments)
+
+    def __len__(self) -> int:
+        return len(self._attachments)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def _find(self, name: str) -> Attachment:
+        if name not in self._attachments:
+            raise MatchError(
+                f"no adapter named {name!r} is attached (attached: "
+                f"{', '.join(self._attachments) or 'none'})"
+            )
+        return self._attachments[name]
+
+
+def select(layers: Mapping[str, Layer], patterns: Sequence[str]) -> list[str]:
+    """The names that match any of the patterns, in the layers' order; a pattern without a match is
+    an error.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise MatchError(f"pattern {pattern!r} matches none of the layers {', '.join(layers)}")
+    return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in patterns)]

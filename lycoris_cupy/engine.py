@@ -1,0 +1,328 @@
+"""Engine: layers, the adapters attached to them, and the plain function that joins the layers.
+
+    engine = Engine({"conv_in": Conv2d(w, b, padding=1), ...}, topology)
+    report = engine.attach("style.safetensors", strength=0.8)
+    y = engine.forward(x)
+    y, pullback = engine.vjp(x)
+    dx, grads = pullback(dy)
+
+A topology is `topology(call, *inputs)`: `call(name, x)` runs a layer with whatever is attached to
+it, everything in between is made of `lycoris_cupy.ops`. It runs on arrays, and on watched ones when
+gradients are asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .adapters import ALGORITHMS
+from .arrays import (
+    Array,
+    bf16,
+    device_context,
+    dtype_of,
+    module_of,
+    require_float,
+    resolve_device,
+    to_device,
+    wide_dtype,
+)
+from .attachment import Attachment, Strengths, select
+from .errors import LycorisError, MatchError
+from .explain import explain
+from .graph import capture
+from .io.adapter_file import read_adapter, write_adapter
+from .io.report import LoadReport
+from .layers import Layer, LayerShape
+from .ops.elementwise import add, cast
+from .tape import Tape, Var, value_of
+
+Topology = Callable[..., Any]
+
+
+def _on_device(method):
+    """Runs a method of Engine with the engine's GPU as the current one."""
+
+    @functools.wraps(method)
+    def run(self, *args, **options):
+        with device_context(self.device):
+            return method(self, *args, **options)
+
+    return run
+
+
+class Engine:
+    """A network whose layers can carry adapters.
+
+    layers: name -> Layer. topology: see above; without one the layers run in their order. device:
+    'auto', 'cpu', 'cuda' or 'cuda:<index>'. dtype: bf16, or f32 and f64 for checking; layers are
+    cast to it.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        topology: Topology | None = None,
+        *,
+        device: str = "auto",
+        dtype=bf16,
+    ):
+        if not layers:
+            raise LycorisError("an Engine needs at least one layer")
+        self.device = resolve_device(device)
+        self.dtype = dtype_of(dtype)
+        self.layers = {name: layer.to(self.device, self.dtype) for name, layer in layers.items()}
+        self.topology = topology or _in_order(list(layers))
+        self.attachments: dict[str, Attachment] = {}
+        self.strength = Strengths(self.attachments)
+
+    @classmethod
+    def sequential(cls, steps: Sequence[Layer | Callable], **options) -> Engine:
+        """A chain of layers, named '0', '1', ... by their place, and of functions of one array
+        between them.
+        """
+        layers = {str(i): step for i, step in enumerate(steps) if isinstance(step, Layer)}
+
+        def topology(call, x):
+            for i, step in enumerate(steps):
+                x = call(str(i), x) if isinstance(step, Layer) else step(x)
+            return x
+
+        return cls(layers, topology, **options)
+
+    @property
+    def shapes(self) -> dict[str, LayerShape]:
+        return {name: layer.shape for name, layer in self.layers.items()}
+
+    @_on_device
+    def attach(
+        self, path, *, strength: float = 1.0, name: str | None = None, strict: bool = True
+    ) -> LoadReport:
+        """Load an adapter file onto the layers it names, under `name` (by default the file's stem).
+
+        Returns what was matched, at which scale, and what was not. strict: a module that fits no
+        layer is an error; zero matches always are. Factors are rounded to the engine's dtype (the
+        report says which).
+        """
+        name = name if name is not None else Path(path).stem
+        self._require_new(name)
+        found, report = read_adapter(path, self.shapes, strict=strict, dtype=self.dtype)
+        self.attachments[name] = Attachment(found, self.device, self.dtype, strength, report)
+        return report
+
+    @_on_device
+    def add(
+        self,
+        name: str,
+        algorithm: str,
+        targets: Sequence[str] = ("*",),
+        *,
+        rank: int = 4,
+        alpha: float | None = None,
+        seed: int = 0,
+        strength: float = 1.0,
+        **options,
+    ) -> list[str]:
+        """New adapters that change nothing yet, on every layer whose name matches a pattern.
+
+        Returns the layers' names. Patterns are fnmatch's; one that matches no layer is an error.
+        algorithm: one of ALGORITHMS. alpha: by default the rank, so that the scale is 1. options:
+        the algorithm's own, such as tucker, factor, decompose_both.
+        """
+        self._require_new(name)
+        if algorithm not in ALGORITHMS:
+            raise LycorisError(
+                f"algorithm {algorithm!r} is unknown: use one of {', '.join(ALGORITHMS)}"
+            )
+        matched = select(self.layers, targets)
+        rng = np.random.default_rng(seed)
+        made = {}
+        for layer in matched:
+            adapter = ALGORITHMS[algorithm].create(self.layers[layer].shape, rank, alpha, **options)
+            made[layer] = (adapter, adapter.init(rng))
+        self.attachments[name] = Attachment(made, self.device, self.dtype, strength)
+        return matched
+
+    def detach(self, name: str) -> None:
+        """Take an adapter off again; the layers were never changed."""
+        del self.attachments[self._known(name)]
+
+    def parameters(self, name: str) -> dict[str, dict[str, Array]]:
+        """The factors of an adapter: layer -> factor -> the array itself, in Flame layout."""
+        return self.attachments[self._known(name)].parameters
+
+    @_on_device
+    def set_parameters(self, name: str, values: Mapping[str, Mapping[str, Array]]) -> None:
+        """Copy new values into the factors of an adapter, rounded once.
+
+        The arrays stay the same, so that captured graphs see the values.
+        """
+        self.attachments[self._known(name)].set(values)
+
+    def save_adapter(
+        self, name: str, path, *, dtype=None, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Write an adapter as LyCORIS does: `lycoris_<layer>.<key>`, torch's order.
+
+        In the engine's dtype unless told otherwise. Written beside the target and renamed.
+        """
+        adapters = self.attachments[self._known(name)].on_host()
+        write_adapter(path, adapters, dtype=dtype, metadata=metadata)
+
+    @_on_device
+    def forward(self, *inputs: Array) -> Any:
+        """The network's output, on the engine's device.
+
+        Inputs: NumPy, CuPy, or anything with __dlpack__, in bf16, f32 or f64.
+        """
+        arrays = self._inputs(inputs)
+        views = {name: attached.canonical() for name, attached in self.attachments.items()}
+        return self.topology(lambda name, x: self._call(name, x, views), *arrays)
+
+    @_on_device
+    def vjp(self, *inputs: Array) -> tuple[Any, Callable[[Array], tuple[Any, dict]]]:
+        """(y, pullback): pullback(dy) gives (dx, grads), the gradients of <dy, y>, once.
+
+        dx has the engine's dtype, one array an input (a tuple if there are several). grads: adapter
+        -> layer -> factor -> array in Flame layout, f32 (f64 in an f64 engine), unscaled by any
+        loss: to sit inside somebody else's backward pass.
+        """
+        tape = Tape()
+        watched = [tape.watch(x) for x in self._inputs(inputs)]
+        views = {
+            name: {
+                layer: {factor: tape.watch(array) for factor, array in p.items()}
+                for layer, p in attached.canonical().items()
+            }
+            for name, attached in self.attachments.items()
+        }
+        y = self.topology(lambda name, x: self._call(name, x, views), *watched)
+        if not isinstance(y, Var):
+            raise LycorisError("vjp: the topology must return one array that depends on its inputs")
+
+        def pullback(dy: Array):
+            with device_context(self.device):
+                (dy,) = self._inputs([dy], y.dtype)
+                if dy.shape != y.shape:
+                    raise LycorisError(
+                        f"dy has shape {tuple(dy.shape)}, expected that of y, {tuple(y.shape)}"
+                    )
+                leaves = [v for p in views.values() for layer in p.values() for v in layer.values()]
+                found = dict(
+                    zip(
+                        map(id, [*watched, *leaves]),
+                        tape.gradients(y, dy, [*watched, *leaves]),
+                        strict=True,
+                    )
+                )
+                dx = [_or_zeros(found[id(v)], v, self.dtype) for v in watched]
+                grads = {
+                    name: self.attachments[name].flame(
+                        views[name], lambda v: _or_zeros(found[id(v)], v, wide_dtype(self.dtype))
+                    )
+                    for name in views
+                }
+            return (dx[0] if len(dx) == 1 else tuple(dx)), grads
+
+        return y.value, pullback
+
+    @_on_device
+    def merged(self) -> Engine:
+        """A new engine whose weights hold the adapters at their present strengths. For inference.
+
+        f32 sums over all adapters, one rounding. This engine and its weights are untouched.
+        """
+        layers = dict(self.layers)
+        for name, layer in self.layers.items():
+            weight = bias = None
+            for attached in self.attachments.values():
+                if name in attached.adapters:
+                    dw, db = attached.delta(name, layer)
+                    weight = dw if weight is None else add(weight, dw)
+                    if db is not None:
+                        bias = db if bias is None else add(bias, db)
+            if weight is not None:
+                layers[name] = _with_change(layer, weight, bias)
+        return Engine(layers, self.topology, device=self.device, dtype=self.dtype)
+
+    @_on_device
+    def capture(self, *inputs: Array) -> Callable[..., Any]:
+        """A callable that repeats this forward for inputs of the same shapes.
+
+        On a GPU it is a CUDA graph, replayed without Python, whose result the next call writes
+        over. A change of strength or of an adapter's values is seen by the next call; attaching or
+        detaching needs a new capture. On the CPU there is nothing to capture and the callable runs
+        `forward`.
+        """
+        return capture(self, self._inputs(inputs))
+
+    def explain(self) -> str:
+        """A line a layer and a line an adapter on it: the route it takes, and what that costs."""
+        return explain(self.layers, self.attachments)
+
+    def _call(self, name: str, x, views):
+        if name not in self.layers:
+            raise MatchError(
+                f"the topology calls layer {name!r}, the engine has {', '.join(self.layers)}"
+            )
+        layer = self.layers[name]
+        change = None
+        try:
+            for attached_name, attached in self.attachments.items():
+                if name in attached.adapters:
+                    p, scale = views[attached_name][name], attached.scales[name]
+                    change = attached.adapters[name].apply(change, layer, x, p, scale)
+            return layer.forward(x, change)
+        except LycorisError as error:
+            raise type(error)(f"layer {name!r}, {layer.shape}: {error}") from error
+
+    def _inputs(self, inputs: Sequence[Array], dtype=None) -> list[Array]:
+        out = []
+        for i, x in enumerate(inputs):
+            if isinstance(x, Var):
+                raise LycorisError(
+                    "the engine makes its own tape: give plain arrays, and use vjp for gradients"
+                )
+            x = to_device(x, self.device)
+            require_float(x, f"input {i}")
+            out.append(cast(x, dtype or self.dtype))
+        return out
+
+    def _require_new(self, name: str) -> None:
+        if name in self.attachments:
+            raise LycorisError(
+                f"an adapter named {name!r} is attached already: detach it, or give another name"
+            )
+
+    def _known(self, name: str) -> str:
+        if name not in self.attachments:
+            have = ", ".join(self.attachments) or "none"
+            raise MatchError(f"no adapter named {name!r} is attached (attached: {have})")
+        return name
+
+
+def _in_order(names: list[str]) -> Topology:
+    def topology(call, x):
+        for name in names:
+            x = call(name, x)
+        return x
+
+    return topology
+
+
+def _with_change(layer: Layer, weight: Array, bias: Array | None) -> Layer:
+    kept = wide_dtype(layer.weight.dtype)
+    weight = cast(add(cast(layer.matrix, kept), weight), layer.weight.dtype)
+    if bias is not None:
+        bias = bias if layer.bias is None else add(cast(layer.bias, kept), bias)
+        bias = cast(bias, layer.weight.dtype)
+    return layer.replaced(weight, layer.bias if bias is None else bias)
+
+
+def _or_zeros(g: Array | None, v: Var, dtype) -> Array:
+    return module_of(value_of(v)).zeros(v.shape, dtype) if g is None else cast(g, dtype)

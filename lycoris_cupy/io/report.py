@@ -1,0 +1,124 @@
+"""LoadReport: what was loaded from an adapter file, at which scale and why, and what was not."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One module of the file. layer: None where there is no base. rank, alpha: None where the
+    algorithm has none.
+    """
+
+    module: str
+    layer: str | None
+    shape: str
+    algorithm: str
+    rank: int | None
+    alpha: float | None
+    scale: float
+    scale_from: str
+    dtype: str
+    rounded: bool
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A module, or a key that belongs to none, that was not loaded. nearest: the layer with the
+    most similar name.
+    """
+
+    name: str
+    reason: str
+    nearest: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}" + (
+            f"; nearest layer: {self.nearest!r}" if self.nearest else ""
+        )
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """layers: what was read. base_layers: how many layers the base has, None where there is no
+    base.
+    """
+
+    path: str
+    layers: tuple[LayerReport, ...]
+    unmatched: tuple[Unmatched, ...] = ()
+    base_layers: int | None = None
+
+    @property
+    def coverage(self) -> float:
+        """Modules read / modules in the file; 0 for an empty file."""
+        return len(self.layers) / max(len(self.layers) + len(self.unmatched), 1)
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    def summary(self) -> str:
+        """One line: how much of the file was read, and how much of the base it touches."""
+        kinds = Counter(layer.algorithm for layer in self.layers)
+        what = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if kinds else ""
+        modules = len(self.layers) + len(self.unmatched)
+        line = f"{self.path}: {len(self.layers)} of {modules} modules read{what}"
+        if self.base_layers is not None:
+            line += f", on {len(self.layers)} of {self.base_layers} layers"
+        return f"{line}; {self.parameters:,} parameters"
+
+    def text(self) -> str:
+        """The summary, a table of the layers, and what was not read."""
+        out = [self.summary()]
+        if self.layers:
+            out += ["", *_table(self.layers)]
+        if self.unmatched:
+            out += ["", "not read:", *(f"  {entry}" for entry in self.unmatched)]
+        return "\n".join(out)
+
+    __str__ = text
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values for JSON, which has no infinity: a LoKr's alpha may be 'inf'."""
+        return _plain(asdict(self) | {"coverage": self.coverage, "parameters": self.parameters})
+
+
+def _table(layers: tuple[LayerReport, ...]) -> list[str]:
+    head = ["module", "layer", "shape", "algorithm", "rank", "scale", "from", "dtype", "parameters"]
+    rows = [head]
+    for one in layers:
+        dtype = one.dtype + (", gets rounded" if one.rounded else "")
+        rank = "" if one.rank is None else str(one.rank)
+        rows.append(
+            [
+                one.module,
+                one.layer or "",
+                one.shape,
+                one.algorithm,
+                rank,
+                f"{one.scale:.6g}",
+                one.scale_from,
+                dtype,
+            ]
+            + [f"{one.parameters:,}"]
+        )
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    return [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in zip(*columns, strict=True)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

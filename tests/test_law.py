@@ -1,0 +1,270 @@
+"""The law of every adapter: applied beside a layer it gives what the changed weight gives; and
+strength 0 changes nothing.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lycoris_cupy import Conv1d, Conv2d, Conv3d, Engine, Linear, bf16, to_device
+from lycoris_cupy.ops import product
+from tests.bounds import assert_within, bound
+from tests.cases import KINDS, PAIRS, Kind, adapters_for, channels_last
+
+IDS = [f"{kind.name}-{name}" for kind, name in PAIRS]
+
+
+def draw(kind, adapter, seed=0):
+    """Layer, input and factors in f64, exact in bf16."""
+    rng = np.random.default_rng([seed, *f"{kind.name}{adapter}".encode()])
+
+    def exact(shape, size=1.0):
+        return (rng.standard_normal(shape) * size).astype(bf16).astype(np.float64)
+
+    layer = kind.build.from_torch(exact(kind.weight), exact(kind.weight[:1]), **kind.options)
+    factors = {n: exact(v.shape, 0.5) for n, v in adapter.init(rng).items()}
+    return layer, channels_last(exact(kind.x), kind.build.__name__ == "Linear"), factors
+
+
+def engine_with(layer, adapter, factors, *, device="cpu", dtype="f64", strength=1.0):
+    from lycoris_cupy.attachment import Attachment
+
+    engine = Engine({"layer": layer}, device=device, dtype=dtype)
+    engine.attachments["a"] = Attachment(
+        {"layer": (adapter, factors)}, engine.device, engine.dtype, strength
+    )
+    return engine
+
+
+def changed_weight(layer, adapter, factors, strength):
+    """The adapted weight and bias from the definition, in f64 on the CPU."""
+    p = adapter.canonical(factors)
+    scale = np.array([strength * adapter.scale])
+    weight = layer.matrix + adapter.delta_weight(layer.matrix, p, scale)
+    db = adapter.delta_bias(p)
+    bias = layer.bias if db is None else layer.bias + scale * db
+    return weight, bias
+
+
+def absolute(layer, adapter, factors, x, strength):
+    """The output over absolute values: what rounding errors are measured against."""
+    engine = engine_with(
+        layer.replaced(np.abs(layer.matrix), np.abs(layer.bias)),
+        adapter,
+        {n: np.abs(v) for n, v in factors.items()},
+        strength=abs(strength),
+    )
+    return engine.forward(np.abs(x))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.7, 1.0, -1.0])
+@pytest.mark.parametrize(("kind", "name"), PAIRS, ids=IDS)
+def test_law_in_f64(kind, name, strength):
+    adapter = adapters_for(kind.shape)[name]
+    layer, x, factors = draw(kind, adapter)
+    weight, bias = changed_weight(layer, adapter, factors, strength)
+    expected = product(x, weight, layer.window, bias=bias)
+    y = engine_with(layer, adapter, factors, strength=strength).forward(x)
+    depth = 40 + layer.shape.taps * layer.shape.channels * 4
+    assert_within(
+        y,
+        expected,
+        bound(expected, absolute(layer, adapter, factors, x, strength), depth, np.float64),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+@pytest.mark.parametrize(("kind", "name"), PAIRS, ids=IDS)
+def test_law_on_device(kind, name, dtype, device):
+    """bf16 and f32 against f64. Up to four intermediates (rounded factors, inner activations) stand
+    behind the last rounding.
+    """
+    adapter = adapters_for(kind.shape)[name]
+    layer, x, factors = draw(kind, adapter, 1)
+    weight, bias = changed_weight(layer, adapter, factors, 0.7)
+    expected = product(x, weight, layer.window, bias=bias)
+    y = engine_with(layer, adapter, factors, device=device, dtype=dtype, strength=0.7).forward(x)
+    assert y.dtype == {"bf16": bf16, "f32": np.float32}[dtype]
+    depth = 40 + layer.shape.taps * layer.shape.channels * 4
+    size = absolute(layer, adapter, factors, x, 0.7)
+    assert_within(to_device(y, "cpu"), expected, bound(expected, size, depth, y.dtype, roundings=5))
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS, ids=IDS)
+def test_routes_agree(kind, name):
+    """The cheap route and the one that builds the weight give the same, so a planner may choose
+    either.
+    """
+    from lycoris_cupy.adapters import Adapter
+
+    adapter = adapters_for(kind.shape)[name]
+    layer, x, factors = draw(kind, adapter, 2)
+    p, scale = adapter.canonical(factors), np.array([adapter.scale])
+    change = adapter.apply(None, layer, x, p, scale)
+    built = Adapter.apply(adapter, None, layer, x, p, scale)
+    if adapter.delta_bias(p) is not None:
+        built = built + scale * adapter.delta_bias(p)
+    depth = 40 + layer.shape.taps * layer.shape.channels * 4
+    size = absolute(layer, adapter, factors, x, 1.0)
+    assert_within(change, built, bound(built, size, depth, np.float64))
+    # A change that is there already is added to.
+    before = np.random.default_rng(0).standard_normal(change.shape)
+    both = adapter.apply(before, layer, x, p, scale)
+    limit = bound(both, size + np.abs(before), depth, np.float64)
+    assert_within(both, change + before, limit)
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS, ids=IDS)
+def test_strength_zero_is_the_identity_bit_for_bit(kind, name):
+    adapter = adapters_for(kind.shape)[name]
+    layer, x, factors = draw(kind, adapter, 3)
+    x.reshape(-1)[::3] = 0
+    engine = engine_with(layer, adapter, factors, dtype="bf16", strength=0.0)
+    base = Engine({"layer": layer}, device="cpu")
+    assert engine.forward(x).tobytes() == base.forward(x).tobytes()
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS, ids=IDS)
+def test_new_adapters_change_nothing(kind, name, device):
+    adapter = adapters_for(kind.shape)[name]
+    layer, x, _ = draw(kind, adapter, 4)
+    factors = adapter.init(np.random.default_rng(0))
+    changed = engine_with(layer, adapter, factors, device=device, dtype="bf16").forward(x)
+    base = Engine({"layer": layer}, device=device).forward(x)
+    if device == "cpu":
+        assert changed.tobytes() == base.tobytes()
+    else:  # another route sums in another order
+        size = product(np.abs(x), np.abs(layer.matrix), layer.window, bias=np.abs(layer.bias))
+        value, ref = (np.asarray(to_device(a, "cpu"), np.float64) for a in (changed, base))
+        assert_within(value, ref, bound(ref, size, 9 * 30, bf16))
+    assert any(np.any(v) for v in factors.values()) or name.startswith("full")
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS, ids=IDS)
+def test_gradients_are_derivatives(kind, name):
+    """dx and every factor's gradient in f64, against central differences of the definition through
+    the changed weight.
+    """
+    adapter = adapters_for(kind.shape)[name]
+    layer, x, factors = draw(kind, adapter, 5)
+    engine = engine_with(layer, adapter, factors, strength=0.7)
+    y, pullback = engine.vjp(x)
+    rng = np.random.default_rng(6)
+    dy = rng.standard_normal(y.shape)
+    dx, grads = pullback(dy)
+
+    def value(at_x, at):
+        weight, bias = changed_weight(layer, adapter, at, 0.7)
+        return float((product(at_x, weight, layer.window, bias=bias) * dy).sum())
+
+    step = 2.0**-16
+
+    def check(gradient, moved):
+        expected = (moved(step) - moved(-step)) / (2 * step)
+        size = float((absolute(layer, adapter, factors, x, 0.7) * np.abs(dy)).sum())
+        # Rounding of two sums of this size over the step, and the third derivative (at most cubic
+        # in a factor).
+        assert abs(gradient - expected) <= size * (2.0**-44 / step + 16 * step**2)
+
+    d = rng.standard_normal(x.shape)
+    check(float((dx * d).sum()), lambda t: value(x + t * d, factors))
+    for factor, gradient in grads["a"]["layer"].items():
+        assert gradient.shape == factors[factor].shape
+        d = rng.standard_normal(gradient.shape)
+        check(
+            float((gradient * d).sum()),
+            lambda t, f=factor, d=d: value(x, {**factors, f: factors[f] + t * d}),
+        )
+
+
+@st.composite
+def kinds(draw):
+    """A layer of any geometry: axes, kernel, stride, padding, dilation, groups, channels."""
+    axes, groups = draw(st.integers(0, 3)), draw(st.sampled_from([1, 1, 2, 4]))
+    groups = groups if axes else 1
+    inputs, outputs = draw(st.integers(1, 6)), groups * draw(st.integers(1, 6))
+    kernel = tuple(draw(st.integers(1, 3)) for _ in range(axes))
+    walk = {
+        name: tuple(draw(st.integers(low, 2)) for _ in range(axes))
+        for name, low in (("stride", 1), ("padding", 0), ("dilation", 1))
+    }
+    space = tuple(
+        draw(st.integers(max(d * (k - 1) + 1 - 2 * p, 1), 6))
+        for k, p, d in zip(kernel, walk["padding"], walk["dilation"], strict=True)
+    )
+    options = {**walk, "groups": groups} if axes else {}
+    build = (Linear, Conv1d, Conv2d, Conv3d)[axes]
+    x = (draw(st.integers(0, 2)), inputs * groups, *space)
+    return Kind("any", build, (outputs, inputs, *kernel), x, options)
+
+
+@given(kinds(), st.data())
+def test_law_for_any_geometry(kind, data):
+    adapters = adapters_for(kind.shape)
+    name = data.draw(st.sampled_from(sorted(adapters)))
+    layer, x, factors = draw(kind, adapters[name], 10)
+    weight, bias = changed_weight(layer, adapters[name], factors, 0.7)
+    expected = product(x, weight, layer.window, bias=bias)
+    y = engine_with(layer, adapters[name], factors, strength=0.7).forward(x)
+    size = absolute(layer, adapters[name], factors, x, 0.7)
+    depth = 40 + layer.shape.taps * layer.shape.channels * 4
+    assert_within(y, expected, bound(expected, size, depth, np.float64), name)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
+def test_gradients_on_device(kind, device):
+    """bf16 gradients against f64's, within the bound that the rules over absolute values give."""
+    for name, adapter in adapters_for(kind.shape).items():
+        layer, x, factors = draw(kind, adapter, 7)
+        y, pullback = engine_with(layer, adapter, factors, strength=0.7).vjp(x)
+        dy = np.random.default_rng(8).standard_normal(y.shape).astype(bf16).astype(np.float64)
+        dx, grads = pullback(dy)
+        plain = layer.replaced(np.abs(layer.matrix), np.abs(layer.bias))
+        sizes = engine_with(
+            plain, adapter, {n: np.abs(v) for n, v in factors.items()}, strength=0.7
+        )
+        size_x, size_p = sizes.vjp(np.abs(x))[1](np.abs(dy))
+        _, pull = engine_with(
+            layer, adapter, factors, device=device, dtype="bf16", strength=0.7
+        ).vjp(x)
+        found_x, found = pull(dy)
+        assert found_x.dtype == bf16
+        depth = 64 + int(np.prod(y.shape)) + layer.shape.taps * layer.shape.channels * 4
+        assert_within(
+            to_device(found_x, "cpu"), dx, bound(dx, size_x, depth, bf16, roundings=6), f"{name} dx"
+        )
+        for factor, gradient in grads["a"]["layer"].items():
+            value = to_device(found["a"]["layer"][factor], "cpu")
+            assert value.dtype == np.float32
+            limit = bound(gradient, size_p["a"]["layer"][factor], depth, bf16, roundings=6)
+            assert_within(value, gradient, limit, f"{name} {factor}")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
+def test_merged_is_live(kind, device):
+    """merged() against the definition: f32 sums, one rounding of the weight; and the live engine is
+    untouched.
+    """
+    for name, adapter in adapters_for(kind.shape).items():
+        layer, x, factors = draw(kind, adapter, 9)
+        engine = engine_with(layer, adapter, factors, device=device, dtype="bf16", strength=-1.0)
+        before = to_device(engine.layers["layer"].weight, "cpu").tobytes()
+        merged = engine.merged()
+        weight, bias = changed_weight(layer, adapter, factors, -1.0)
+        size, _ = changed_weight(
+            layer.replaced(np.abs(layer.matrix), np.abs(layer.bias)),
+            adapter,
+            {n: np.abs(v) for n, v in factors.items()},
+            1.0,
+        )
+        found = merged.layers["layer"]
+        depth = 64 * max(adapter.rank, 8)
+        assert_within(
+            to_device(found.matrix, "cpu"), weight, bound(weight, size, depth, bf16), name
+        )
+        assert_within(
+            to_device(found.bias, "cpu"), bias, bound(bias, np.abs(bias) + 4, 4, bf16), name
+        )
+        assert to_device(engine.layers["layer"].weight, "cpu").tobytes() == before
+        assert not merged.attachments
