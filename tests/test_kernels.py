@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from lycoris_cupy import cuda_source, gemm, kernels, nvrtc
+from lycoris_cupy import cublaslt, cuda_source, gemm, kernels, nvrtc
 from lycoris_cupy.arrays import bf16
 from lycoris_cupy.errors import DtypeError, KernelError, ShapeError
 from lycoris_cupy.ops import conv_plan
@@ -408,6 +408,6 @@ def test_products_that_are_refused(a, b, options, error, message):
 
 def test_rows_that_overlap_are_refused():
     with pytest.raises(ShapeError, match="last axis must be contiguous"):
-        gemm._matrix(layout((3, 4), strides=(2, 6)), "a", 1)
+        cublaslt._matrix(layout((3, 4), strides=(2, 6)), "a", 1)
     with pytest.raises(ShapeError, match="rows must not overlap"):
-        gemm._matrix(layout((3, 4), strides=(0, 2)), "a", 1)
+        cublaslt._matrix(layout((3, 4), strides=(0, 2)), "a", 1)

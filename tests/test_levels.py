@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lycoris_cupy"
 LEVELS = [
     {"errors"},
     {"arrays"},
-    {"cuda_source", "nvrtc", "kernels", "tape", "io.header", "io.safetensors"},
+    {"cublaslt", "cuda_source", "nvrtc", "kernels", "tape", "io.header", "io.safetensors"},
     {"gemm"},
     {"ops"},
     {"layers", "optim"},

@@ -2,7 +2,8 @@
 benchmarks iterate over it.
 """
 
-from .base import Adapter, Factor, Parameters, scale_of
+from .base import Adapter, Parameters, scale_of
+from .factor import Factor
 from .full import Full
 from .locon import LoCon
 from .loha import LoHa

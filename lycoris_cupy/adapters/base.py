@@ -13,34 +13,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 
 from ..arrays import Array
-from ..errors import FileFormatError, LycorisError, ShapeError
+from ..errors import FileFormatError, LycorisError
 from ..layers import Layer, LayerShape
 from ..ops.product import product
+from .factor import Factor, require
 
 Parameters = Mapping[str, Array]
-
-
-class Factor(NamedTuple):
-    """One trainable factor: (taps, rows, columns) if spatial, else (1, rows, columns), and where a
-    file keeps it.
-
-    In a file the same numbers stand in torch's order: (columns, rows, *kernel). `flat` files merge
-    (rows, *kernel) into one axis; `turned` files store (rows, columns), as Tucker's output-side
-    factors do; `plain` has this very shape everywhere.
-    """
-
-    key: str
-    rows: int = 0
-    columns: int = 0
-    spatial: bool = False
-    flat: bool = False
-    turned: bool = False
-    plain: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,9 +35,7 @@ class Adapter(ABC):
     alpha: float | None = None
 
     algorithm: ClassVar[str]
-    keys: ClassVar[
-        tuple[str, ...]
-    ]  # every file key of the algorithm but `alpha`; the first ones tell it apart
+    keys: ClassVar[tuple[str, ...]]  # every file key of the algorithm but `alpha`
     marks: ClassVar[tuple[str, ...]]  # a module with any of these keys is of this algorithm
 
     @abstractmethod
@@ -96,12 +77,42 @@ class Adapter(ABC):
         from their shapes.
         """
 
+    @classmethod
+    @abstractmethod
+    def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:
+        """The layer that a file's tensors belong to, as far as they tell: to inspect it alone.
+
+        Flat columns stay flat, groups are unknown, and what is missing or misshapen counts as 1,
+        for `read` to refuse by name.
+        """
+
     @property
     def scale(self) -> float:
         """alpha / rank: 0 for rank 0; 1 if alpha is missing or 0, as LyCORIS and kohya read such
         files.
         """
         return scale_of(self.alpha, self.rank)
+
+    @property
+    def scale_reason(self) -> str:
+        """Where the scale comes from, in words."""
+        if self.rank == 0:
+            return "rank 0: scale 0"
+        if self.alpha is None:
+            return "no alpha in the file: scale 1"
+        if self.alpha == 0:
+            return "alpha 0 is read as rank: scale 1"
+        return f"alpha / rank = {self.alpha:g} / {self.rank}"
+
+    @property
+    def has_rank(self) -> bool:
+        """False where nothing is factored."""
+        return True
+
+    @property
+    def ignores_alpha(self) -> bool:
+        """True where the scale is 1 whatever a file's alpha says, be it infinite."""
+        return False
 
     @property
     def saved_alpha(self) -> float | None:
@@ -141,75 +152,24 @@ class Adapter(ABC):
     def canonical(self, p: Mapping[str, Array]) -> dict[str, Array]:
         """Flame arrays as (taps, rows, columns): views."""
         forms = self.factors()
-        return {
-            name: array.reshape(self._canonical_shape(forms[name])) for name, array in p.items()
-        }
+        return {name: array.reshape(forms[name].canonical(self.shape)) for name, array in p.items()}
 
     def flame_shape(self, factor: Factor) -> tuple[int, ...]:
         """The shape in which people see a factor."""
-        if factor.plain is not None:
-            return factor.plain
-        return self.shape.flame(factor.rows, factor.columns, factor.spatial)
-
-    def file_shape(self, factor: Factor) -> tuple[int, ...]:
-        """The shape in which LyCORIS saves a factor."""
-        kernel = self.shape.window.kernel
-        if factor.plain is not None or factor.turned:
-            return factor.plain or (factor.rows, factor.columns)
-        if factor.flat:
-            return (factor.columns, factor.rows * (math.prod(kernel) if factor.spatial else 1))
-        return (factor.columns, factor.rows, *(kernel if factor.spatial else (1,) * len(kernel)))
+        return factor.flame(self.shape)
 
     def load(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Factors in Flame layout from a file's tensors, dtype unchanged. Raises ShapeError; never
-        reshapes by count alone.
+        """Factors in Flame layout from a file's tensors, dtype unchanged.
+
+        Raises FileFormatError for one that is missing, ShapeError for one that does not fit.
         """
-        out = {}
-        for name, factor in self.factors().items():
-            if factor.key not in tensors:
-                raise FileFormatError(
-                    f"{factor.key} is missing beside {', '.join(sorted(tensors))}"
-                )
-            tensor = tensors[factor.key]
-            if not self._accepts(factor, tuple(tensor.shape)):
-                raise ShapeError(
-                    f"{factor.key} has shape {tuple(tensor.shape)}, expected "
-                    f"{self.file_shape(factor)} on {self.shape}"
-                )
-            if factor.plain is None and not factor.turned:
-                taps = self.shape.taps if factor.spatial else 1
-                tensor = tensor.reshape(factor.columns, factor.rows, taps).transpose(2, 1, 0)
-            out[name] = np.ascontiguousarray(tensor).reshape(self.flame_shape(factor))
-        return out
+        forms = self.factors()
+        require(tensors, *(factor.key for factor in forms.values()))
+        return {n: factor.read(tensors[factor.key], self.shape) for n, factor in forms.items()}
 
     def save(self, p: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A file's tensors from factors in Flame layout: the inverse of `load`, dtype unchanged."""
-        out = {}
-        for name, factor in self.factors().items():
-            array = p[name].reshape(self._canonical_shape(factor))
-            if factor.plain is None and not factor.turned:
-                array = array.transpose(2, 1, 0)
-            out[factor.key] = np.ascontiguousarray(array).reshape(self.file_shape(factor))
-        return out
-
-    def _canonical_shape(self, factor: Factor) -> tuple[int, ...]:
-        if factor.plain is not None:
-            return factor.plain
-        return (self.shape.taps if factor.spatial else 1, factor.rows, factor.columns)
-
-    def _accepts(self, factor: Factor, shape: tuple[int, ...]) -> bool:
-        # A 1x1 convolution and a linear layer share their files: trailing ones come and go between
-        # exporters.
-        expected = self.file_shape(factor)
-        if shape == expected or _squeezed(shape) == _squeezed(expected):
-            return True
-        unflat = (factor.columns, factor.rows, *self.shape.window.kernel)
-        return factor.flat and factor.spatial and shape == unflat
-
-
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """shape without the ones after its second axis, if nothing else stands there."""
-    return shape[:2] if all(n == 1 for n in shape[2:]) else shape
+        return {f.key: f.write(p[name], self.shape) for name, f in self.factors().items()}
 
 
 def scale_of(alpha: float | None, rank: int) -> float:
@@ -236,17 +196,6 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], deviation: float) -
 
 def zeros(shape: tuple[int, ...]) -> np.ndarray:
     return np.zeros(shape, np.float32)
-
-
-def require_two_axes(tensors: Mapping[str, np.ndarray], *keys: str) -> None:
-    """Raise unless these tensors are there and have the two axes that ranks are read from."""
-    for key in keys:
-        if key not in tensors:
-            raise FileFormatError(f"{key} is missing beside {', '.join(sorted(tensors))}")
-        if tensors[key].ndim < 2:
-            raise ShapeError(
-                f"{key} has shape {tuple(tensors[key].shape)}, expected at least two axes"
-            )
 
 
 def low_rank_cost(shape: LayerShape, rank: int) -> int:

@@ -17,7 +17,8 @@ from ..arrays import Array, wide_dtype
 from ..layers import Layer, LayerShape
 from ..ops import elementwise
 from ..ops.product import product
-from .base import Adapter, Factor, Parameters, require_two_axes, zeros
+from .base import Adapter, Parameters, zeros
+from .factor import Factor, extents, kernel_of, require_two_axes
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ class Full(Adapter):
     @property
     def scale(self) -> float:
         return 1.0
+
+    @property
+    def scale_reason(self) -> str:
+        return "full has no alpha: scale 1"
+
+    @property
+    def has_rank(self) -> bool:
+        return False
 
     @property
     def saved_alpha(self) -> float | None:
@@ -66,6 +75,11 @@ class Full(Adapter):
     ) -> Array:
         bias = elementwise.scale(p["diff_b"], scale) if self.bias else None
         return product(x, p["diff"], layer.window, bias=bias, add=change, scale=scale)
+
+    @classmethod
+    def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:
+        outputs, inputs = extents(tensors, "diff")
+        return LayerShape(kernel_of(tensors, "diff"), inputs, outputs)
 
     @classmethod
     def read(

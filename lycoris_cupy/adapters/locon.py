@@ -21,16 +21,8 @@ from ..layers import Layer, LayerShape
 from ..ops.low_rank import low_rank_weight, tucker_weight
 from ..ops.product import product
 from ..ops.shapes import reshape, tap_diagonal
-from .base import (
-    Adapter,
-    Factor,
-    Parameters,
-    apply_low_rank,
-    low_rank_cost,
-    require_two_axes,
-    uniform,
-    zeros,
-)
+from .base import Adapter, Parameters, apply_low_rank, low_rank_cost, uniform, zeros
+from .factor import Factor, extents, kernel_of, require_two_axes
 
 
 @dataclass(frozen=True)
@@ -114,6 +106,15 @@ class LoCon(Adapter):
         inner = product(x, p["down"], window.pointwise_like(groups, shared=True))
         inner = product(inner, p["mid"], window.grouped(groups, shared=True))
         return product(inner, p["up"], window.pointwise_like(groups), add=change, scale=scale)
+
+    @classmethod
+    def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:
+        window = kernel_of(tensors, "lora_mid.weight", "lora_down.weight")
+        inputs, outputs = (
+            extents(tensors, "lora_down.weight")[1],
+            extents(tensors, "lora_up.weight")[0],
+        )
+        return LayerShape(window, inputs, outputs)
 
     @classmethod
     def read(

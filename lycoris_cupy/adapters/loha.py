@@ -22,16 +22,8 @@ from ..ops.elementwise import cast
 from ..ops.hadamard import face_split, hadamard_weight
 from ..ops.low_rank import fold_core
 from ..ops.shapes import reshape
-from .base import (
-    Adapter,
-    Factor,
-    Parameters,
-    apply_low_rank,
-    low_rank_cost,
-    normal,
-    require_two_axes,
-    zeros,
-)
+from .base import Adapter, Parameters, apply_low_rank, low_rank_cost, normal, zeros
+from .factor import Factor, extents, kernel_of, require_two_axes
 
 
 @dataclass(frozen=True)
@@ -90,6 +82,12 @@ class LoHa(Adapter):
         first, second = (cast(down, x.dtype) for down in self._downs(p))
         up = face_split(p["w1_up"], p["w2_up"], -2)
         return apply_low_rank(change, layer, x, face_split(first, second, -1), up, scale)
+
+    @classmethod
+    def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:
+        outputs = extents(tensors, "hada_w1_a")["hada_t1" in tensors]  # Tucker turns it
+        inputs = extents(tensors, "hada_w1_b")[1]
+        return LayerShape(kernel_of(tensors, "hada_t1"), inputs, outputs)
 
     @classmethod
     def read(

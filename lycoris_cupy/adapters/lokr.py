@@ -26,7 +26,8 @@ from ..ops.kron import kron_weight, mix_blocks
 from ..ops.low_rank import low_rank_weight, tucker_weight
 from ..ops.product import product
 from ..ops.shapes import reshape
-from .base import Adapter, Factor, Parameters, require_two_axes, uniform, zeros
+from .base import Adapter, Parameters, uniform, zeros
+from .factor import Factor, extents, kernel_of, require_two_axes
 
 
 def factorization(size: int, factor: int) -> tuple[int, int]:
@@ -94,16 +95,25 @@ class LoKr(Adapter):
         return cls(shape, rank, alpha, (rows, columns, blocks, width), w1_rank, w2_rank, tucker)
 
     @property
-    def _full(self) -> bool:
-        return self.w1_rank is None and self.w2_rank is None
+    def has_rank(self) -> bool:
+        return self.w1_rank is not None or self.w2_rank is not None
+
+    @property
+    def ignores_alpha(self) -> bool:
+        return not self.has_rank
 
     @property
     def scale(self) -> float:
-        return 1.0 if self._full else super().scale
+        return super().scale if self.has_rank else 1.0
+
+    @property
+    def scale_reason(self) -> str:
+        full = "both sides full: scale 1 whatever alpha says"
+        return super().scale_reason if self.has_rank else full
 
     @property
     def saved_alpha(self) -> float | None:
-        if self._full:  # readers ignore it; it only has to be a number
+        if not self.has_rank:  # readers ignore it; it only has to be a number
             return float(self.alpha) if self.alpha and isfinite(self.alpha) else 1.0
         return super().saved_alpha
 
@@ -209,6 +219,19 @@ class LoKr(Adapter):
             inner = product(x, p["w2_down"], window.grouped(blocks, shared=True))
         # The mix runs between the factors, where the blocks are only rank wide.
         return product(mix_blocks(inner, w1), p["w2_up"], shared, add=change, scale=scale)
+
+    @classmethod
+    def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:
+        factored = "lokr_w1" not in tensors
+        rows = extents(tensors, "lokr_w1_a" if factored else "lokr_w1")[0]
+        blocks = extents(tensors, "lokr_w1_b" if factored else "lokr_w1")[1]
+        if "lokr_w2" in tensors:
+            columns, width = extents(tensors, "lokr_w2")
+        else:
+            columns = extents(tensors, "lokr_w2_a")["lokr_t2" in tensors]  # Tucker turns it
+            width = extents(tensors, "lokr_w2_b")[1]
+        window = kernel_of(tensors, "lokr_w2", "lokr_t2", "lokr_w2_b")
+        return LayerShape(window, blocks * width, rows * columns)
 
     @classmethod
     def read(

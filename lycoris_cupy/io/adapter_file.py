@@ -20,7 +20,7 @@ from ..adapters import Adapter
 from ..arrays import Array, to_device
 from ..errors import DtypeError, FileFormatError, LycorisError, MatchError, ShapeError
 from ..layers import LayerShape
-from .modules import FACTOR_DTYPES, has_rank, read_module, scale_from, told
+from .modules import FACTOR_DTYPES, read_module, told
 from .names import PREFIXES, BaseNames, fold, foreign, split_key
 from .report import LayerReport, LoadReport, Unmatched
 from .safetensors import NUMPY, TensorFile, open_file, write
@@ -155,10 +155,10 @@ def _layer_report(file, keys, module, layer, adapter: Adapter, params, dtype) ->
         layer=layer,
         shape=str(adapter.shape) if layer is not None else told(adapter),
         algorithm=adapter.algorithm,
-        rank=adapter.rank if has_rank(adapter) else None,
+        rank=adapter.rank if adapter.has_rank else None,
         alpha=adapter.alpha,
         scale=adapter.scale,
-        scale_from=scale_from(adapter),
+        scale_from=adapter.scale_reason,
         dtype=", ".join(stored),
         rounded=dtype is not None and any(_rounds(NUMPY[name], dtype) for name in stored),
         parameters=sum(array.size for array in params.values()),

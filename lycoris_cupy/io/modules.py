@@ -13,10 +13,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..adapters import ALGORITHMS, Adapter, LoKr
+from ..adapters import ALGORITHMS, Adapter
 from ..errors import DtypeError, FileFormatError, ShapeError
 from ..layers import LayerShape
-from ..ops.window import Window
 from .safetensors import TensorFile
 
 FACTOR_DTYPES = ("BF16", "F16", "F32", "F64")
@@ -81,7 +80,7 @@ def read_module(
         suffix: _factor(file, key, suffix) for suffix, key in keys.items() if suffix != "alpha"
     }
     alpha = _alpha(file, keys["alpha"]) if "alpha" in keys else None
-    adapter = kind.read(guess_shape(tensors) if shape is None else shape, tensors, alpha)
+    adapter = kind.read(kind.guess_shape(tensors) if shape is None else shape, tensors, alpha)
     used = {factor.key for factor in adapter.factors().values()}
     if used != set(tensors):
         odd, what = (
@@ -93,35 +92,11 @@ def read_module(
             f"{', '.join(sorted(odd))} {what} beside {', '.join(sorted(set(tensors) - odd))}"
         )
     params = adapter.load(tensors)
-    if alpha is not None and not math.isfinite(alpha) and not _full_lokr(adapter):
+    if alpha is not None and not math.isfinite(alpha) and not adapter.ignores_alpha:
         raise FileFormatError(f"alpha is {alpha}, expected a finite number")
     if not abs(adapter.scale) <= _F32_MAX:
         raise FileFormatError(f"alpha / rank = {alpha:g} / {adapter.rank} is more than f32 holds")
     return adapter, params
-
-
-def scale_from(adapter: Adapter) -> str:
-    """Where an adapter's scale comes from, in words."""
-    if adapter.saved_alpha is None:
-        return f"{adapter.algorithm} has no alpha: scale 1"
-    if _full_lokr(adapter):
-        return "both sides full: scale 1 whatever alpha says"
-    if adapter.rank == 0:
-        return "rank 0: scale 0"
-    if adapter.alpha is None:
-        return "no alpha in the file: scale 1"
-    if adapter.alpha == 0:
-        return "alpha 0 is read as rank: scale 1"
-    return f"alpha / rank = {adapter.alpha:g} / {adapter.rank}"
-
-
-def has_rank(adapter: Adapter) -> bool:
-    """False for Full, and for a LoKr without a factored side."""
-    return adapter.saved_alpha is not None and not _full_lokr(adapter)
-
-
-def _full_lokr(adapter: Adapter) -> bool:
-    return isinstance(adapter, LoKr) and adapter.w1_rank is None and adapter.w2_rank is None
 
 
 def _factor(file: TensorFile, key: str, suffix: str) -> np.ndarray:
@@ -149,43 +124,8 @@ def _alpha(file: TensorFile, key: str) -> float:
     return float(tensor.reshape(()).astype(np.float64))
 
 
-def guess_shape(tensors: Mapping[str, np.ndarray]) -> LayerShape:
-    """The layer that factors belong to, as far as they tell: flat columns stay flat, groups are
-    unknown.
-
-    What is missing or misshapen counts as 1 here, for `Adapter.read` to refuse by name.
-    """
-
-    def extents(key: str) -> tuple[int, int]:
-        columns, rows, *_ = (*tensors[key].shape, 1, 1) if key in tensors else (1, 1)
-        return columns, rows
-
-    def kernel(*keys: str) -> tuple[int, ...]:
-        return next((tensors[key].shape[2:] for key in keys if key in tensors), ())
-
-    if "diff" in tensors:
-        columns, rows = extents("diff")
-        return LayerShape(Window.of(kernel("diff")), rows, columns)
-    if "lora_up.weight" in tensors or "lora_down.weight" in tensors:
-        space = kernel("lora_mid.weight", "lora_down.weight")
-        return LayerShape(
-            Window.of(space), extents("lora_down.weight")[1], extents("lora_up.weight")[0]
-        )
-    if "hada_w1_a" in tensors:
-        columns = extents("hada_w1_a")["hada_t1" in tensors]
-        return LayerShape(Window.of(kernel("hada_t1")), extents("hada_w1_b")[1], columns)
-    w1 = "lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a"
-    blocks = extents("lokr_w1" if "lokr_w1" in tensors else "lokr_w1_b")[1]
-    if "lokr_w2" in tensors:
-        columns, width = extents("lokr_w2")
-    else:
-        columns, width = extents("lokr_w2_a")["lokr_t2" in tensors], extents("lokr_w2_b")[1]
-    space = kernel("lokr_w2", "lokr_t2", "lokr_w2_b")
-    return LayerShape(Window.of(space), blocks * width, extents(w1)[0] * columns)
-
-
 def told(adapter: Adapter) -> str:
-    """What `guess_shape` could tell of the layer: flat columns of a file may hold a kernel."""
+    """What `Adapter.guess_shape` could tell of the layer: flat columns may hold a kernel."""
     flat = any(factor.flat and factor.spatial for factor in adapter.factors().values())
     if flat and not adapter.shape.window.axes:
         return f"{adapter.shape.inputs} (taps included) -> {adapter.shape.outputs}"
