@@ -58,9 +58,7 @@ def factors(adapter: Adapter, x, out_size: float, share: float, seed: int) -> di
     """
     rng = np.random.default_rng(seed)
     made = {n: rng.standard_normal(v.shape, np.float32) for n, v in adapter.init(rng).items()}
-    made = {
-        n: v / np.float32(np.sqrt(np.prod(v.shape[:-1], dtype=float))) for n, v in made.items()
-    }
+    made = {n: v / np.float32(np.sqrt(np.prod(v.shape[:-1], dtype=float))) for n, v in made.items()}
     change = changes(adapter, {n: np.asarray(v, np.float64) for n, v in made.items()}, x)
     last = list(made)[-1]
     made[last] = made[last] * np.float32(share * out_size / np.sqrt((change**2).mean()))

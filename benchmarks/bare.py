@@ -61,4 +61,3 @@ class Bare:
             "times": self.times,
             **{f"{name}_note": note for name, note in self.notes.items()},
         }
-

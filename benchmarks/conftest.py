@@ -81,5 +81,3 @@ def results(pytestconfig) -> Results:
 @pytest.fixture(scope="session")
 def cases(results) -> Cases:
     return Cases(results)
-
-

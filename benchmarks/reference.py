@@ -41,7 +41,7 @@ def subscripts(adapter: Adapter) -> tuple[dict[str, str], str]:
     raise TypeError(f"no reference formula for {type(adapter).__name__}")
 
 
-def _canonical(adapter: Adapter, p) -> dict:
+def canonical(adapter: Adapter, p) -> dict:
     """Factors in f64 with one axis a subscript."""
     shapes = {name: form.canonical(adapter.shape) for name, form in adapter.factors().items()}
     names, _ = subscripts(adapter)
@@ -62,7 +62,7 @@ def _out_shape(adapter: Adapter) -> tuple[int, ...]:
 def delta(adapter: Adapter, p):
     """The change of the weight, (taps, IN, OUT) f64, its scale included."""
     names, out = subscripts(adapter)
-    xp, values = module_of(next(iter(p.values()))), _canonical(adapter, p)
+    xp, values = module_of(next(iter(p.values()))), canonical(adapter, p)
     made = xp.einsum(f"{','.join(names.values())}->{out}", *values.values(), optimize=True)
     shape = adapter.shape
     return made.reshape(shape.taps, shape.inputs, shape.outputs) * adapter.scale
@@ -71,7 +71,7 @@ def delta(adapter: Adapter, p):
 def gradients(adapter: Adapter, p, dw) -> dict:
     """Factor -> the gradient of <dw, delta>, f64, in Flame layout.  dw: (taps, IN, OUT) f64."""
     names, out = subscripts(adapter)
-    xp, values = module_of(dw), _canonical(adapter, p)
+    xp, values = module_of(dw), canonical(adapter, p)
     dw = dw.reshape(_out_shape(adapter)) * adapter.scale
     made = {}
     for name, own in names.items():
