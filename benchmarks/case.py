@@ -13,6 +13,7 @@ from lycoris_cupy.attachment import Attachment
 from . import composed, reference, timing
 from .adapters import SHARE, Group, factors
 from .shapes import Shape
+from .ulp import ulp, worst
 
 SAMPLES = 64  # positions at which outputs and input gradients are compared with f64
 # A result further off than this is wrong: one rounding is half a unit, and the few on the way (x2,
@@ -70,8 +71,8 @@ class Case:
         return engine
 
     def expected(self, engine: Engine, group: Group) -> dict:
-        """y, dx at the samples and every factor's gradient in f64; and `composed`, the errors of the
-        plain composition, the yardstick of every route.
+        """y, dx at the samples and every factor's gradient in f64; and `composed`, the plain
+        composition's errors, the yardstick of every route.
         """
         total, grads, y_parts, dx_parts = self.weight.copy(), {}, [], []
         for i, adapter in enumerate(group):
@@ -85,20 +86,20 @@ class Case:
         y += self.layer.bias.astype(np.float64)
         dx = self._to_dx(total)
         yardstick = {
-            "y": reference.ulp(composed.composed(self.base_y, y_parts), y),
-            "dx": reference.ulp(composed.composed(self.base_dx, dx_parts), dx),
+            "y": ulp(composed.composed(self.base_y, y_parts), y),
+            "dx": ulp(composed.composed(self.base_dx, dx_parts), dx),
         }
         return {"y": y, "dx": dx, "grads": grads, "composed": yardstick}
 
     def errors(self, expected: dict, y, dx, grads) -> dict[str, dict[str, float]]:
         """'y', 'dx', 'grads' in ULP against f64; fails where one is wrong."""
         found = {
-            "y": reference.ulp(reference.rows_at(y, self.at), expected["y"]),
-            "dx": reference.ulp(reference.rows_at(dx, self.at), expected["dx"]),
+            "y": ulp(reference.rows_at(y, self.at), expected["y"]),
+            "dx": ulp(reference.rows_at(dx, self.at), expected["dx"]),
         }
         if grads:
-            found["grads"] = reference.worst(
-                reference.ulp(grads[a]["layer"][factor], right)
+            found["grads"] = worst(
+                ulp(grads[a]["layer"][factor], right)
                 for a, factors in expected["grads"].items()
                 for factor, right in factors.items()
             )

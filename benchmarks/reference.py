@@ -1,5 +1,5 @@
-"""What a layer with adapters gives in f64: outputs and input gradients at some positions, every
-gradient of the factors; and how far, in units of the last place, a result is from it.
+"""What a layer with adapters gives in f64: outputs and input gradients at some positions, and every
+gradient of the factors.
 
 Written from the formulas, apart from the package: an algorithm's change of the weight is one
 product of its factors, linear in each, so one line of subscripts gives the change and all its
@@ -131,22 +131,3 @@ def weight_gradient(x, dy, window):
         part = (slice(k, k + n) for k, n in zip(tap, x.shape[1:-1], strict=True))
         out.append(padded[(slice(None), *part)].reshape(-1, x.shape[-1]).T @ flat)
     return xp.stack(out)
-
-
-def ulp(value, reference) -> dict[str, float]:
-    """{'max', 'rms'} of |value - reference| in units of the last place of bf16 at the reference.
-
-    The unit is taken at least at the reference's root mean square: where a sum cancels, its
-    rounding is that of the terms. One rounding alone gives 0.5 at most and 0.2 to 0.29 rms.
-    """
-    xp = module_of(reference)
-    size = xp.maximum(xp.abs(reference), xp.sqrt((reference**2).mean()))
-    unit = 2.0 ** (xp.floor(xp.log2(xp.maximum(size, 1e-300))) - 7)
-    error = xp.abs(value.astype(np.float64) - reference) / unit
-    return {"max": float(error.max()), "rms": float(xp.sqrt((error**2).mean()))}
-
-
-def worst(errors) -> dict[str, float]:
-    """The largest of several such errors."""
-    errors = list(errors)
-    return {key: max(e[key] for e in errors) for key in ("max", "rms")}

@@ -1,5 +1,6 @@
-"""The weight builders: W + s dW of every algorithm, as `merged()` makes it, on weights of 32 MiB and
-more; GB/s (the weight read and written, the factors read) as a share of this run's copy bandwidth.
+"""The weight builders: W + s dW of every algorithm, as `merged()` makes it, on weights of 32 MiB
+and more; GB/s (the weight read and written, the factors read) as a share of the copy bandwidth of
+the same run.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .adapters import builders
 from .case import MOST_ULP
 from .floors import build_bytes
 from .shapes import CPU_WEIGHTS, WEIGHTS
+from .ulp import ulp
 
 GPU = not gpu_missing()
 CASES = [(w, a) for w in (WEIGHTS if GPU else CPU_WEIGHTS) for a in builders(w.layer)]
@@ -59,6 +61,6 @@ def _error(engine, group, built) -> dict[str, float]:
     for i, adapter in enumerate(group):
         p = engine.parameters(f"a{i}")["layer"]
         total += reference.delta(adapter, p) * engine.strength[f"a{i}"]
-    error = reference.ulp(built.reshape(total.shape), total)
+    error = ulp(built.reshape(total.shape), total)
     assert error["max"] <= MOST_ULP, f"{error} ULP from f64"
     return {**error, "weight_mib": to_device(built, "cpu").nbytes / 2**20}
