@@ -100,9 +100,10 @@ def floors(shape: Shape, group: Group) -> dict[str, Floor]:
 
 
 def step_memory(shape: Shape, group: Group, bare: int) -> int:
-    """Bytes that a step may hold: the bare layer's, the f32 gradients, and twice x2."""
+    """Bytes that a step may hold: the bare layer's, the f32 gradients, and twice x2 (x2 and dh)."""
     widths = sum(map(inner_width, group))
-    return bare + 4 * sum(map(parameters, group)) + 2 * 2 * shape.positions * widths
+    rounding = 64 * 512  # CuPy's pool gives each array a multiple of 512 bytes
+    return bare + 4 * sum(map(parameters, group)) + 2 * 2 * shape.positions * widths + rounding
 
 
 def build_bytes(shape: Shape, group: Group) -> int:

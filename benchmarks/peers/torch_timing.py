@@ -23,7 +23,11 @@ def measure(run: Callable, device: str) -> dict:
         return {"us": _wall_us(run), "timed": "wall"}
     why = _synchronises(run)
     if not why:
-        return {"us": device_us(captured(run)), "timed": "graph"}
+        try:
+            return {"us": device_us(captured(run)), "timed": "graph"}
+        except Exception as error:  # something else that a capture does not allow
+            why = _line(error)
+            torch.cuda.synchronize()
     try:
         return {"us": _kernels_us(run), "timed": "kernels", "not_captured": why}
     except Exception as error:  # no profiler on this machine: gaps between kernels are counted

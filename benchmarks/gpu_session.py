@@ -1,0 +1,130 @@
+"""One session on a GPU: the whole suite, then the benchmarks with the peers' columns, each within
+its own time, and all that is worth keeping in one folder.
+
+    python -m benchmarks.gpu_session OUT
+    python -m benchmarks.gpu_session OUT --stages benchmarks --peer-seconds 300 --seconds 590
+
+OUT gets at most eight files: suite.log, gpu-suite.json, benchmarks.log, benchmark.json (of
+pytest-benchmark), layers.json (written row by row), table.md, chart.png. A stage that runs out of
+time is ended, and what it has written counts. Prints a short summary last; exits 0 if every stage
+passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .environment import ROOT
+
+STAGES = ("suite", "benchmarks")
+MOST_LOG = 8 << 20  # bytes; the end of a log is what tells
+KEPT = 20.0  # seconds kept back for the table, the chart and the summary
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_session")
+    parser.add_argument("out", type=Path, help="folder for what comes out")
+    parser.add_argument("--stages", default=",".join(STAGES), help="of suite,benchmarks")
+    parser.add_argument("--seconds", type=float, default=590, help="for everything (590)")
+    parser.add_argument("--suite-seconds", type=float, default=240, help="for the suite (240)")
+    parser.add_argument(
+        "--peer-seconds", type=float, default=0, help="for the peers within the benchmarks (0)"
+    )
+    parser.add_argument("-k", default="", help="only benchmarks that match, as pytest's -k")
+    options = parser.parse_args()
+    stages = options.stages.split(",")
+    if unknown := set(stages) - set(STAGES):
+        parser.error(f"unknown stage {', '.join(unknown)}: use {', '.join(STAGES)}")
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + options.seconds - KEPT
+    lines, codes = [], []
+    if "suite" in stages:
+        seconds = min(options.suite_seconds, end - time.monotonic())
+        codes.append(_stage(["--require-gpu", "-q"], out / "suite.log", seconds))
+        lines.append(_told("suite", codes[-1], out / "suite.log"))
+        record = ROOT / "benchmarks" / "results" / "gpu-suite.json"
+        if codes[-1] is not None and record.exists():
+            shutil.copy(record, out)
+    if "benchmarks" in stages:
+        words = [
+            "benchmarks", "--benchmark-enable", "-n", "0", "-q", "--benchmark-columns=median",
+            "--results", str(out / "layers.json"),
+            "--benchmark-json", str(out / "benchmark.json"),
+            "--peer-seconds", str(options.peer_seconds),
+            *(["-k", options.k] if options.k else []),
+        ]  # fmt: skip
+        codes.append(_stage(words, out / "benchmarks.log", end - time.monotonic()))
+        lines.append(_told("benchmarks", codes[-1], out / "benchmarks.log"))
+        lines += _report(out)
+    print("\n".join(["", *lines]))
+    return int(any(codes) or None in codes)
+
+
+def _stage(words: list[str], log: Path, seconds: float) -> int | None:
+    """pytest's exit status; None if it was ended after `seconds`."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *words],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(max(seconds, 1.0))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the peers' processes too
+            process.wait()
+            code = None
+    _cut(log)
+    return code
+
+
+def _cut(log: Path) -> None:
+    data = log.read_bytes()
+    if len(data) > MOST_LOG:
+        log.write_bytes(b"(the beginning is left out)\n" + data[-MOST_LOG:])
+
+
+def _told(stage: str, code: int | None, log: Path) -> str:
+    how = "ended: out of time" if code is None else f"exit status {code}"
+    text = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    wrong = [line for line in text if line.startswith(("FAILED", "ERROR"))][:20]
+    return "\n".join([f"{stage}: {how}", *wrong, *text[-1:]])
+
+
+def _report(out: Path) -> list[str]:
+    """Table and chart of what was measured, and the targets for the summary."""
+    path = out / "layers.json"
+    if not path.exists():
+        return ["nothing was measured"]
+    from .table import full, head, table, weights
+    from .targets import targets
+
+    data = json.loads(path.read_text())
+    if not data["rows"]:
+        return ["no layer was measured"]
+    parts = [head(data), table(data), targets(data), full(data), weights(data)]
+    (out / "table.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    lines = parts[:1] + [table(data), targets(data)]
+    try:
+        from .chart import draw
+
+        draw(data, out / "chart.png")
+    except ImportError as error:
+        lines.append(f"no chart: {error} (the extra `plot`)")
+    return lines
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
