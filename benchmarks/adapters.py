@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lycoris_cupy import Adapter, Full, LayerShape, LoCon, LoHa, LoKr
+from lycoris_cupy.arrays import module_of
 
 from .reference import changes
 
@@ -59,7 +60,7 @@ def factors(adapter: Adapter, x, out_size: float, share: float, seed: int) -> di
     rng = np.random.default_rng(seed)
     made = {n: rng.standard_normal(v.shape, np.float32) for n, v in adapter.init(rng).items()}
     made = {n: v / np.float32(np.sqrt(np.prod(v.shape[:-1], dtype=float))) for n, v in made.items()}
-    change = changes(adapter, {n: np.asarray(v, np.float64) for n, v in made.items()}, x)
+    change = changes(adapter, {n: module_of(x).asarray(v) for n, v in made.items()}, x)
     last = list(made)[-1]
-    made[last] = made[last] * np.float32(share * out_size / np.sqrt((change**2).mean()))
+    made[last] = made[last] * np.float32(share * out_size / float((change**2).mean()) ** 0.5)
     return made

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from . import cudnn_bare, plain
+from . import cudnn_bare, plain, timing
 from .case import Case
+from .ulp import f64
 
 LIBRARIES = ("cublaslt", "cudnn")
 
@@ -34,6 +35,9 @@ class Bare:
             label: min(libraries, key=lambda name: self.times[name][f"{label}_us"])
             for label in ("forward", "step")
         }
+        self._yardstick = {label: self._runs[name][label] for label, name in self.by.items()}
+        if case.gpu:
+            self._yardstick = {k: timing.captured(run) for k, run in self._yardstick.items()}
 
     def _check(self) -> None:
         """Every library's result is the layer's."""
@@ -43,16 +47,16 @@ class Bare:
             dx = dx[0] if name == "own" else dx  # and no factor gradients
             base = case.base_y
             if name == "cudnn":  # it adds no bias
-                base = base - case.layer.bias.astype("float64")
+                base = base - f64(case.layer.bias)
             case.errors({"y": base, "dx": case.base_dx}, y, dx, None)
 
     def measure(self) -> dict[str, float]:
         """The yardstick's times once more, to stand in the row of a measurement made beside it."""
-        out = {}
-        for label, name in self.by.items():
-            found = self.case.measure({label: self._runs[name][label]})
-            out.update({f"bare_{key}": value for key, value in found.items()})
-        return out
+        gpu = self.case.gpu
+        return {
+            f"bare_{label}_us": timing.device_us(run) if gpu else timing.wall_us(run, False)
+            for label, run in self._yardstick.items()
+        }
 
     def row(self) -> dict:
         return {

@@ -13,7 +13,7 @@ from lycoris_cupy.attachment import Attachment
 from . import composed, reference, timing
 from .adapters import SHARE, Group, factors
 from .shapes import Shape
-from .ulp import ulp, worst
+from .ulp import f64, ulp, worst
 
 SAMPLES = 64  # positions at which outputs and input gradients are compared with f64
 # A result further off than this is wrong: one rounding is half a unit, and the few on the way (x2,
@@ -39,9 +39,9 @@ class Case:
         window = self.layer.window
         self.x_patches = reference.patches(self.x, self.at, window)
         self.dy_patches = reference.patches(self.dy, self.at, window, mirrored=True)
-        self.weight = self.layer.matrix.astype(np.float64)
+        self.weight = f64(self.layer.matrix)
         self.base_y = xp.tensordot(self.x_patches, self.weight, axes=((1, 2), (0, 1)))
-        self.base_y += self.layer.bias.astype(np.float64)
+        self.base_y += f64(self.layer.bias)
         self.base_dx = self._to_dx(self.weight)
         self._dw = None
 
@@ -61,10 +61,9 @@ class Case:
         whose changes together are SHARE of the layer's output.
         """
         engine = Engine(self.engine.layers, device=self.device)
-        patches = to_device(self.x_patches[:8], "cpu")
-        size = float(np.sqrt((to_device(self.base_y, "cpu") ** 2).mean()))
+        size = float(np.sqrt((self.base_y**2).mean()))
         for i, adapter in enumerate(group):
-            made = factors(adapter, patches, size, SHARE / np.sqrt(len(group)), seed=i)
+            made = factors(adapter, self.x_patches[:8], size, SHARE / np.sqrt(len(group)), seed=i)
             engine.attachments[f"a{i}"] = Attachment(
                 {"layer": (adapter, made)}, self.device, bf16, 1.0
             )
@@ -83,7 +82,7 @@ class Case:
             dx_parts.append(composed.change(adapter, p, self.dy_patches, mirrored=True))
         xp = module_of(total)
         y = xp.tensordot(self.x_patches, total, axes=((1, 2), (0, 1)))
-        y += self.layer.bias.astype(np.float64)
+        y += f64(self.layer.bias)
         dx = self._to_dx(total)
         yardstick = {
             "y": ulp(composed.composed(self.base_y, y_parts), y),

@@ -1,19 +1,20 @@
 """The bare convolution by cuDNN: forward and input gradient of an NHWC bf16 convolution on CuPy
 arrays, sums in f32, through the graph API of `nvidia-cudnn-frontend` (the extra `cudnn`).
 
-Every plan of heuristics A and of the fallback list that builds is timed; the fastest counts. cuDNN
-gets its weight as (OC, KH, KW, IC), its favourite layout, and adds no bias: both favour it.
+Every plan of heuristics A and of the fallback list that builds (within MOST_SECONDS) is timed; the
+fastest counts. cuDNN gets its weight as (OC, KH, KW, IC), its favourite layout, and adds no bias: both favour it.
 """
 
 from __future__ import annotations
 
+import time
 from importlib.util import find_spec
 
 from . import timing
 from .case import Case
 
 MOST_WORKSPACE = 1 << 30  # bytes; a plan that wants more is no yardstick
-MOST_PLANS = 24
+MOST_SECONDS = 6.0  # for building and timing plans, the heuristics' best first
 
 
 def available() -> bool:
@@ -72,7 +73,10 @@ class Convolution:
 
     def _choose(self) -> None:
         graph, times, refused = self._graph, {}, []
-        for index in range(min(graph.get_execution_plan_count(), MOST_PLANS)):
+        end = time.monotonic() + MOST_SECONDS
+        for index in range(graph.get_execution_plan_count()):
+            if times and time.monotonic() > end:
+                break
             try:
                 graph.build_plan_at_index(index)
                 size = graph.get_workspace_size_plan_at_index(index)

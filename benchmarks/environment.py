@@ -26,6 +26,7 @@ def environment() -> dict:
     if gpu_missing():
         return found
     import cupy
+    from cupy_backends.cuda.libs import nvrtc
 
     runtime = cupy.cuda.runtime
     return {
@@ -34,7 +35,7 @@ def environment() -> dict:
         "driver": driver(),
         "cuda_driver": runtime.driverGetVersion(),
         "cuda_runtime": runtime.runtimeGetVersion(),
-        "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
+        "nvrtc": ".".join(map(str, nvrtc.getVersion())),
         "cupy": cupy.__version__,
         "nvmath": package("nvmath-python"),
         "cublaslt": _cublaslt(),

@@ -13,6 +13,8 @@ import numpy as np
 from lycoris_cupy import Adapter, Full, LoCon, LoHa, LoKr
 from lycoris_cupy.arrays import module_of
 
+from .ulp import f64
+
 # taps t; inputs i = (m, n); outputs o = (l, k); ranks the rest.
 _LOHA_TUCKER = {"w1_down": "ip", "t1": "tpr", "w1_up": "ro", "w2_down": "iq", "t2": "tqs"}
 
@@ -45,10 +47,7 @@ def canonical(adapter: Adapter, p) -> dict:
     """Factors in f64 with one axis a subscript."""
     shapes = {name: form.canonical(adapter.shape) for name, form in adapter.factors().items()}
     names, _ = subscripts(adapter)
-    return {
-        n: p[n].astype(np.float64).reshape(shapes[n][len(shapes[n]) - len(s) :])
-        for n, s in names.items()
-    }
+    return {n: f64(p[n]).reshape(shapes[n][len(shapes[n]) - len(s) :]) for n, s in names.items()}
 
 
 def _out_shape(adapter: Adapter) -> tuple[int, ...]:
@@ -96,7 +95,7 @@ def patches(a, at, window, mirrored: bool = False):
     """
     xp = module_of(a)
     if not window.axes:
-        return rows_at(a, at).astype(np.float64)[:, None]
+        return f64(rows_at(a, at))[:, None]
     n, *space = a.shape[:-1]
     places = xp.stack(xp.unravel_index(at, (n, *space)))  # (1 + axes, samples)
     out = []
@@ -109,7 +108,7 @@ def patches(a, at, window, mirrored: bool = False):
             inside &= (moved[axis] >= 0) & (moved[axis] < extent)
             moved[axis] = moved[axis].clip(0, extent - 1)
         flat = xp.ravel_multi_index(tuple(moved), (n, *space))
-        out.append(rows_at(a, flat).astype(np.float64) * inside[:, None])
+        out.append(f64(rows_at(a, flat)) * inside[:, None])
     return xp.stack(out, 1)
 
 
@@ -122,10 +121,10 @@ def rows_at(a, at):
 def weight_gradient(x, dy, window):
     """x^T dy for every tap, (taps, IN, OUT) f64."""
     xp = module_of(x)
-    flat = dy.reshape(-1, dy.shape[-1]).astype(np.float64)
+    flat = f64(dy.reshape(-1, dy.shape[-1]))
     if not window.axes:
-        return (x.reshape(-1, x.shape[-1]).astype(np.float64).T @ flat)[None]
-    padded = xp.pad(x.astype(np.float64), [(0, 0), *((p, p) for p in window.padding), (0, 0)])
+        return (f64(x.reshape(-1, x.shape[-1])).T @ flat)[None]
+    padded = xp.pad(f64(x), [(0, 0), *((p, p) for p in window.padding), (0, 0)], mode="constant")
     out = []
     for tap in np.ndindex(*window.kernel):
         part = (slice(k, k + n) for k, n in zip(tap, x.shape[1:-1], strict=True))

@@ -17,7 +17,7 @@ from .adapters import builders
 from .case import MOST_ULP
 from .floors import build_bytes
 from .shapes import CPU_WEIGHTS, WEIGHTS
-from .ulp import ulp
+from .ulp import f64, ulp
 
 GPU = not gpu_missing()
 CASES = [(w, a) for w in (WEIGHTS if GPU else CPU_WEIGHTS) for a in builders(w.layer)]
@@ -40,7 +40,12 @@ def test_build(weight, name, results, benchmark):
         return engine.merged().layers["layer"].weight
 
     row = {"shape": weight.name, "adapter": name, "ulp": _error(engine, group, build())}
-    run = timing.captured(build) if GPU else build
+    run = build
+    if GPU:
+        try:
+            run = timing.captured(build)
+        except Exception as error:  # then gaps between its kernels count
+            row["not_captured"] = str(error)[:200]
     row["us"] = timing.device_us(run) if GPU else timing.wall_us(run, False)
     row["bytes"] = build_bytes(weight, group)
     row["gb_s"] = row["bytes"] / row["us"] / 1e3
@@ -57,7 +62,7 @@ def test_build(weight, name, results, benchmark):
 def _error(engine, group, built) -> dict[str, float]:
     """Of a slice of the input side, in ULP against f64."""
     layer = engine.layers["layer"]
-    total = layer.matrix.astype(np.float64)
+    total = f64(layer.matrix)
     for i, adapter in enumerate(group):
         p = engine.parameters(f"a{i}")["layer"]
         total += reference.delta(adapter, p) * engine.strength[f"a{i}"]

@@ -19,8 +19,15 @@ def ulp(value, reference) -> dict[str, float]:
     xp = np if isinstance(reference, np.ndarray) else sys.modules["cupy"]
     size = xp.maximum(xp.abs(reference), xp.sqrt((reference**2).mean()))
     unit = 2.0 ** (xp.floor(xp.log2(xp.maximum(size, 1e-300))) - 7)
-    error = xp.abs(value.astype(np.float64) - reference) / unit
+    error = xp.abs(f64(value) - reference) / unit
     return {"max": float(error.max()), "rms": float(xp.sqrt((error**2).mean()))}
+
+
+def f64(a):
+    """The same values in f64.  a: bf16, f32 or f64."""
+    if a.dtype.itemsize == 2:  # bf16 is the upper half of an f32; no library has to know it
+        a = (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return a.astype(np.float64)
 
 
 def worst(errors) -> dict[str, float]:
