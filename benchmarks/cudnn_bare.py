@@ -2,7 +2,8 @@
 arrays, sums in f32, through the graph API of `nvidia-cudnn-frontend` (the extra `cudnn`).
 
 Every plan of heuristics A and of the fallback list that builds (within MOST_SECONDS) is timed; the
-fastest counts. cuDNN gets its weight as (OC, KH, KW, IC), its favourite layout, and adds no bias: both favour it.
+fastest counts. cuDNN gets its weight as (OC, KH, KW, IC), its favourite layout, and adds no bias:
+both favour it.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def main() -> int:
     lines, codes = [], []
     if "suite" in stages:
         seconds = min(options.suite_seconds, end - time.monotonic())
-        codes.append(_stage(["--require-gpu", "-q"], out / "suite.log", seconds))
-        lines.append(_told("suite", codes[-1], out / "suite.log"))
+        codes.append(stage(_pytest("--require-gpu", "-q"), out / "suite.log", seconds))
+        lines.append(told("suite", codes[-1], out / "suite.log"))
         record = ROOT / "benchmarks" / "results" / "gpu-suite.json"
         if codes[-1] is not None and record.exists():
             shutil.copy(record, out)
@@ -62,18 +62,22 @@ def main() -> int:
             "--peer-seconds", str(options.peer_seconds),
             *(["-k", options.k] if options.k else []),
         ]  # fmt: skip
-        codes.append(_stage(words, out / "benchmarks.log", end - time.monotonic()))
-        lines.append(_told("benchmarks", codes[-1], out / "benchmarks.log"))
-        lines += _report(out)
+        codes.append(stage(_pytest(*words), out / "benchmarks.log", end - time.monotonic()))
+        lines.append(told("benchmarks", codes[-1], out / "benchmarks.log"))
+        lines += report(out)
     print("\n".join(["", *lines]))
     return int(any(codes) or None in codes)
 
 
-def _stage(words: list[str], log: Path, seconds: float) -> int | None:
-    """pytest's exit status; None if it was ended after `seconds`."""
+def _pytest(*words: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", *words]
+
+
+def stage(command: list[str], log: Path, seconds: float) -> int | None:
+    """The command's exit status; None if it was ended after `seconds`."""
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *words],
+            command,
             cwd=ROOT,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -96,14 +100,15 @@ def _cut(log: Path) -> None:
         log.write_bytes(b"(the beginning is left out)\n" + data[-MOST_LOG:])
 
 
-def _told(stage: str, code: int | None, log: Path) -> str:
+def told(name: str, code: int | None, log: Path) -> str:
+    """How a stage went: its status, the tests that failed, and its log's last line."""
     how = "ended: out of time" if code is None else f"exit status {code}"
     text = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     wrong = [line for line in text if line.startswith(("FAILED", "ERROR"))][:20]
-    return "\n".join([f"{stage}: {how}", *wrong, *text[-1:]])
+    return "\n".join([f"{name}: {how}", *wrong, *text[-1:]])
 
 
-def _report(out: Path) -> list[str]:
+def report(out: Path) -> list[str]:
     """Table and chart of what was measured, and the targets for the summary."""
     path = out / "layers.json"
     if not path.exists():
