@@ -334,10 +334,14 @@ def test_a_stage_that_runs_out_of_time_is_ended(tmp_path):
 
 @pytest.mark.skipif(bool(run.missing()), reason="the extra peer is not installed")
 def test_the_peers_give_what_the_project_gives():
-    rows = run.measure(Case(LINE, "cpu"), 60.0, ("LoRA r16", "LoKr factor 8"))
+    rows = run.measure(Case(LINE, "cpu"), 5.0, ("LoRA r16", "LoKr factor 8"))
     cells = {(r["adapter"], r["peer"], r["mode"]): r for r in rows}
-    assert ("none", "torch", "eager") in cells
-    for adapter in ("LoRA r16", "LoKr factor 8"):
-        for peer, mode in (("lycoris-lora", "bypass, torch"), ("peft", "eager")):
-            row = cells[adapter, peer, mode]
-            assert row["ulp"]["y"]["max"] < 8 and row["step_us"] > 0, row
+    assert cells["none", "torch", "eager"]["step_us"] > 0
+    for cell in (
+        ("LoRA r16", "lycoris-lora", "bypass, torch"),
+        ("LoRA r16", "peft", "eager"),
+        ("LoKr factor 8", "lycoris-lora", "rebuild, torch"),
+    ):
+        assert cells[cell]["ulp"]["y"]["max"] < 8 and cells[cell]["step_us"] > 0, cells[cell]
+    late = [r for r in rows if r["mode"] == "rebuild, compiled"]
+    assert late and all("forward_us" in r or "error" in r for r in late)  # none is hidden
