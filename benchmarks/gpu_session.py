@@ -13,6 +13,7 @@ passed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -47,9 +48,19 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.seconds - KEPT
     lines, codes = [], []
+    warmed = False
     if "suite" in stages:
         seconds = min(options.suite_seconds, end - time.monotonic())
+        warm = None
+        if options.peer_seconds and "benchmarks" in stages:
+            # The suite times nothing, so the peers' kernels are compiled beside it.
+            warm, warmed = (
+                _start([sys.executable, "-m", "benchmarks.peers.run", str(seconds)]),
+                True,
+            )
         codes.append(stage(_pytest("--require-gpu", "-q"), out / "suite.log", seconds))
+        if warm is not None:
+            _end(warm)
         lines.append(told("suite", codes[-1], out / "suite.log"))
         record = ROOT / "benchmarks" / "results" / "gpu-suite.json"
         if codes[-1] is not None and record.exists():
@@ -59,7 +70,7 @@ def main() -> int:
             "benchmarks", "--benchmark-enable", "-n", "0", "-q", "--benchmark-columns=median",
             "--results", str(out / "layers.json"),
             "--benchmark-json", str(out / "benchmark.json"),
-            "--peer-seconds", str(options.peer_seconds),
+            "--peer-seconds", str(options.peer_seconds), *["--peers-warmed"] * warmed,
             *(["-k", options.k] if options.k else []),
         ]  # fmt: skip
         codes.append(stage(_pytest(*words), out / "benchmarks.log", end - time.monotonic()))
@@ -76,22 +87,32 @@ def _pytest(*words: str) -> list[str]:
 def stage(command: list[str], log: Path, seconds: float) -> int | None:
     """The command's exit status; None if it was ended after `seconds`."""
     with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
+        process = _start(command, file)
         try:
             code = process.wait(max(seconds, 1.0))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the peers' processes too
-            process.wait()
+            _end(process)
             code = None
     _cut(log)
     return code
+
+
+def _start(command: list[str], log=subprocess.DEVNULL) -> subprocess.Popen:
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+    )
+
+
+def _end(process: subprocess.Popen) -> None:
+    """With all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _cut(log: Path) -> None:

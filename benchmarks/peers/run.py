@@ -1,5 +1,7 @@
-"""Starting the peers' processes: all at once to fill the compilers' caches, then one a shape, alone
-on the machine, to measure.
+"""Starting the peers' processes: many at once to fill the compilers' caches, then one a shape,
+alone on the machine, to measure.
+
+    python -m benchmarks.peers.run SECONDS      fills the caches; then give --peers-warmed
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 
 from ..case import Case
 from ..environment import ROOT
-from ..shapes import Shape
+from ..shapes import SHAPES, Shape
 from . import job
 
 GRACE = 15.0  # seconds beyond its own deadline after which a process is ended
@@ -99,5 +101,19 @@ def _start(command, environment, out, seconds: float, python: str = sys.executab
     return done.returncode
 
 
+def main() -> int:
+    seconds = float(sys.argv[1]) if len(sys.argv) == 2 else 0.0
+    if seconds <= 0 or missing():
+        lacking = f"; missing here: {missing()}" if missing() else ""
+        print(f"usage: python -m benchmarks.peers.run SECONDS{lacking}", file=sys.stderr)
+        return 2
+    print(f"{warm(SHAPES, 'cuda:0', seconds)} adapters of layers compiled")
+    return 0
+
+
 def _whole(line: str) -> bool:
     return line.startswith("{") and line.endswith("}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
