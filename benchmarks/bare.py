@@ -19,17 +19,20 @@ class Bare:
     def __init__(self, case: Case):
         self.case, self.notes = case, {}
         self._runs = {"own": case.runs(case.engine)}
+        y, (dx, _) = self._runs["own"]["step"]()
+        self._check(y, dx, case.base_y)
         if case.gpu and case.layer.window.taps == 1:
             self._runs["cublaslt"] = plain.bare(case)
+            self._check(*self._runs["cublaslt"]["step"](), case.base_y)
         if case.gpu and case.layer.window.axes and cudnn_bare.available():
             try:
                 made = cudnn_bare.bare(case)
                 self.notes["cudnn"] = made.pop("plans")
+                self._check(*made["step"](), case.base_y - f64(case.layer.bias))  # it adds none
                 self._runs["cudnn"] = made
-            except Exception as error:  # reported beside the other times, never hidden
+            except Exception as error:  # stands in the shape's row, never hidden
                 self.notes["cudnn"] = f"failed: {error}"
         self.times = {name: case.measure(runs) for name, runs in self._runs.items()}
-        self._check()
         libraries = [name for name in LIBRARIES if name in self.times] or ["own"]
         self.by = {
             label: min(libraries, key=lambda name: self.times[name][f"{label}_us"])
@@ -39,16 +42,9 @@ class Bare:
         if case.gpu:
             self._yardstick = {k: timing.captured(run) for k, run in self._yardstick.items()}
 
-    def _check(self) -> None:
+    def _check(self, y, dx, right) -> None:
         """Every library's result is the layer's."""
-        case = self.case
-        for name, runs in self._runs.items():
-            y, dx = runs["step"]()
-            dx = dx[0] if name == "own" else dx  # and no factor gradients
-            base = case.base_y
-            if name == "cudnn":  # it adds no bias
-                base = base - f64(case.layer.bias)
-            case.errors({"y": base, "dx": case.base_dx}, y, dx, None)
+        self.case.errors({"y": right, "dx": self.case.base_dx}, y, dx, None)
 
     def measure(self) -> dict[str, float]:
         """The yardstick's times once more, to stand in the row of a measurement made beside it."""

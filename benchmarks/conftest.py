@@ -46,8 +46,9 @@ def pytest_collection_modifyitems(items):
     order = {shape.name: i for i, shape in enumerate([*SHAPES, *CPU_SHAPES])}
 
     def place(item):
-        shape = getattr(item, "callspec", None) and item.callspec.params.get("shape")
-        return order.get(shape.name, len(order)) if shape is not None else len(order)
+        callspec = getattr(item, "callspec", None)
+        shape = callspec.params.get("shape") if callspec else None
+        return order.get(shape.name, len(order)) if isinstance(shape, Shape) else len(order)
 
     items.sort(key=place)  # stable: the order within a shape is the files'
 

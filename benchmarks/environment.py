@@ -75,17 +75,29 @@ def driver() -> str:
 
 
 def _cublaslt() -> str:
-    try:
+    def found():
         from nvmath.bindings import cublasLt
 
-        return str(cublasLt.get_version())
-    except Exception as error:  # a missing library or symbol is worth a word, not a failed run
-        return f"unknown ({error})"
+        return cublasLt.get_version()
+
+    return _told(found)
 
 
 def _cudnn() -> str:
     if not package("nvidia-cudnn-frontend"):
         return ""
-    import cudnn
 
-    return str(cudnn.backend_version())
+    def found():
+        import cudnn
+
+        return cudnn.backend_version()
+
+    return _told(found)
+
+
+def _told(ask) -> str:
+    """A library's version, or why it tells none: no reason to measure nothing."""
+    try:
+        return str(ask())
+    except Exception as error:
+        return f"unknown: {error}"
