@@ -84,6 +84,7 @@ FULL = {
     "plain composition": lambda r: _over(r, "plain_{}_us"),
     "roofline": lambda r: _calls(r, "{}_roofline", ".0%"),
     "wall us": lambda r: _calls(r, "{}_wall_us", ".0f"),
+    "of engine.capture": lambda r: f"{r['capture_wall_us']:.0f}",
     "eager wall us": lambda r: _calls(r, "{}_eager_wall_us", ".0f"),
     "merged": lambda r: f"{r['merged_forward_us'] / r['bare_forward_us']:.2f}",
     "ULP y; dx; factors (rms)": lambda r: "; ".join(f"{e['rms']:.2f}" for e in r["ulp"].values()),

@@ -34,6 +34,9 @@ def test_layer(shape, name, cases, results, benchmark):
     row["ulp_composed"] = expected["composed"]
     row.update(bare.measure())
     row.update(case.measure(runs))
+    if GPU:  # as people call it: the input is checked and copied into the graph's
+        call = engine.capture(case.x)
+        row["capture_wall_us"] = timing.wall_us(lambda: call(case.x), True)
     row.update(_peaks(case, bare, group, runs))
     row.update(_merged(case, engine, expected))
     if GPU and shape.kind == "linear" and name.startswith("LoRA r") and len(group) == 1:
