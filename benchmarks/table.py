@@ -119,6 +119,19 @@ def _over(row, key: str) -> str:
     return "; ".join(f"{row[key.format(c)] / row[f'bare_{c}_us']:.2f}" for c in CALLS)
 
 
+def bare(data: dict) -> str:
+    """Markdown: the bare layer by every library, forward; step in us, torch's eager layer too."""
+    libraries = ("cublaslt", "cudnn", "own")
+    lines = ["| bare layer, us | " + " | ".join((*libraries, "torch")) + " |", "|---" * 5 + "|"]
+    for row in data.get("bare", []):
+        times = [row["times"].get(library) for library in libraries]
+        times += [r for r in data["peers"] if (r["shape"], r["adapter"]) == (row["shape"], "none")]
+        cells = [row["shape"], *(_calls(t, "{}_us", ".0f") if t else "" for t in times)]
+        cells += [""] * (5 - len(cells))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) if data.get("bare") else ""
+
+
 def weights(data: dict) -> str:
     """Markdown: the weight builders."""
     lines = ["| weight | adapter | us | GB/s | of the copy's | ULP (max) |", "|---" * 6 + "|"]
@@ -162,7 +175,8 @@ def main() -> int:
         data = json.loads(path.read_text())
         parts = [head(data), table(data), targets(data)]
         if options.full:
-            parts[2:2] = [part for part in (full(data), weights(data)) if part]
+            more = (bare(data), full(data), weights(data))
+            parts[2:2] = [part for part in more if part]
         print("\n\n".join(parts) + "\n")
     return 0
 

@@ -18,7 +18,7 @@ from benchmarks.case import Case
 from benchmarks.peers import job, run
 from benchmarks.results import Results
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.table import full, peer_best, table
+from benchmarks.table import bare, full, peer_best, table
 from benchmarks.targets import TARGETS, Target, targets
 from benchmarks.test_peers import Clock
 from benchmarks.ulp import ulp, worst
@@ -184,6 +184,7 @@ def test_the_table_shows_the_peers_best_beside():
     best = peer_best(_measured(), "linear 4608 x 3072 -> 3072", "LoRA r16")
     assert (best["forward"]["mode"], best["step"]["mode"]) == ("bypass, fused", "bypass, compiled")
     assert "| 105; 230 | 1.05; 1.15 |" in full(_measured())
+    assert "| conv 4x64x64 640 k3 |  | 100; 200 | 110; 220 |  |" in bare(_measured())
 
 
 def _verdict(data, what):
