@@ -24,7 +24,7 @@ def captured(run: Run) -> Run:
     import cupy
 
     pool = cupy.cuda.MemoryPool()
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = _capture_stream()
     stream.wait_event(cupy.cuda.get_current_stream().record())
     with stream, cupy.cuda.using_allocator(pool.malloc):
         run()
@@ -41,6 +41,14 @@ def captured(run: Run) -> Run:
         return keep[0]
 
     return replay
+
+
+@functools.cache
+def _capture_stream():
+    # One for all captures: cuBLASLt keeps a workspace for every stream that it has seen.
+    import cupy
+
+    return cupy.cuda.Stream(non_blocking=True)
 
 
 def device_us(run: Run, repeats: int = 20, *, flush: bool = True) -> float:
