@@ -126,6 +126,7 @@ def test_results_are_kept_row_by_row(tmp_path):
     assert not list((tmp_path / "deep").glob("*.part"))
 
 
+@pytest.mark.filterwarnings("default")  # matplotlib's own, of other packages
 def test_a_stage_that_runs_out_of_time_is_ended(tmp_path):
     log = tmp_path / "log"
     begun = "import time; print('FAILED begun', flush=True); time.sleep(60)"
