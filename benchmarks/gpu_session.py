@@ -2,7 +2,14 @@
 its own time, and all that is worth keeping in one folder.
 
     python -m benchmarks.gpu_session OUT
-    python -m benchmarks.gpu_session OUT --stages benchmarks --peer-seconds 300 --seconds 590
+    python -m benchmarks.gpu_session OUT --stages benchmarks --peer-seconds 300
+
+The suite and all columns together take more than ten minutes; in two calls on one machine:
+
+    python -m benchmarks.gpu_session OUT --stages suite --suite-seconds 560 --peer-seconds 300
+    python -m benchmarks.gpu_session OUT --stages benchmarks --peer-seconds 300 --peers-warmed
+
+where the first one also compiles the peers' kernels, beside the suite.
 
 OUT gets at most eight files: suite.log, gpu-suite.json, benchmarks.log, benchmark.json (of
 pytest-benchmark), layers.json (written row by row), table.md, chart.png. A stage that runs out of
@@ -39,6 +46,9 @@ def main() -> int:
     parser.add_argument(
         "--peer-seconds", type=float, default=0, help="for the peers within the benchmarks (0)"
     )
+    parser.add_argument(
+        "--peers-warmed", action="store_true", help="an earlier session here ran with peers"
+    )
     parser.add_argument("-k", default="", help="only benchmarks that match, as pytest's -k")
     options = parser.parse_args()
     stages = options.stages.split(",")
@@ -48,11 +58,11 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.seconds - KEPT
     lines, codes = [], []
-    warmed = False
+    warmed = options.peers_warmed
     if "suite" in stages:
         seconds = min(options.suite_seconds, end - time.monotonic())
         warm = None
-        if options.peer_seconds and "benchmarks" in stages:
+        if options.peer_seconds and not warmed:
             # The suite times nothing, so the peers' kernels are compiled beside it.
             warm, warmed = (
                 _start([sys.executable, "-m", "benchmarks.peers.run", str(seconds)]),
