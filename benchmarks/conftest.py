@@ -35,11 +35,6 @@ def pytest_addoption(parser):
         metavar="S",
         help="seconds for all peers together (needs the extra `peer`); 0, the default: no peers",
     )
-    group.addoption(
-        "--peers-warmed",
-        action="store_true",
-        help="the peers' compilers have been warmed (python -m benchmarks.peers.run)",
-    )
 
 
 def pytest_collection_modifyitems(items):

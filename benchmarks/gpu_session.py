@@ -2,12 +2,11 @@
 its own time, and all that is worth keeping in one folder.
 
     python -m benchmarks.gpu_session OUT
-    python -m benchmarks.gpu_session OUT --stages benchmarks --peer-seconds 300
 
 The suite and all columns together take more than ten minutes; in two calls on one machine:
 
     python -m benchmarks.gpu_session OUT --stages suite --suite-seconds 560 --peer-seconds 300
-    python -m benchmarks.gpu_session OUT --stages benchmarks --peer-seconds 300 --peers-warmed
+    python -m benchmarks.gpu_session OUT --stages benchmarks --peer-seconds 300
 
 where the first one also compiles the peers' kernels, beside the suite.
 
@@ -46,9 +45,6 @@ def main() -> int:
     parser.add_argument(
         "--peer-seconds", type=float, default=0, help="for the peers within the benchmarks (0)"
     )
-    parser.add_argument(
-        "--peers-warmed", action="store_true", help="an earlier session here ran with peers"
-    )
     parser.add_argument("-k", default="", help="only benchmarks that match, as pytest's -k")
     options = parser.parse_args()
     stages = options.stages.split(",")
@@ -58,16 +54,12 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.seconds - KEPT
     lines, codes = [], []
-    warmed = options.peers_warmed
     if "suite" in stages:
         seconds = min(options.suite_seconds, end - time.monotonic())
         warm = None
-        if options.peer_seconds and not warmed:
+        if options.peer_seconds:
             # The suite times nothing, so the peers' kernels are compiled beside it.
-            warm, warmed = (
-                _start([sys.executable, "-m", "benchmarks.peers.run", str(seconds)]),
-                True,
-            )
+            warm = _start([sys.executable, "-m", "benchmarks.peers.run", str(seconds)])
         codes.append(stage(_pytest("--require-gpu", "-q"), out / "suite.log", seconds))
         if warm is not None:
             _end(warm)
@@ -80,7 +72,7 @@ def main() -> int:
             "benchmarks", "--benchmark-enable", "-n", "0", "-q", "--benchmark-columns=median",
             "--results", str(out / "layers.json"),
             "--benchmark-json", str(out / "benchmark.json"),
-            "--peer-seconds", str(options.peer_seconds), *["--peers-warmed"] * warmed,
+            "--peer-seconds", str(options.peer_seconds),
             *(["-k", options.k] if options.k else []),
         ]  # fmt: skip
         codes.append(stage(_pytest(*words), out / "benchmarks.log", end - time.monotonic()))

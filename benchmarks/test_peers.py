@@ -43,7 +43,7 @@ def clock(pytestconfig, results):
             'lycoris_cupy[peer]"'
         )
     clock = Clock(seconds, len(MEASURED))
-    if GPU and not pytestconfig.getoption("--peers-warmed"):
+    if GPU:
         start = time.monotonic()
         warmed = run.warm(SHAPES, "cuda:0", WARM_SHARE * seconds)
         results.put("peers_warmed", {"processes": warmed, "seconds": time.monotonic() - start})

@@ -192,6 +192,25 @@ def test_a_process_that_ends_early_leaves_its_rows(tmp_path, monkeypatch, end, s
     assert [r.get("error") for r in rows[2:]] == ([] if says is None else [says])
 
 
+def test_what_is_warm_is_not_warmed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "WARMED", tmp_path / "warmed.json")
+    started, codes = [], {"LoRA r16": 0, "LoHa r16": 3}
+
+    def start(command, environment, out, seconds):
+        name = command[command.index("--only") + 1]
+        started.append(name)
+        assert "--warm" in command and environment["LYCORIS_KERNEL_CACHE_DIR"] and seconds <= 60
+        return codes.get(name)  # None: ended
+
+    monkeypatch.setattr(run, "_start", start)
+    names = [a["name"] for a in job.describe(LINE, "cpu")["adapters"]]
+    assert run.warm([LINE], "cpu", 60.0) == 1 and sorted(started) == sorted(names)
+    started.clear()
+    assert run.warm([LINE], "cpu", 60.0) == 0 and sorted(started) == sorted(names[1:])
+    started.clear()
+    assert run.warm([LINE], "cpu", 5.0) == 0 and not started  # no time for a process
+
+
 def test_time_for_the_peers_is_shared_out(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -1,7 +1,7 @@
 """Starting the peers' processes: many at once to fill the compilers' caches, then one a shape,
 alone on the machine, to measure.
 
-    python -m benchmarks.peers.run SECONDS      fills the caches; then give --peers-warmed
+    python -m benchmarks.peers.run SECONDS      fills the caches
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..case import Case
-from ..environment import ROOT
+from ..environment import ROOT, package
 from ..shapes import SHAPES, Shape
 from . import job
 
+# What was compiled on this machine already, by versions, layer and adapter.
+WARMED = Path(tempfile.gettempdir()) / "lycoris_cupy-peers-warmed.json"
 GRACE = 15.0  # seconds beyond its own deadline after which a process is ended
 
 
@@ -33,19 +36,26 @@ def missing() -> str:
 
 def warm(shapes: list[Shape], device: str, seconds: float) -> int:
     """Run every adapter of every shape once, as many processes at a time as there are cores less
-    two, for at most `seconds`. Returns how many finished.
+    two, for at most `seconds`; what ran before on this machine is left out. Returns how many
+    finished.
 
     Their tuner's choices are thrown away, since it timed beside others; what was compiled stays in
     the caches of Triton and torch.
     """
     deadline = time.monotonic() + seconds
+    versions = " ".join(f"{p} {package(p)}" for p in ("torch", "triton", "lycoris-lora", "peft"))
+    done_before = json.loads(WARMED.read_text()) if WARMED.exists() else []
     with tempfile.TemporaryDirectory() as folder:
         tasks = []
         for i, shape in enumerate(shapes):
             told = job.describe(shape, device)
             path = Path(folder) / f"{i}.json"
             path.write_text(json.dumps(told))
-            tasks += [(path, adapter["name"]) for adapter in told["adapters"]]
+            for adapter in told["adapters"]:
+                mark = f"{versions}, {device}, {shape.name}, {adapter['name']}"
+                if mark not in done_before:
+                    tasks.append((path, adapter["name"], mark))
+        lock = threading.Lock()
         # The important adapters of every shape before the others of any.
         tasks.sort(key=lambda task: job.MEASURED.index(task[1]))
         environment = {
@@ -58,10 +68,17 @@ def warm(shapes: list[Shape], device: str, seconds: float) -> int:
             left = deadline - time.monotonic()
             if left < 10:
                 return False
-            path, name = task
+            path, name, mark = task
             command = ["--job", str(path), "--warm", "--only", name, "--seconds", str(left - 5)]
-            done = _start(command, environment, None, left)
-            return done == 0
+            code = _start(command, environment, None, left)
+            if code != 0 or time.monotonic() > deadline - 5:  # it left cells out
+                return False
+            with lock:
+                done_before.append(mark)
+                beside = WARMED.with_suffix(".part")
+                beside.write_text(json.dumps(done_before))
+                os.replace(beside, WARMED)
+            return True
 
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 2)) as pool:
             return sum(pool.map(run, tasks))
