@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from .adapters import ALGORITHMS
+from .adapters import new_adapter
+from .adapters.join import forward
 from .arrays import (
     Array,
     bf16,
@@ -101,18 +102,32 @@ class Engine:
 
     @_on_device
     def attach(
-        self, path, *, strength: float = 1.0, name: str | None = None, strict: bool = True
+        self,
+        path,
+        *,
+        strength: float = 1.0,
+        name: str | None = None,
+        strict: bool = True,
+        dora: str | None = None,
+        rule: str = "base",
     ) -> LoadReport:
-        """Load an adapter file onto the layers it names, under `name` (by default the file's stem).
+        """Load an adapter file, or a directory of PEFT, onto the layers it names, under `name` (by
+        default the file's stem).
 
         Returns what was matched, at which scale, and what was not. strict: a module that fits no
         layer is an error; zero matches always are. Factors are rounded to the engine's dtype (the
-        report says which).
+        report says which), magnitudes kept wide. dora: 'output' or 'input', the axis of magnitudes
+        whose shape allows both. rule: 'base', strength blends from the layer, or 'reference', as
+        LyCORIS does, where the two differ (DoRA).
         """
         name = name if name is not None else Path(path).stem
         self._require_new(name)
-        found, report = read_adapter(path, self.shapes, strict=strict, dtype=self.dtype)
-        self.attachments[name] = Attachment(found, self.device, self.dtype, strength, report)
+        found, report = read_adapter(
+            path, self.shapes, strict=strict, dtype=self.dtype, dora=dora, rule=rule
+        )
+        self.attachments[name] = Attachment(
+            found, self.device, self.dtype, strength, report, self.layers
+        )
         return report
 
     @_on_device
@@ -132,20 +147,19 @@ class Engine:
 
         Returns the layers' names. Patterns are fnmatch's; one that matches no layer is an error.
         algorithm: one of ALGORITHMS. alpha: by default the rank, so that the scale is 1. options:
-        the algorithm's own, such as tucker, factor, decompose_both.
+        the algorithm's own, such as tucker, factor, decompose_both; dora='output' or 'input' puts
+        DoRA on locon, loha or lokr.
         """
         self._require_new(name)
-        if algorithm not in ALGORITHMS:
-            raise LycorisError(
-                f"algorithm {algorithm!r} is unknown: use one of {', '.join(ALGORITHMS)}"
-            )
         matched = select(self.layers, targets)
         rng = np.random.default_rng(seed)
         made = {}
         for layer in matched:
-            adapter = ALGORITHMS[algorithm].create(self.layers[layer].shape, rank, alpha, **options)
-            made[layer] = (adapter, adapter.init(rng))
-        self.attachments[name] = Attachment(made, self.device, self.dtype, strength)
+            adapter = new_adapter(algorithm, self.layers[layer].shape, rank, alpha, **options)
+            made[layer] = (adapter, adapter.start(rng, self.layers[layer].matrix))
+        self.attachments[name] = Attachment(
+            made, self.device, self.dtype, strength, layers=self.layers
+        )
         return matched
 
     def detach(self, name: str) -> None:
@@ -271,13 +285,13 @@ class Engine:
                 f"the topology calls layer {name!r}, the engine has {', '.join(self.layers)}"
             )
         layer = self.layers[name]
-        change = None
         try:
-            for attached_name, attached in self.attachments.items():
-                if name in attached.adapters:
-                    p, scale = views[attached_name][name], attached.scales[name]
-                    change = attached.adapters[name].apply(change, layer, x, p, scale)
-            return layer.forward(x, change)
+            parts = [
+                attached.part(name, views[attached_name][name])
+                for attached_name, attached in self.attachments.items()
+                if name in attached.adapters
+            ]
+            return forward(layer, x, parts)
         except LycorisError as error:
             raise type(error)(f"layer {name!r}, {layer.shape}: {error}") from error
 

@@ -189,7 +189,22 @@ KRON = {
     f"{A}.lokr_w2_b": random(2, 2),
 }
 REFUSED = {
-    "dora": (lora(A) | {f"{A}.dora_scale": random(8, 1)}, FileFormatError, r"dora_scale is DoRA .*not supported"),
+    "dora": (
+        lora(A) | {f"{A}.dora_scale": random(5, 1)},
+        ShapeError,
+        r"dora_scale has shape \(5, 1\), expected \(8, 1\) per output or \(1, 6\) per input",
+    ),
+    "dora on full": (
+        {f"{A}.diff": random(8, 6), f"{A}.dora_scale": random(8, 1)},
+        FileFormatError,
+        "dora_scale stands beside full, expected one of locon, loha, lokr",
+    ),
+    "dora alone": ({f"{A}.dora_scale": random(8, 1)}, FileFormatError, "no factors beside alpha"),
+    "dora of PEFT": (
+        lora(A) | {f"{A}.lora_magnitude_vector": random(8)},
+        FileFormatError,
+        "lora_magnitude_vector is PEFT's magnitude",
+    ),
     "oft": ({f"{A}.oft_blocks": random(2, 4, 4)}, FileFormatError, "oft_blocks is diag-OFT or BOFT, .*not supported"),
     "boft": ({f"{A}.oft_blocks": random(1, 2, 4, 4)}, FileFormatError, "oft_blocks is diag-OFT or BOFT"),
     "ia3": ({f"{A}.on_input": np.array(1), f"{A}.weight": random(6)}, FileFormatError, r"on_input, weight is \(IA\)"),

@@ -127,5 +127,6 @@ def test_gradient_on_device(row_id, dtype, device):
             host(ref),
             np.asarray(host(size) if hasattr(size, "shape") and size.shape else size),
         )
-        limit = bound(ref, size, depth, DTYPES[dtype] if value.dtype != np.float64 else np.float64)
+        kept = DTYPES[dtype] if value.dtype != np.float64 else np.float64
+        limit = bound(ref, size, depth, kept, roundings=row.gradient_roundings)
         assert_within(host(value), ref, limit, row_id)

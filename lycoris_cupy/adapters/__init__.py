@@ -2,7 +2,10 @@
 benchmarks iterate over it.
 """
 
-from .base import Adapter, Parameters, scale_of
+from ..errors import LycorisError
+from ..layers import LayerShape
+from .base import RULES, Adapter, Parameters, scale_of
+from .dora import DoRA
 from .factor import Factor
 from .full import Full
 from .locon import LoCon
@@ -12,9 +15,29 @@ from .lokr import LoKr, factorization
 # In the order in which a file's keys are tried.
 ALGORITHMS: dict[str, type[Adapter]] = {kind.algorithm: kind for kind in (LoCon, LoHa, LoKr, Full)}
 
+
+def new_adapter(
+    algorithm: str, shape: LayerShape, rank: int, alpha: float | None = None, **options
+) -> Adapter:
+    """An adapter of one of ALGORITHMS with its options, and with DoRA on it for dora='output' or
+    'input' (rule: what its strength means). Raises LycorisError.
+    """
+    if algorithm not in ALGORITHMS:
+        raise LycorisError(
+            f"algorithm {algorithm!r} is unknown: use one of {', '.join(ALGORITHMS)}"
+        )
+    axis = options.pop("dora", None)
+    if axis is None:
+        return ALGORITHMS[algorithm].create(shape, rank, alpha, **options)
+    rule = options.pop("rule", "base")
+    return DoRA.over(ALGORITHMS[algorithm].create(shape, rank, alpha, **options), axis, rule)
+
+
 __all__ = [
     "ALGORITHMS",
+    "RULES",
     "Adapter",
+    "DoRA",
     "Factor",
     "Full",
     "LoCon",
@@ -22,5 +45,6 @@ __all__ = [
     "LoKr",
     "Parameters",
     "factorization",
+    "new_adapter",
     "scale_of",
 ]

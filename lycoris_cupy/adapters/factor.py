@@ -20,7 +20,8 @@ class Factor(NamedTuple):
 
     A file holds the same numbers as (columns, rows, *kernel) under `key`. `flat` files merge
     (rows, *kernel) into one axis; `turned` files store (rows, columns), as Tucker's output-side
-    factors do; `plain` has this very shape everywhere.
+    factors do; `plain` has this very shape everywhere. `wide` ones are kept in f32 beside bf16
+    factors: their rounding would be one of the whole weight.
     """
 
     key: str
@@ -30,6 +31,7 @@ class Factor(NamedTuple):
     flat: bool = False
     turned: bool = False
     plain: tuple[int, ...] | None = None
+    wide: bool = False
 
     def canonical(self, shape: LayerShape) -> tuple[int, ...]:
         """The shape in which algorithms see it."""

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from ..adapters import Adapter
-from ..arrays import Array, to_device
+from ..arrays import Array, to_device, wide_dtype
 from ..errors import DtypeError, FileFormatError, LycorisError, MatchError, ShapeError
 from ..layers import LayerShape
 from .modules import FACTOR_DTYPES, read_module, told
@@ -37,10 +37,13 @@ def read_adapter(
     *,
     strict: bool = True,
     dtype: np.dtype | None = None,
+    dora: str | None = None,
+    rule: str = "base",
 ) -> tuple[Loaded, LoadReport]:
     """{layer: (adapter, factors)} and a report, for the layers named by `shapes`.
 
-    dtype: what the caller will round the factors to; only the report looks at it. Raises
+    dtype: what the caller will round the factors to; only the report looks at it. dora: 'output' or
+    'input', for magnitudes whose shape allows both. rule: what strength means, see `DoRA`. Raises
     FileFormatError, ShapeError or DtypeError for a module that is not understood, MatchError if no
     module finds its layer, if two find one, or, when strict, if any finds none.
     """
@@ -61,7 +64,7 @@ def read_adapter(
                 )
             owners[layer] = module
             with _about(f"{file.path}: module {module!r} on layer {layer!r}"):
-                adapter, params = read_module(file, keys, shapes[layer])
+                adapter, params = read_module(file, keys, shapes[layer], dora, rule)
             out[layer] = adapter, params
             layers.append(_layer_report(file, keys, module, layer, adapter, params, dtype))
         report = LoadReport(str(file.path), tuple(layers), tuple(unmatched), len(shapes))
@@ -119,18 +122,21 @@ def write_adapter(
             )
         layer_of[module] = layer
         with _about(f"layer {layer!r}"):
+            wide = {factor.key for factor in adapter.factors().values() if factor.wide}
             for key, tensor in adapter.save(_checked(adapter, params)).items():
-                tensors[f"{module}.{key}"] = _cast(tensor, key, dtype)
+                kept = wide_dtype(tensor.dtype) if key in wide else dtype
+                tensors[f"{module}.{key}"] = _cast(tensor, key, kept)
             alpha = adapter.saved_alpha
             if alpha is not None:
                 tensors[f"{module}.alpha"] = _cast(
                     np.asarray(alpha, np.float64), "alpha", np.dtype(np.float32)
                 )
     kinds = sorted({adapter.algorithm for adapter, _ in adapters.values()})
-    about = {
-        "ss_network_module": "lycoris.kohya",
-        "ss_network_args": json.dumps({"algo": "+".join(kinds)}),
-    }
+    args: dict[str, object] = {"algo": "+".join(kinds)}
+    told = [item for adapter, _ in adapters.values() for item in adapter.network_args.items()]
+    # What the layers do not agree on is left out: a reader would take it for all of them.
+    args |= {key: value for key, value in told if all(v == value for k, v in told if k == key)}
+    about = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(args)}
     about |= {key: value for key, value in (metadata or {}).items() if key not in STALE}
     write(path, tensors, about)
 
@@ -154,10 +160,10 @@ def _layer_report(file, keys, module, layer, adapter: Adapter, params, dtype) ->
         module=module,
         layer=layer,
         shape=str(adapter.shape) if layer is not None else told(adapter),
-        algorithm=adapter.algorithm,
+        algorithm=adapter.title,
         rank=adapter.rank if adapter.has_rank else None,
         alpha=adapter.alpha,
-        scale=adapter.scale,
+        scale=adapter.reported_scale,
         scale_from=adapter.scale_reason,
         dtype=", ".join(stored),
         rounded=dtype is not None and any(_rounds(NUMPY[name], dtype) for name in stored),

@@ -39,13 +39,16 @@ def merge_files(
     *,
     strict: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    dora: str | None = None,
+    rule: str = "base",
 ) -> list[LoadReport]:
     """Write the base with all adapters, each (path, strength), added; one report an adapter.
 
-    Sums are f32, or f64 for an f64 base. progress: called with the bytes written and in all. A
-    strength of 0 changes no bit. Raises as `read_adapter` does, DtypeError for a layer that is no
-    float, and FileFormatError for a sum that the base's dtype cannot hold. On any error, or a kill,
-    the file at out_path is what it was.
+    dora, rule: as for `read_adapter`. Sums are f32, or f64 for an f64 base. progress: called with
+    the bytes written and in all. A strength of 0 changes no bit, unless the rule is 'reference'.
+    Raises as `read_adapter` does, DtypeError for a layer that is no float, and FileFormatError for
+    a sum that the base's dtype cannot hold. On any error, or a kill, the file at out_path is what
+    it was.
     """
     for path, strength in adapters:
         if not math.isfinite(strength):
@@ -55,7 +58,8 @@ def merge_files(
                 f"{path}: the result would overwrite the adapter; choose another output"
             )
     with replacing(out_path) as handle, open_file(base_path) as base:
-        parts, reports = _read_all(base, adapters, strict)
+        read = partial(read_adapter, strict=strict, dora=dora, rule=rule)
+        parts, reports = _read_all(base, adapters, read)
         tensors = {name: base.stored(name) for name in base}
         for layer, shares in parts.items():
             tensors |= _merged(base, layer, shares)
@@ -76,7 +80,7 @@ def layer_shapes(base: TensorFile) -> dict[str, LayerShape]:
     }
 
 
-def _read_all(base, adapters, strict) -> tuple[dict[str, list[_Part]], list[LoadReport]]:
+def _read_all(base, adapters, read) -> tuple[dict[str, list[_Part]], list[LoadReport]]:
     shapes = layer_shapes(base)
     if not shapes:
         raise MatchError(
@@ -88,7 +92,7 @@ def _read_all(base, adapters, strict) -> tuple[dict[str, list[_Part]], list[Load
     for path, strength in adapters:
         where = os.path.realpath(path)
         if where not in files:
-            files[where] = read_adapter(path, shapes, strict=strict)
+            files[where] = read(path, shapes)
         for layer, (adapter, params) in files[where][0].items():
             _require_float(base, f"{layer}.weight")
             if not abs(strength * adapter.scale) <= float(np.finfo(np.float32).max):
@@ -96,7 +100,7 @@ def _read_all(base, adapters, strict) -> tuple[dict[str, list[_Part]], list[Load
                     f"{path}: strength {strength:g} * scale {adapter.scale:g} is more than f32 "
                     "holds"
                 )
-            if strength * adapter.scale != 0:
+            if strength * adapter.scale != 0 or adapter.rule == "reference":
                 parts.setdefault(layer, []).append((adapter, params, strength))
     return parts, [files[os.path.realpath(path)][1] for path, _ in adapters]
 
@@ -130,9 +134,10 @@ def _merge_weight(base: TensorFile, name: str, shares: list[_Part]) -> np.ndarra
     total = old.astype(kept)
     outputs, inputs = total.shape[:2]
     matrix = total.reshape(outputs, inputs, -1)
+    weight = np.ascontiguousarray(matrix.transpose(2, 1, 0))  # every change is one of the base
     for adapter, params, strength in shares:
         wide = adapter.canonical({key: value.astype(kept) for key, value in params.items()})
-        change = adapter.delta_weight(None, wide, np.array([strength * adapter.scale], kept))
+        change = adapter.delta_weight(weight, wide, np.array([strength * adapter.scale], kept))
         matrix += change.transpose(2, 1, 0)
     return _rounded(base, name, old, total)
 

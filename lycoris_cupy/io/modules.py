@@ -8,12 +8,15 @@ reads it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 
 import numpy as np
 
-from ..adapters import ALGORITHMS, Adapter
+from ..adapters import ALGORITHMS, Adapter, DoRA
+from ..adapters.dora import KEY as DORA
+from ..adapters.dora import axis_of
 from ..errors import DtypeError, FileFormatError, ShapeError
 from ..layers import LayerShape
 from .safetensors import TensorFile
@@ -25,7 +28,7 @@ _F32_MAX = float(np.finfo(np.float32).max)
 # Keys that mean something that is not built: to merge the rest of their module would be silently
 # wrong.
 _UNBUILT = {
-    "DoRA (a magnitude beside the factors)": ("dora_scale", "lora_magnitude_vector"),
+    "PEFT's magnitude of DoRA": ("lora_magnitude_vector",),
     "diag-OFT or BOFT": ("oft_blocks", "rescale", "oft_R.weight", "boft_R", "boft_s"),
     "(IA)^3": ("on_input", "weight", "ia3_l"),
     "Norm": ("w_norm", "b_norm"),
@@ -59,21 +62,29 @@ def algorithm_of(suffixes: set[str]) -> type[Adapter]:
             f"{k.algorithm} ({', '.join(sorted(suffixes & set(k.marks)))})" for k in kinds
         )
         raise FileFormatError(f"has keys of several algorithms, expected one: {owned}")
-    unknown = sorted(suffixes - {"alpha"} - {key for kind in kinds for key in kind.keys})
+    unknown = sorted(suffixes - {"alpha", DORA} - {key for kind in kinds for key in kind.keys})
     if unknown or not kinds:
         known = ", ".join(key for kind in ALGORITHMS.values() for key in kind.keys)
         what = f"unknown key {unknown[0]!r}" if unknown else "no factors beside alpha"
         raise FileFormatError(f"{what}, expected keys among {known}")
+    if DORA in suffixes and not kinds[0].decomposable:
+        able = ", ".join(kind.algorithm for kind in ALGORITHMS.values() if kind.decomposable)
+        raise FileFormatError(f"{DORA} stands beside {kinds[0].algorithm}, expected one of {able}")
     return kinds[0]
 
 
 def read_module(
-    file: TensorFile, keys: Mapping[str, str], shape: LayerShape | None
+    file: TensorFile,
+    keys: Mapping[str, str],
+    shape: LayerShape | None,
+    dora: str | None = None,
+    rule: str = "base",
 ) -> tuple[Adapter, dict[str, np.ndarray]]:
     """The adapter and its factors in Flame layout, dtype as in the file.
 
     keys: suffix to key. shape: of the layer it sits on, or None to take it from the factors as far
-    as they tell.
+    as they tell. dora: the axis of magnitudes whose shape allows both; by default what the metadata
+    says. rule: what strength means, see `DoRA`.
     """
     kind = algorithm_of(set(keys))
     tensors = {
@@ -81,6 +92,9 @@ def read_module(
     }
     alpha = _alpha(file, keys["alpha"]) if "alpha" in keys else None
     adapter = kind.read(kind.guess_shape(tensors) if shape is None else shape, tensors, alpha)
+    if DORA in tensors:
+        told = dora or _told_axis(file.metadata)
+        adapter = DoRA.over(adapter, axis_of(tensors[DORA].shape, adapter.shape, told), rule)
     used = {factor.key for factor in adapter.factors().values()}
     if used != set(tensors):
         odd, what = (
@@ -97,6 +111,16 @@ def read_module(
     if not abs(adapter.scale) <= _F32_MAX:
         raise FileFormatError(f"alpha / rank = {alpha:g} / {adapter.rank} is more than f32 holds")
     return adapter, params
+
+
+def _told_axis(metadata: Mapping[str, str]) -> str | None:
+    """The axis of magnitudes that the trainer's arguments name, None if they do not."""
+    try:
+        args = json.loads(metadata.get("ss_network_args", "{}"))
+    except ValueError:
+        return None
+    value = str(args.get("wd_on_output")).lower() if isinstance(args, dict) else ""
+    return {"true": "output", "false": "input"}.get(value)
 
 
 def _factor(file: TensorFile, key: str, suffix: str) -> np.ndarray:
