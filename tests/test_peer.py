@@ -7,6 +7,7 @@ import pytest
 
 from lycoris_cupy import Engine, bf16, to_device
 from lycoris_cupy.io.safetensors import write
+from tests import magnitudes
 from tests.bounds import assert_within, bound
 from tests.cases import PEER, PEER_CASES, channels_first, channels_last, peer, peer_layer
 
@@ -41,7 +42,8 @@ def run(name, device, dtype, path, absolute=False):
         )
         x, dy = np.abs(x), np.abs(dy)
     engine = Engine({"block.layer": layer}, device=device, dtype=dtype)
-    report = engine.attach(path, strength=case["strength"], name="a")
+    # LyCORIS's own rule of strength, which only DoRA's cases at 0.7 tell from blending.
+    report = engine.attach(path, strength=case["strength"], name="a", rule="reference")
     assert len(report.layers) == 1
     if absolute:
         values = {n: np.abs(v) for n, v in engine.parameters("a")["block.layer"].items()}
@@ -59,6 +61,26 @@ def run(name, device, dtype, path, absolute=False):
     return *(np.asarray(a, np.float64) for a in out), adapter.save(grads), weight, bias
 
 
+def absolute_sizes(name, path):
+    """What errors are measured against: the same over absolute values."""
+    return run(name, "cpu", "f64", path, absolute=True)[:4]
+
+
+def decomposed_sizes(name, path):
+    """The same for DoRA, whose norms are those of the signed weight."""
+    case, base, _, expect = peer(name)
+    layer, linear = peer_layer(case, base), case["layer"]["kind"] == "linear"
+    engine = Engine({"block.layer": layer}, device="cpu", dtype="f64")
+    engine.attach(path, name="a", rule="reference")
+    adapter = engine.attachments["a"].adapters["block.layer"]
+    x, dy = (channels_last(expect[k].astype(np.float64), linear) for k in ("x", "dy"))
+    factors = engine.parameters("a")["block.layer"]
+    y, dx, grads, weight = magnitudes.sizes(layer, adapter, factors, x, dy, case["strength"])
+    weight = weight.transpose(2, 1, 0).reshape(base["block.layer.weight"].shape)
+    y, dx = (channels_first(a, linear) for a in (y, dx))
+    return y, dx, adapter.save(grads), weight
+
+
 def check(name, device, dtype, folder):
     case, base, tensors, expect = peer(name)
     path = PEER / "adapter" / f"{name}.safetensors"
@@ -66,7 +88,8 @@ def check(name, device, dtype, folder):
         path = folder / "full.safetensors"
         write(path, full_change(base, expect), {})
     y, dx, grads, weight, bias = run(name, device, dtype, path)
-    size_y, size_dx, size_grads, size_weight, _ = run(name, "cpu", "f64", path, absolute=True)
+    measure = decomposed_sizes if "dora_scale" in case["keys"] else absolute_sizes
+    size_y, size_dx, size_grads, size_weight = measure(name, path)
     kept = {"bf16": bf16, "f32": np.float32, "f64": np.float32}[dtype]  # the peer saved f32
     depth = 64 + int(np.prod(expect["y"].shape)) + int(np.prod(expect["merged"].shape[1:])) * 4
     roundings = 6 if dtype == "bf16" else 2
@@ -120,4 +143,4 @@ def test_full_files_of_the_peer(name):
 
 
 def test_all_cases_are_here():
-    assert len(PEER_CASES) == 86
+    assert len(PEER_CASES) == 108

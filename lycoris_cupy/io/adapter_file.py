@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from ..adapters import Adapter
-from ..arrays import Array, to_device, wide_dtype
+from ..arrays import Array, to_device
 from ..errors import DtypeError, FileFormatError, LycorisError, MatchError, ShapeError
 from ..layers import LayerShape
 from .modules import FACTOR_DTYPES, read_module, told
@@ -101,10 +101,10 @@ def write_adapter(
     """A LyCORIS file of {layer: (adapter, factors in Flame layout)}; `read_adapter` gives the same
     back, bit for bit.
 
-    dtype: of the factors in the file; None keeps theirs. metadata: added to what is known for
-    certain; hashes of another file's bytes are left out. Raises MatchError for layers that would
-    share a key, ShapeError or DtypeError for factors that do not fit the adapter, FileFormatError
-    for values that readers would refuse.
+    dtype: of the factors in the file; None keeps theirs, and wide ones keep it always. metadata:
+    added to what is known for certain; hashes of another file's bytes are left out. Raises
+    MatchError for layers that would share a key, ShapeError or DtypeError for factors that do not
+    fit the adapter, FileFormatError for values that readers would refuse.
     """
     if prefix not in PREFIXES:
         raise MatchError(
@@ -124,8 +124,7 @@ def write_adapter(
         with _about(f"layer {layer!r}"):
             wide = {factor.key for factor in adapter.factors().values() if factor.wide}
             for key, tensor in adapter.save(_checked(adapter, params)).items():
-                kept = wide_dtype(tensor.dtype) if key in wide else dtype
-                tensors[f"{module}.{key}"] = _cast(tensor, key, kept)
+                tensors[f"{module}.{key}"] = _cast(tensor, key, None if key in wide else dtype)
             alpha = adapter.saved_alpha
             if alpha is not None:
                 tensors[f"{module}.alpha"] = _cast(
