@@ -21,6 +21,7 @@ from ..arrays import Array
 from ..errors import FileFormatError, LycorisError
 from ..layers import Layer, LayerShape
 from ..ops.product import product
+from ..svd import Svd
 from .factor import Factor, require
 
 Parameters = Mapping[str, Array]
@@ -123,6 +124,14 @@ class Adapter(ABC):
 
     def delta_bias(self, p: Parameters) -> Array | None:
         """The change of the bias before scaling, (OUT,), or None."""
+        return None
+
+    def svd(self, p: Mapping[str, np.ndarray], vectors: bool = True) -> Svd | None:
+        """The decomposition of the change before scaling as a matrix (taps * IN, OUT), from the
+        factors; None where the change depends on the weight it is put on.
+
+        p: canonical, f64, on the CPU. vectors: False for the values alone.
+        """
         return None
 
     def costs(self) -> dict[str, int]:

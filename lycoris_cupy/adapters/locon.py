@@ -21,6 +21,7 @@ from ..layers import Layer, LayerShape
 from ..ops.low_rank import low_rank_weight, tucker_weight
 from ..ops.product import product
 from ..ops.shapes import reshape, tap_diagonal
+from ..svd import Svd, flat_rows, product_svd
 from .base import Adapter, Parameters, apply_low_rank, low_rank_cost, uniform, zeros
 from .factor import Factor, extents, kernel_of, require_two_axes
 
@@ -80,6 +81,14 @@ class LoCon(Adapter):
             down, up = reshape(p["down"], p["down"].shape[1:]), reshape(p["up"], p["up"].shape[1:])
             return tucker_weight(down, p["mid"], up, scale)
         return low_rank_weight(p["down"], p["up"], scale)
+
+    def svd(self, p: Mapping[str, np.ndarray], vectors: bool = True) -> Svd | None:
+        down, up = p["down"], p["up"]
+        if self.tucker:
+            down = down @ p["mid"]
+        elif self.per_tap:
+            down = tap_diagonal(down)
+        return product_svd(flat_rows(down), flat_rows(up), vectors)
 
     def costs(self) -> dict[str, int]:
         shape, costs = self.shape, super().costs()

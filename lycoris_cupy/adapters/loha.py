@@ -22,6 +22,7 @@ from ..ops.elementwise import cast
 from ..ops.hadamard import face_split, hadamard_weight
 from ..ops.low_rank import fold_core
 from ..ops.shapes import reshape
+from ..svd import Svd, flat_rows, product_svd
 from .base import Adapter, Parameters, apply_low_rank, low_rank_cost, normal, zeros
 from .factor import Factor, extents, kernel_of, require_two_axes
 
@@ -70,6 +71,11 @@ class LoHa(Adapter):
     def delta_weight(self, weight: Array, p: Parameters, scale: Array) -> Array:
         first, second = self._downs(p)
         return hadamard_weight(first, p["w1_up"], second, p["w2_up"], scale)
+
+    def svd(self, p: Mapping[str, np.ndarray], vectors: bool = True) -> Svd | None:
+        first, second = self._downs(p)
+        up = face_split(p["w1_up"], p["w2_up"], -2)
+        return product_svd(flat_rows(face_split(first, second, -1)), flat_rows(up), vectors)
 
     def costs(self) -> dict[str, int]:
         return {**super().costs(), "low rank": low_rank_cost(self.shape, self.rank**2)}
