@@ -108,22 +108,30 @@ class Engine:
         strength: float = 1.0,
         name: str | None = None,
         strict: bool = True,
+        alpha_from: str | None = None,
         dora: str | None = None,
         rule: str = "base",
     ) -> LoadReport:
-        """Load an adapter file, or a directory of PEFT, onto the layers it names, under `name` (by
-        default the file's stem).
+        """Load an adapter file of any dialect, or PEFT's folder, onto the layers it names, under
+        `name` (by default the file's stem).
 
         Returns what was matched, at which scale, and what was not. strict: a module that fits no
         layer is an error; zero matches always are. Factors are rounded to the engine's dtype (the
-        report says which), magnitudes kept wide. dora: 'output' or 'input', the axis of magnitudes
-        whose shape allows both. rule: 'base', strength blends from the layer, or 'reference', as
-        LyCORIS does, where the two differ (DoRA).
+        report says which), magnitudes kept wide. alpha_from: the one source of alpha to believe
+        where several disagree. dora: 'output' or 'input', the axis of magnitudes whose shape allows
+        both. rule: 'base', strength blends from the layer, or 'reference', as LyCORIS does, where
+        the two differ (DoRA).
         """
         name = name if name is not None else Path(path).stem
         self._require_new(name)
         found, report = read_adapter(
-            path, self.shapes, strict=strict, dtype=self.dtype, dora=dora, rule=rule
+            path,
+            self.shapes,
+            strict=strict,
+            dtype=self.dtype,
+            alpha_from=alpha_from,
+            dora=dora,
+            rule=rule,
         )
         self.attachments[name] = Attachment(
             found, self.device, self.dtype, strength, report, self.layers

@@ -200,11 +200,6 @@ REFUSED = {
         "dora_scale stands beside full, expected one of locon, loha, lokr",
     ),
     "dora alone": ({f"{A}.dora_scale": random(8, 1)}, FileFormatError, "no factors beside alpha"),
-    "dora of PEFT": (
-        lora(A) | {f"{A}.lora_magnitude_vector": random(8)},
-        FileFormatError,
-        "lora_magnitude_vector is PEFT's magnitude",
-    ),
     "oft": ({f"{A}.oft_blocks": random(2, 4, 4)}, FileFormatError, "oft_blocks is diag-OFT or BOFT, .*not supported"),
     "boft": ({f"{A}.oft_blocks": random(1, 2, 4, 4)}, FileFormatError, "oft_blocks is diag-OFT or BOFT"),
     "ia3": ({f"{A}.on_input": np.array(1), f"{A}.weight": random(6)}, FileFormatError, r"on_input, weight is \(IA\)"),
@@ -212,7 +207,8 @@ REFUSED = {
     "glora": ({f"{A}.a1.weight": random(6, 2)}, FileFormatError, "a1.weight is GLoRA, which is not supported"),
     "tlora": ({f"{A}.lambda_layer": random(1, 2)}, FileFormatError, "lambda_layer is T-LoRA, which is not supported"),
     "scalar": (lora(A) | {f"{A}.scalar": random()}, FileFormatError, "scalar is a trained scalar that was not folded"),
-    "peft": ({f"{A}.lora_A.weight": random(2, 6)}, FileFormatError, "lora_A.weight is PEFT's names for the factors"),
+    "half of PEFT's": ({f"{A}.lora_A.weight": random(2, 6)}, FileFormatError, "lora_up.weight is missing beside lora_down"),
+    "embedding": ({f"{A}.lora_embedding_A": random(2, 6)}, FileFormatError, "lora_embedding_A is a LoRA of an embedding"),
     "replacement": (lora(A) | {f"{A}.set_weight": random(8)}, FileFormatError, "set_weight is a tensor that replaces"),
     "several": (
         lora(A) | {f"{A}.hada_w1_a": random(8, 2)},
@@ -280,7 +276,7 @@ def test_inspect_lists_what_is_refused(tmp_path, what):
 
 
 def test_a_file_that_matches_nothing(tmp_path):
-    tensors = lora("lora_unet_block_aa") | {"unet.down.to_q.lora_A.weight": random(2, 6)}
+    tensors = lora("lora_unet_block_aa") | {"oft_unet_x.oft_blocks": random(2, 6)}
     for strict in (True, False):
         with pytest.raises(
             MatchError, match="nothing in the file matches any of the 3 layers"
@@ -289,9 +285,7 @@ def test_a_file_that_matches_nothing(tmp_path):
         assert "lora_unet_block_aa: no layer has this name; nearest layer: 'block.a'" in str(
             caught.value
         )
-        assert "unet.down.to_q.lora_A.weight: is named as by PEFT in a diffusers file" in str(
-            caught.value
-        )
+        assert "oft_unet_x.oft_blocks: is named as by kohya's OFT, which" in str(caught.value)
     with pytest.raises(MatchError, match="nothing in the file"):
         read(tmp_path, {}, strict=False)
 

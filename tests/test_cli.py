@@ -11,6 +11,8 @@ import pytest
 
 import lycoris_cupy
 from lycoris_cupy import cli
+from lycoris_cupy.cli import demo, merge
+from lycoris_cupy.cli.progress import Bar
 from lycoris_cupy.io.safetensors import open_file, write
 from tests.cases import PEER
 
@@ -186,7 +188,7 @@ def test_interrupted(here, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "merge_files", interrupt)
+    monkeypatch.setattr(merge, "merge_files", interrupt)
     assert (
         cli.main(["merge", "base.safetensors", "style.safetensors", "-o", "out.safetensors"]) == 130
     )
@@ -210,12 +212,12 @@ def test_help_teaches(capsys):
         assert caught.value.code == 0 and all(part in out for part in parts)
     lines = [
         line.split()
-        for line in (cli._EXAMPLES + cli._MERGE_EXAMPLES).splitlines()
+        for line in (cli._EXAMPLES + merge._EXAMPLES).splitlines()
         if "lycoris-cupy merge" in line
     ]
-    assert len(lines) == 5
+    assert len(lines) == 4
     for line in lines:  # the examples are ones that parse
-        assert cli._parser().parse_args(line[1:]).output.endswith(".safetensors")
+        assert cli.make_parser().parse_args(line[1:]).output.endswith(".safetensors")
 
 
 def test_version(capsys):
@@ -253,7 +255,7 @@ def test_a_reader_that_goes_away(here):
 
 
 def test_the_demo_gets_its_options(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "run_demo", lambda args: print(f"{args.steps} {args.device}") or 7)
+    monkeypatch.setattr(demo, "run_demo", lambda args: print(f"{args.steps} {args.device}") or 7)
     assert cli.main(["demo", "--steps", "5"]) == 7
     assert capsys.readouterr().out == "5 auto\n"
 
@@ -280,7 +282,7 @@ def test_the_progress_bar(monkeypatch, capsys, terminal):
 
     monkeypatch.setattr(tqdm, "tqdm", spy)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    with cli._Bar() as bar:
+    with Bar("merging", "B") as bar:
         bar(10, 30)
         bar(30, 30)
     ((options, shown),) = made

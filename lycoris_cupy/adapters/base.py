@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..errors import FileFormatError, LycorisError
 from ..layers import Layer, LayerShape
 from ..ops.product import product
 from ..ops.scale_columns import spread_columns
+from ..svd import Svd
 from .factor import Factor, require
 
 Parameters = Mapping[str, Array]
@@ -117,6 +118,10 @@ class Adapter(ABC):
         for `read` to refuse by name.
         """
 
+    def with_alpha(self, alpha: float | None) -> Adapter:
+        """The same adapter with another alpha."""
+        return replace(self, alpha=alpha)
+
     @property
     def scale(self) -> float:
         """alpha / rank: 0 for rank 0; 1 if alpha is missing or 0, as LyCORIS and kohya read such
@@ -169,6 +174,14 @@ class Adapter(ABC):
 
     def delta_bias(self, p: Parameters) -> Array | None:
         """The change of the bias before scaling, (OUT,), or None."""
+        return None
+
+    def svd(self, p: Mapping[str, np.ndarray], vectors: bool = True) -> Svd | None:
+        """The decomposition of the change before scaling as a matrix (taps * IN, OUT), from the
+        factors; None where the change depends on the weight it is put on.
+
+        p: canonical, f64, on the CPU. vectors: False for the values alone.
+        """
         return None
 
     def costs(self) -> dict[str, int]:

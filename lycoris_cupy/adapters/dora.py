@@ -14,7 +14,7 @@ its last factor. dora_scale is kept wide.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -59,6 +59,9 @@ class DoRA(Adapter):
                 f"dora_scale beside {on.algorithm}: DoRA stands on locon, loha and lokr"
             )
         return cls(on.shape, on.rank, on.alpha, on=on, axis=axis, rule=rule)
+
+    def with_alpha(self, alpha: float | None) -> DoRA:
+        return replace(self, alpha=alpha, on=self.on.with_alpha(alpha))
 
     @property
     def algorithm(self) -> str:  # pyright: ignore

@@ -17,6 +17,7 @@ from ..arrays import Array, wide_dtype
 from ..layers import Layer, LayerShape
 from ..ops import elementwise
 from ..ops.product import product
+from ..svd import Svd, flat_rows, matrix_svd
 from .base import Adapter, Parameters, zeros
 from .factor import Factor, extents, kernel_of, require_two_axes
 
@@ -69,6 +70,9 @@ class Full(Adapter):
 
     def delta_bias(self, p: Parameters) -> Array | None:
         return p.get("diff_b")
+
+    def svd(self, p: Mapping[str, np.ndarray], vectors: bool = True) -> Svd | None:
+        return matrix_svd(flat_rows(p["diff"]), vectors)
 
     def apply(
         self, change: Array | None, layer: Layer, x: Array, p: Parameters, scale: Array

@@ -22,6 +22,7 @@ from ..ops.low_rank import fold_core, low_rank_weight, tucker_weight
 from ..ops.product import product
 from ..ops.shapes import reshape, tap_diagonal
 from ..ops.squares import low_rank_square
+from ..svd import Svd, flat_rows, product_svd
 from .base import (
     Adapter,
     Parameters,
@@ -96,6 +97,14 @@ class LoCon(Adapter):
         if self.tucker:  # down and core together are the down factor of a plain pair
             down = fold_core(reshape(down, down.shape[1:]), p["mid"])
         return low_rank_square(down, p["up"], weight, square, scale, axis=axis)
+
+    def svd(self, p: Mapping[str, np.ndarray], vectors: bool = True) -> Svd | None:
+        down, up = p["down"], p["up"]
+        if self.tucker:
+            down = down @ p["mid"]
+        elif self.per_tap:
+            down = tap_diagonal(down)
+        return product_svd(flat_rows(down), flat_rows(up), vectors)
 
     def costs(self) -> dict[str, int]:
         shape, costs = self.shape, super().costs()

@@ -23,6 +23,7 @@ from ..ops.hadamard import face_split, hadamard_weight
 from ..ops.low_rank import fold_core
 from ..ops.shapes import reshape
 from ..ops.squares import low_rank_square
+from ..svd import Svd, flat_rows, product_svd
 from .base import Adapter, Parameters, apply_low_rank, low_rank_cost, normal, zeros
 from .factor import Factor, extents, kernel_of, require_two_axes
 
@@ -83,6 +84,11 @@ class LoHa(Adapter):
         # R^2 a step on tensor cores, cost less than writing and reading a wide W-sized change.
         down, up = self._pair(p, p["w1_up"].dtype)
         return low_rank_square(down, up, weight, square, scale, axis=axis)
+
+    def svd(self, p: Mapping[str, np.ndarray], vectors: bool = True) -> Svd | None:
+        first, second = self._downs(p)
+        up = face_split(p["w1_up"], p["w2_up"], -2)
+        return product_svd(flat_rows(face_split(first, second, -1)), flat_rows(up), vectors)
 
     def costs(self) -> dict[str, int]:
         return {**super().costs(), "low rank": low_rank_cost(self.shape, self.rank**2)}

@@ -27,6 +27,7 @@ from ..ops.kron_square import kron_square
 from ..ops.low_rank import low_rank_weight, tucker_weight
 from ..ops.product import product
 from ..ops.shapes import reshape
+from ..svd import Svd, flat_rows, kron_svd, matrix_svd, product_svd
 from .base import Adapter, Parameters, by_columns, uniform, zeros
 from .factor import Factor, extents, kernel_of, require_two_axes
 
@@ -185,6 +186,20 @@ class LoKr(Adapter):
 
     def square(self, weight: Array, p: Parameters, square: Array, scale: Array, axis: str) -> Array:
         return kron_square(self._w1(p), self._w2(p), weight, square, scale, axis=axis)
+
+    def svd(self, p: Mapping[str, np.ndarray], vectors: bool = True) -> Svd | None:
+        if self.w2_rank is None:
+            second = matrix_svd(flat_rows(p["w2"]), vectors)
+        else:
+            down = p["w2_down"] @ p["t2"] if self.tucker else p["w2_down"]
+            second = product_svd(flat_rows(down), flat_rows(p["w2_up"]), vectors)
+        whole = kron_svd(matrix_svd(self._w1(p).T, vectors), second)
+        if whole.left is None:
+            return whole
+        # Rows are (block, tap, row of the block): the tap goes first.
+        _, _, blocks, width = self.split
+        rows = whole.left.reshape(blocks, self.shape.taps, width, -1).swapaxes(0, 1)
+        return whole._replace(left=rows.reshape(whole.left.shape))
 
     def costs(self) -> dict[str, int]:
         costs, shape = super().costs(), self.shape

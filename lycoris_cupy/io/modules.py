@@ -21,6 +21,7 @@ from ..errors import DtypeError, FileFormatError, ShapeError
 from ..layers import LayerShape
 from .safetensors import TensorFile
 
+PEFT_MAGNITUDE = "lora_magnitude_vector"
 FACTOR_DTYPES = ("BF16", "F16", "F32", "F64")
 
 _F32_MAX = float(np.finfo(np.float32).max)
@@ -28,20 +29,13 @@ _F32_MAX = float(np.finfo(np.float32).max)
 # Keys that mean something that is not built: to merge the rest of their module would be silently
 # wrong.
 _UNBUILT = {
-    "PEFT's magnitude of DoRA": ("lora_magnitude_vector",),
     "diag-OFT or BOFT": ("oft_blocks", "rescale", "oft_R.weight", "boft_R", "boft_s"),
     "(IA)^3": ("on_input", "weight", "ia3_l"),
     "Norm": ("w_norm", "b_norm"),
     "GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
     "T-LoRA": ("lambda_layer", "q_layer.weight", "p_layer.weight"),
     "a trained scalar that was not folded into a factor": ("scalar",),
-    "PEFT's names for the factors": (
-        "lora_A.weight",
-        "lora_B.weight",
-        "lora_A",
-        "lora_B",
-        "lora_embedding_A",
-    ),
+    "a LoRA of an embedding": ("lora_embedding_A", "lora_embedding_B"),
     "a tensor that replaces or reshapes the weight": ("set_weight", "reshape_weight"),
     "a change of the bias beside factors": ("lora_B.bias", "lora_up.bias"),
 }
@@ -93,7 +87,9 @@ def read_module(
     alpha = _alpha(file, keys["alpha"]) if "alpha" in keys else None
     adapter = kind.read(kind.guess_shape(tensors) if shape is None else shape, tensors, alpha)
     if DORA in tensors:
-        told = dora or _told_axis(file.metadata)
+        # PEFT's magnitudes are per output, whatever their shape could mean.
+        peft = keys[DORA].endswith(PEFT_MAGNITUDE)
+        told = "output" if peft else dora or _told_axis(file.metadata)
         adapter = DoRA.over(adapter, axis_of(tensors[DORA].shape, adapter.shape, told), rule)
     used = {factor.key for factor in adapter.factors().values()}
     if used != set(tensors):
@@ -108,9 +104,16 @@ def read_module(
     params = adapter.load(tensors)
     if alpha is not None and not math.isfinite(alpha) and not adapter.ignores_alpha:
         raise FileFormatError(f"alpha is {alpha}, expected a finite number")
-    if not abs(adapter.scale) <= _F32_MAX:
-        raise FileFormatError(f"alpha / rank = {alpha:g} / {adapter.rank} is more than f32 holds")
-    return adapter, params
+    return checked_scale(adapter), params
+
+
+def checked_scale(adapter: Adapter) -> Adapter:
+    """The adapter, if f32 holds its scale; FileFormatError otherwise."""
+    if not abs(adapter.reported_scale) <= _F32_MAX:
+        raise FileFormatError(
+            f"alpha / rank = {adapter.alpha:g} / {adapter.rank} is more than f32 holds"
+        )
+    return adapter
 
 
 def _told_axis(metadata: Mapping[str, str]) -> str | None:
