@@ -20,8 +20,10 @@ LEVELS = [
     {"adapters"},
     {"spectrum", "io.alpha", "io.dialects", "io.aliases", "io.modules", "io.report"},
     {"io.names", "io.source"},
-    {"io.placing"},
+    {"io.placing", "io.exact"},
+    {"io.target", "io.conversion", "io.peft_config", "io.peft_output"},
     {"io.adapter_file", "io.merge"},
+    {"io.convert"},
     {"attachment", "explain", "graph"},
     {"engine"},
     {""},  # the package itself
