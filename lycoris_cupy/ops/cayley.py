@@ -1,4 +1,4 @@
-"""cayley: small skew blocks to rotations; rotation_columns: those as the columns that turn channels.
+"""cayley: small skew blocks to rotations; rotation_columns: those as columns that turn channels.
 
 The Cayley transform is a rotation less the identity here, so that small angles keep their digits in
 bf16 and no angle is exactly no change.
