@@ -72,9 +72,15 @@ class Attachment:
             for layer, adapter in self.adapters.items()
         }
 
-    def part(self, name: str, p: Mapping[str, Any]) -> tuple[Adapter, dict[str, Any], Array]:
-        """What `adapters.join.forward` takes: p are a layer's factors as `canonical` gives them."""
-        return self.adapters[name], {**p, **self.kept[name]}, self.scales[name]
+    def part(
+        self, name: str, p: Mapping[str, Any], conditions: Mapping[str, Any]
+    ) -> tuple[Adapter, dict[str, Any], Array]:
+        """What `adapters.join.forward` takes: p are a layer's factors as `canonical` gives them,
+        conditions what forward was given.
+        """
+        adapter = self.adapters[name]
+        read = {key: conditions[key] for key in adapter.conditions if key in conditions}
+        return adapter, {**p, **self.kept[name], **read}, self.scales[name]
 
     def flame(self, views: Mapping[str, Mapping[str, Any]], made: Callable) -> dict:
         """layer -> factor -> made(view) in Flame layout, for views laid out as by `canonical`."""
@@ -89,7 +95,7 @@ class Attachment:
         """The change of a layer's weight (taps, IN, OUT) and bias at the present strength, wide."""
         adapter = self.adapters[name]
         p, factor = adapter.canonical(self.parameters[name]), self.scales[name]
-        bias = adapter.delta_bias(p)
+        bias = adapter.delta_bias(p, layer.bias)
         weight = adapter.delta_weight(layer.matrix, p, factor)
         return weight, None if bias is None else scale(cast(bias, factor.dtype), factor)
 

@@ -21,6 +21,7 @@ from lycoris_cupy.ops.scale_columns import scale_columns, spread_columns
 from lycoris_cupy.ops.squares import _against_weight, changed_square, low_rank_square
 from lycoris_cupy.ops.window import Window
 from tests import naive
+from tests.rows_transforms import transform_rows
 
 FACTOR = np.array([0.703125])  # exact in bf16
 
@@ -42,6 +43,8 @@ class Row:
     roundings: float = 1.0
     gradient_roundings: float = 1.0
     linear: bool = True  # a sum of products, whose magnitude is the formula over absolute values
+    size: Callable | None = None  # the magnitude of any other: what its rounding errors scale with
+    bend: float = 0.0  # third derivative over magnitude, for what a central difference leaves out
     dtypes: tuple[str, ...] = ("bf16", "f32", "f64")
 
     @property
@@ -646,4 +649,5 @@ ROWS = [
     *_column_rows(),
     *_square_rows(),
     *_magnitude_rows(),
+    *(Row(**row) for row in transform_rows()),
 ]

@@ -17,6 +17,7 @@ LEVELS = [
     {"gemm"},
     {"ops"},
     {"layers", "optim"},
+    {"norms"},
     {"adapters"},
     {"spectrum", "io.alpha", "io.dialects", "io.aliases", "io.modules", "io.report"},
     {"io.names", "io.source"},
@@ -25,6 +26,7 @@ LEVELS = [
     {"io.adapter_file", "io.merge"},
     {"io.convert"},
     {"attachment", "explain", "graph"},
+    {"conditions"},
     {"engine"},
     {""},  # the package itself
     {"demo"},

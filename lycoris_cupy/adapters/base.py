@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 from ..arrays import Array
 from ..errors import FileFormatError, LycorisError
 from ..layers import Layer, LayerShape
+from ..norms import NormShape
 from ..ops.product import product
 from ..ops.scale_columns import spread_columns
 from ..svd import Svd
@@ -40,6 +41,11 @@ class Share(NamedTuple):
     strength: Array
 
 
+# What an adapter makes of the layer's own output: turn(y, change) -> change plus its part. y has
+# the layer's bias in it, which is not turned.
+Turn = Callable[[Array, Array | None], Array]
+
+
 @dataclass(frozen=True)
 class Adapter(ABC):
     """One algorithm's trainable change of one layer."""
@@ -52,6 +58,11 @@ class Adapter(ABC):
     keys: ClassVar[tuple[str, ...]]  # every file key of the algorithm but `alpha`
     marks: ClassVar[tuple[str, ...]]  # a module with any of these keys is of this algorithm
     rule: ClassVar[str] = "base"  # of RULES; strength 0 is the layer itself only under 'base'
+    flags: ClassVar[
+        tuple[str, ...]
+    ] = ()  # those of the keys that hold a whole number, not a factor
+    told: ClassVar[tuple[str, ...]] = ()  # keyword arguments of `read`: what the file does not say
+    conditions: ClassVar[tuple[str, ...]] = ()  # arguments of forward that are put into p
     decomposable: ClassVar[bool] = False  # DoRA may stand on it: it has `square`, and `columns`
 
     @abstractmethod
@@ -83,6 +94,11 @@ class Adapter(ABC):
         once, when the adapter is attached.
         """
         return {}
+
+    @classmethod
+    def takes(cls, shape: LayerShape) -> bool:
+        """Whether it can sit on such a layer: by default on linear ones and convolutions."""
+        return not isinstance(shape, NormShape)
 
     @classmethod
     def create(cls, shape: LayerShape, rank: int, alpha: float | None = None, **options) -> Adapter:
@@ -168,12 +184,19 @@ class Adapter(ABC):
         return float(self.alpha) if self.alpha else float(self.rank)
 
     @property
+    def prefix(self) -> str | None:
+        """The prefix that its modules must have in a file; None for the file's."""
+        return None
+
+    @property
     def network_args(self) -> dict[str, object]:
         """What readers are told of the adapter in a file's `ss_network_args`, beside `algo`."""
         return {}
 
-    def delta_bias(self, p: Parameters) -> Array | None:
-        """The change of the bias before scaling, (OUT,), or None."""
+    def delta_bias(self, p: Parameters, bias: Array | None = None) -> Array | None:
+        """The change of the bias (OUT,) before scaling, or None. bias: the layer's, if there is
+        one.
+        """
         return None
 
     def svd(self, p: Mapping[str, np.ndarray], vectors: bool = True) -> Svd | None:
@@ -218,8 +241,10 @@ class Adapter(ABC):
 
     def contribute(
         self, change: Array | None, layer: Layer, x: Array, p: Parameters, scale: Array
-    ) -> tuple[Array, Share | None]:
-        """`apply`, and the Share of the layer's own product if the algorithm scales that too."""
+    ) -> tuple[Array | None, Share | Turn | None]:
+        """`apply`, and the Share or the Turn of the layer's own product if the algorithm scales or
+        mixes that too.
+        """
         return self.apply(change, layer, x, p, scale), None
 
     def canonical(self, p: Mapping[str, Array]) -> dict[str, Array]:

@@ -21,7 +21,7 @@ from ..arrays import Array, to_device
 from ..errors import DtypeError, FileFormatError, LycorisError, MatchError, ShapeError
 from ..layers import LayerShape
 from .aliases import Share
-from .dialects import FOLDED_PREFIXES
+from .dialects import FOLDED_PREFIXES, OWNED
 from .modules import FACTOR_DTYPES, told
 from .names import HOMES, BaseNames, fold, part_of
 from .placing import Loaded, Placed, gather, place, read_alone, told_rows
@@ -43,19 +43,23 @@ def read_adapter(
     alpha_from: str | None = None,
     dora: str | None = None,
     rule: str = "base",
+    dialect: str | None = None,
+    rank: int | None = None,
 ) -> tuple[Loaded, LoadReport]:
     """{layer: (adapter, factors)} and a report, for the layers named by `shapes`.
 
     source: a file of any dialect, or PEFT's folder. dtype: what the caller will round the factors
     to; only the report looks at it. alpha_from: 'tensor', 'metadata', 'configuration' or 'rank',
     the one source of alpha to believe; None takes the first that is there. dora: 'output' or
-    'input', for magnitudes whose shape allows both. rule: what strength means, see `DoRA`.
+    'input', for magnitudes whose shape allows both. rule: what strength means, see `DoRA` and
+    `Rotation`. dialect: of rotations whose file allows several readings, see `Rotation`. rank: cut
+    every module to this rank; LoCon and DyLoRA only.
 
     Raises FileFormatError, ShapeError or DtypeError for a module that is not understood or whose
     alpha is told in two ways, MatchError if no module finds its layer, if one could mean several,
     if two find one, or, when strict, if any finds none.
     """
-    with open_source(source, alpha_from, dora, rule) as opened:
+    with open_source(source, alpha_from, dora, rule, dialect) as opened:
         names, placed, unmatched = BaseNames(shapes), [], list(opened.unread)
         with _about(opened.path):
             for module in opened.modules:
@@ -64,6 +68,8 @@ def read_adapter(
                     nearest = names.nearest(module.key)
                     unmatched.append(Unmatched(module.name, "no layer has this name", nearest))
                 placed += found
+            if rank is not None:
+                placed = [one.truncated(rank) for one in placed]
             out = gather(placed, shapes)
         layers = [_layer_report(opened, one, dtype) for one in placed]
         report = LoadReport(
@@ -75,12 +81,15 @@ def read_adapter(
 
 
 def inspect_adapter(
-    source: str | os.PathLike | TensorFile, *, alpha_from: str | None = None
+    source: str | os.PathLike | TensorFile,
+    *,
+    alpha_from: str | None = None,
+    dialect: str | None = None,
 ) -> LoadReport:
     """What a file holds, with no base: sizes are taken from the factors, and what is not understood
     is listed.
     """
-    with open_source(source, alpha_from) as opened:
+    with open_source(source, alpha_from, dialect=dialect) as opened:
         unmatched, layers = list(opened.unread), []
         for module in opened.modules:
             try:
@@ -116,7 +125,12 @@ def write_adapter(
         raise MatchError("there is no adapter to write")
     tensors, layer_of = {}, {}
     for layer, name, adapter, params in _apart(adapters):
-        module = prefix + fold(name)
+        module = (adapter.prefix or prefix) + fold(name)
+        if prefix in OWNED and adapter.prefix != prefix:
+            raise MatchError(
+                f"prefix {prefix!r} would be read as another dialect than {adapter.algorithm} of "
+                f"layer {layer!r} has: use another prefix"
+            )
         if module in layer_of:
             raise MatchError(
                 f"layers {layer_of[module]!r} and {layer!r} would both be saved as {module!r}: "
@@ -126,9 +140,8 @@ def write_adapter(
         with _about(f"layer {layer!r}"):
             wide = {factor.key for factor in adapter.factors().values() if factor.wide}
             for key, tensor in adapter.save(_checked(adapter, params)).items():
-                tensors[f"{module}.{key}"] = cast_checked(
-                    tensor, key, None if key in wide else dtype
-                )
+                number, kept = key in adapter.flags, None if key in wide else dtype
+                tensors[f"{module}.{key}"] = tensor if number else cast_checked(tensor, key, kept)
             alpha = adapter.saved_alpha
             if alpha is not None:
                 tensors[f"{module}.alpha"] = cast_checked(
@@ -163,7 +176,8 @@ def _spoken(source: Source) -> tuple[str, ...]:
 def _layer_report(source: Source, placed: Placed, dtype: np.dtype | None) -> LayerReport:
     adapter, layer = placed.adapter, placed.share.layer or None
     keys = placed.module.keys.items()
-    stored = sorted({source.file.dtype(key) for suffix, key in keys if suffix != "alpha"})
+    others = ("alpha", *adapter.flags)
+    stored = sorted({source.file.dtype(key) for suffix, key in keys if suffix not in others})
     where = f", alpha from {placed.alpha_from}" if placed.alpha_from else ""
     return LayerReport(
         module=placed.module.name,

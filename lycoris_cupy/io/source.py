@@ -36,8 +36,8 @@ class Module:
 
 @dataclass(frozen=True)
 class Source:
-    """An open adapter file. unread: keys of no dialect, each with the reason. dora, rule: what the
-    caller says of magnitudes and of strength, see `read_module`.
+    """An open adapter file. unread: keys of no dialect, each with the reason. dora, rule, dialect:
+    what the caller says of magnitudes, of strength and of rotations, see `read_module`.
     """
 
     file: TensorFile
@@ -46,6 +46,7 @@ class Source:
     alphas: Alphas
     dora: str | None = None
     rule: str = "base"
+    dialect: str | None = None
 
     @property
     def path(self) -> str:
@@ -63,9 +64,10 @@ def open_source(
     alpha_from: str | None = None,
     dora: str | None = None,
     rule: str = "base",
+    dialect: str | None = None,
 ) -> Iterator[Source]:
     """The modules of a file, or of PEFT's folder. alpha_from: the one source of alpha to believe.
-    dora, rule: kept for `read_module`.
+    dora, rule, dialect: kept for `read_module`.
 
     Raises FileFormatError where two keys are the same factor of a module.
     """
@@ -83,7 +85,7 @@ def open_source(
         if peft and beside is not None and beside.exists():
             configuration = _configuration(beside)
         alphas = Alphas(file.metadata, configuration, alpha_from)
-        yield Source(file, tuple(modules), tuple(unread_keys), alphas, dora, rule)
+        yield Source(file, tuple(modules), tuple(unread_keys), alphas, dora, rule, dialect)
 
 
 def _modules(file: TensorFile) -> tuple[list[Module], list[Unmatched]]:
