@@ -20,10 +20,11 @@ LEVELS = [
     {"adapters"},
     {"spectrum", "io.alpha", "io.dialects", "io.aliases", "io.modules", "io.report"},
     {"io.names", "io.source"},
-    {"io.placing", "io.exact"},
+    {"io.placing", "io.exact", "io.suspicions"},
     {"io.target", "io.conversion", "io.peft_config", "io.peft_output"},
     {"io.adapter_file", "io.merge"},
-    {"io.convert"},
+    {"io.convert", "io.diff", "io.inspection", "io.charts", "io.page_style"},
+    {"io.page"},
     {"attachment", "explain", "graph"},
     {"engine"},
     {""},  # the package itself
