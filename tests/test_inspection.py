@@ -162,7 +162,7 @@ def test_the_page(tmp_path):
     assert kinds.count("tr") - 1 == 4 + 3  # the head, a row a layer, rows of metadata
     order = [d for d in parsed.words if re.fullmatch(r"lycoris_block_\d+_q", d)]
     assert order[-3:] == ["lycoris_block_1_q", "lycoris_block_2_q", "lycoris_block_10_q"]
-    assert "1 things look wrong" in text and "prefers-color-scheme:dark" in text
+    assert "Looks wrong: 1" in text and "prefers-color-scheme:dark" in text
     assert 'class="bar mark"' in text and "<title>lycoris_block_10_q: " in text
 
 
@@ -176,7 +176,7 @@ def test_a_page_of_a_base_and_one_of_nothing(tmp_path):
     )
     write(tmp_path / "b.safetensors", {"loose": np.ones(2)})
     text = page(inspect_file(tmp_path / "b.safetensors"))
-    assert "1 things look wrong" in text and "<svg" not in text
+    assert "Looks wrong: 1" in text and "<svg" not in text
 
 
 def test_charts_of_odd_values():

@@ -91,7 +91,7 @@ def _problems(inspection: Inspection) -> str:
     lines = "".join(f"<li><code>{escape(name)}</code> {escape(why)}</li>" for name, why in rows)
     opened = " open" if len(rows) <= 12 else ""
     return (
-        f"<details class='bad'{opened}><summary>{len(rows)} things look wrong</summary>"
+        f"<details class='bad'{opened}><summary>Looks wrong: {len(rows)}</summary>"
         f"<ul>{lines}</ul></details>"
     )
 
