@@ -19,6 +19,7 @@ from ..adapters import Adapter
 from ..layers import LayerShape
 from ..svd import Svd, flat_rows, matrix_svd
 from .adapter_file import layer_report, spoken
+from .aliases import Rows
 from .merge import layer_shapes
 from .names import BaseNames, fold
 from .placing import Placed, survey
@@ -180,15 +181,22 @@ def _weight(base: TensorFile, one: Placed) -> np.ndarray:
 def _twins(placed: list[Placed]) -> dict[int, list[str]]:
     """Notes on modules that change the same outputs of one layer."""
     out: dict[int, list[str]] = {}
-    seen: dict[tuple, Placed] = {}
+    seen: dict[Any, list[Placed]] = {}
     for one in placed:
         key = one.module.key
         name = one.share.layer or (key.parts[:1] if key.parts else None, fold(key.path))
-        first = seen.setdefault((name, one.share.rows), one)
-        if first is not one:
-            out.setdefault(id(one), []).append(f"the same layer as {first.module.name}")
-            out.setdefault(id(first), []).append(f"the same layer as {one.module.name}")
+        for first in seen.setdefault(name, []):
+            if _overlap(one.share.rows, first.share.rows):
+                out.setdefault(id(one), []).append(f"the same layer as {first.module.name}")
+                out.setdefault(id(first), []).append(f"the same layer as {one.module.name}")
+        seen[name].append(one)
     return out
+
+
+def _overlap(one: Rows | None, other: Rows | None) -> bool:
+    if one is None or other is None:
+        return True
+    return any(a < d and c < b for a, b in one for c, d in other)
 
 
 def _number(value: float | None) -> str:
