@@ -85,7 +85,6 @@ def test_a_key_is_taken_apart(key, dialect, prefix, path, suffix):
     "key, why",
     [
         ("double_blocks.0.processor.qkv_lora1.down.weight", "is named as by x-labs, which is not"),
-        ("oft_unet_x.oft_blocks", "is named as by kohya's OFT"),
         ("bundle_emb.cat.string_to_param", "is named as by trainers that bundle embeddings"),
         ("model.layers.0.weight", "is in no dialect that is known"),
         ("lora_A.weight", "is in no dialect"),
