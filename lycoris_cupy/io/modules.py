@@ -190,7 +190,13 @@ def _number(file: TensorFile, key: str, suffix: str) -> np.ndarray:
 
 
 def told(adapter: Adapter) -> str:
-    """What `Adapter.guess_shape` could tell of the layer: flat columns may hold a kernel."""
+    """What `Adapter.guess_shape` could tell of the layer: flat columns may hold a kernel, and a
+    side of 0 is unknown.
+    """
+    if not adapter.shape.inputs:
+        return f"{adapter.shape.outputs} outputs"
+    if not adapter.shape.outputs:
+        return f"{adapter.shape.inputs} inputs"
     flat = any(factor.flat and factor.spatial for factor in adapter.factors().values())
     if flat and not adapter.shape.window.axes:
         return f"{adapter.shape.inputs} (taps included) -> {adapter.shape.outputs}"
