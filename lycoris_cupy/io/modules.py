@@ -141,7 +141,7 @@ def _refined(
         return BOFT
     plain = kind is LoCon and set(tensors) == set(DyLoRA.keys)
     # Either reading computes the same; only a DyLoRA can be trained on at random ranks.
-    return DyLoRA if plain and (is_dylora(tensors) or DyLoRA.algorithm in trained) else kind
+    return DyLoRA if plain and (is_dylora(tensors) or trained == [DyLoRA.algorithm]) else kind
 
 
 def _arguments(metadata: Mapping[str, str]) -> dict[str, object]:
