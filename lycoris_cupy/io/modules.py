@@ -74,13 +74,15 @@ def read_module(
     rule: str = "base",
     dialect: str | None = None,
     prefix: str = "lycoris_",
+    told: Mapping[str, object] | None = None,
 ) -> tuple[Adapter, dict[str, np.ndarray]]:
     """The adapter and its factors in Flame layout, dtype as in the file.
 
     keys: suffix to key. shape: of the layer it sits on, or None to take it from the factors as far
     as they tell. dora: the axis of magnitudes whose shape allows both; by default what the metadata
     says. rule: what strength means, see `DoRA` and `Rotation`. dialect: of a rotation whose file
-    allows several readings. prefix: of its keys.
+    allows several readings. prefix: of its keys. told: what a configuration beside the file says,
+    for algorithms that ask for it (`Adapter.told`).
     """
     kind = algorithm_of(set(keys))
     tensors = {
@@ -100,14 +102,22 @@ def read_module(
         "rule": rule,
         "prefix": prefix,
         "maker": file.metadata.get("ss_network_module", ""),
+        **(told or {}),
     }
+    missing = [name for name in kind.told if name not in given]
+    if missing:
+        raise FileFormatError(
+            f"{kind.algorithm} means nothing without the configuration beside its file, which tells "
+            f"{', '.join(missing)}"
+        )
     shape = kind.guess_shape(tensors) if shape is None else shape
     adapter = kind.read(shape, tensors, alpha, **{name: given[name] for name in kind.told})
     if DORA in tensors:
         # PEFT's magnitudes are per output, whatever their shape could mean.
         peft = keys[DORA].endswith(PEFT_MAGNITUDE)
-        told = "output" if peft else dora or _told_axis(args)
-        adapter = DoRA.over(adapter, axis_of(tensors[DORA].shape, adapter.shape, told), rule)
+        axis = "output" if peft else dora or _told_axis(args)
+        axis = axis_of(tensors[DORA].shape, adapter.shape, axis)
+        adapter = DoRA.over(adapter, axis, rule)
     used = {factor.key for factor in adapter.factors().values()} | set(kind.flags)
     if used != set(tensors):
         odd, what = (
