@@ -107,8 +107,8 @@ def read_module(
     missing = [name for name in kind.told if name not in given]
     if missing:
         raise FileFormatError(
-            f"{kind.algorithm} means nothing without the configuration beside its file, which tells "
-            f"{', '.join(missing)}"
+            f"{kind.algorithm} means nothing without the configuration beside its file, which "
+            f"tells {', '.join(missing)}"
         )
     shape = kind.guess_shape(tensors) if shape is None else shape
     adapter = kind.read(shape, tensors, alpha, **{name: given[name] for name in kind.told})
