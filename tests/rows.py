@@ -42,9 +42,7 @@ class Row:
     gradient_roundings: float = 1.0
     linear: bool = True  # a sum of products, whose magnitude is the formula over absolute values
     size: Callable | None = None  # the magnitude of any other: what its rounding errors scale with
-    bend: float = (
-        0.0  # third derivative over ops.magnitude, for what a central difference leaves out
-    )
+    bend: float = 0.0  # third derivative over magnitude, for what a central difference leaves out
     dtypes: tuple[str, ...] = ("bf16", "f32", "f64")
 
     @property
