@@ -107,12 +107,13 @@ class Rows(Adapter):
             for part, own in zip(self.parts, self.split(p), strict=True)
         )
 
-    def delta_bias(self, p: Parameters) -> Array | None:
-        found = [
-            (part.rows, change)
-            for part, own in zip(self.parts, self.split(p), strict=True)
-            if (change := part.adapter.delta_bias(own)) is not None
-        ]
+    def delta_bias(self, p: Parameters, bias: Array | None = None) -> Array | None:
+        found = []
+        for part, own in zip(self.parts, self.split(p), strict=True):
+            its = None if bias is None else take_columns(bias, part.rows)
+            change = part.adapter.delta_bias(own, its)
+            if change is not None:
+                found.append((part.rows, change))
         if not found:
             return None
         rows, changes = zip(*found, strict=True)
