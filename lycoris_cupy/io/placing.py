@@ -46,10 +46,17 @@ def read_alone(
 ) -> tuple[Adapter, Params, str]:
     """(adapter, factors, where alpha comes from) of a module on a layer of this shape, or none."""
     own = read_own_words(source, module, shape)
-    adapter, params = own or read_module(
-        source.file, module.keys, shape, source.dora, source.rule, source.dialect, module.key.prefix
-    )
     configuration = source.alphas.configuration
+    adapter, params = own or read_module(
+        source.file,
+        module.keys,
+        shape,
+        source.dora,
+        source.rule,
+        source.dialect,
+        module.key.prefix,
+        None if configuration is None else configuration.values,
+    )
     if configuration is not None:
         params = scaled_by_configuration(adapter, params, configuration, module.key.path)
     if not adapter.has_rank or adapter.ignores_alpha:

@@ -11,6 +11,7 @@ from .norm import group_norm, layer_norm
 from .product import convolution, product, product_dw, product_dx
 from .ranks import interleave, mask_ranks, take_ranks
 from .shapes import pixel_shuffle, reshape, resize_nearest, tap_diagonal, transpose
+from .skew import cayley_series, skew_blocks
 from .tucker2 import tucker_decompose
 from .window import Window
 
@@ -19,6 +20,7 @@ __all__ = [
     "add",
     "cast",
     "cayley",
+    "cayley_series",
     "column_sum",
     "convolution",
     "expand_rows",
@@ -43,6 +45,7 @@ __all__ = [
     "resize_nearest",
     "rotation_columns",
     "scale",
+    "skew_blocks",
     "take_columns",
     "take_ranks",
     "tap_diagonal",
