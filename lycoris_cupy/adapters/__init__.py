@@ -17,6 +17,8 @@ from .locon import LoCon
 from .loha import LoHa
 from .lokr import LoKr, factorization
 from .norm import Norm
+from .peft_boft import PeftBOFT
+from .peft_oft import PeftOFT
 from .rows import RowPart, Rows, slice_rows
 from .tlora import TLoRA
 
@@ -35,6 +37,8 @@ ALGORITHMS: dict[str, type[Adapter]] = {
         DiagOFT,
         BOFT,
         TLoRA,
+        PeftOFT,
+        PeftBOFT,
     )
 }
 
@@ -80,6 +84,8 @@ __all__ = [
     "LoKr",
     "Norm",
     "Parameters",
+    "PeftBOFT",
+    "PeftOFT",
     "RowPart",
     "Rows",
     "TLoRA",

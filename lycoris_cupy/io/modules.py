@@ -31,7 +31,6 @@ _F32_MAX = float(np.finfo(np.float32).max)
 # Keys that mean something that is not built: to merge the rest of their module would be silently
 # wrong.
 _UNBUILT = {
-    "PEFT's word for OFT, BOFT or (IA)^3": ("oft_R.weight", "boft_R", "boft_s", "ia3_l"),
     "a Tucker core of GLoRA, which LyCORIS never writes": ("bm.weight",),
     "a trained scalar that was not folded into a factor": ("scalar",),
     "a LoRA of an embedding": ("lora_embedding_A", "lora_embedding_B"),
@@ -74,15 +73,14 @@ def read_module(
     rule: str = "base",
     dialect: str | None = None,
     prefix: str = "lycoris_",
-    told: Mapping[str, object] | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> tuple[Adapter, dict[str, np.ndarray]]:
     """The adapter and its factors in Flame layout, dtype as in the file.
 
     keys: suffix to key. shape: of the layer it sits on, or None to take it from the factors as far
     as they tell. dora: the axis of magnitudes whose shape allows both; by default what the metadata
     says. rule: what strength means, see `DoRA` and `Rotation`. dialect: of a rotation whose file
-    allows several readings. prefix: of its keys. told: what a configuration beside the file says,
-    for algorithms that ask for it (`Adapter.told`).
+    allows several readings. prefix: of its keys. options: PEFT's configuration, if there is one.
     """
     kind = algorithm_of(set(keys))
     tensors = {
@@ -101,15 +99,9 @@ def read_module(
         "dialect": dialect,
         "rule": rule,
         "prefix": prefix,
+        "options": args if options is None else options,
         "maker": file.metadata.get("ss_network_module", ""),
-        **(told or {}),
     }
-    missing = [name for name in kind.told if name not in given]
-    if missing:
-        raise FileFormatError(
-            f"{kind.algorithm} means nothing without the configuration beside its file, which "
-            f"tells {', '.join(missing)}"
-        )
     shape = kind.guess_shape(tensors) if shape is None else shape
     adapter = kind.read(shape, tensors, alpha, **{name: given[name] for name in kind.told})
     if DORA in tensors:

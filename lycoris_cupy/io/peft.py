@@ -37,27 +37,6 @@ def read_own_words(
     return _ia3(stored, source.alphas.configuration, module, shape)
 
 
-def told_by(configuration: Configuration) -> dict[str, object]:
-    """What algorithms of PEFT's ask of the configuration, as far as it says it.
-
-    series: whether a rotation is PEFT's series instead of the exact transform, which turns the
-    other way. shared: whether one block turns all of them. Raises FileFormatError.
-    """
-    values, out = configuration.values, {}
-    series = values.get("use_cayley_neumann")
-    if isinstance(series, bool):
-        terms = values.get("num_cayley_neumann_terms")
-        if series and terms != 5:
-            raise FileFormatError(
-                f"{configuration.name}: num_cayley_neumann_terms is {terms!r}, and only 5, PEFT's "
-                "own, is understood"
-            )
-        out["series"] = series
-    if isinstance(values.get("block_share"), bool):
-        out["shared"] = values["block_share"]
-    return out
-
-
 def scaled_by_configuration(
     adapter: Adapter, params: Mapping[str, np.ndarray], configuration: Configuration, path: str
 ) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from ..layers import LayerShape
 from .aliases import Share
 from .modules import checked_scale, read_module
 from .names import BaseNames
-from .peft import read_own_words, scaled_by_configuration, told_by
+from .peft import read_own_words, scaled_by_configuration
 from .report import Unmatched
 from .source import Module, Source
 
@@ -56,7 +56,7 @@ def read_alone(
         source.rule,
         source.dialect,
         module.key.prefix,
-        None if configuration is None else told_by(configuration),
+        None if configuration is None else configuration.values,
     )
     if configuration is not None:
         params = scaled_by_configuration(adapter, params, configuration, module.key.path)

@@ -14,6 +14,7 @@ from .product import convolution, product, product_dw, product_dx
 from .ranks import interleave, mask_ranks, take_ranks
 from .scale_columns import scale_columns, spread_columns
 from .shapes import pixel_shuffle, reshape, resize_nearest, tap_diagonal, transpose
+from .skew import cayley_series, skew_blocks
 from .squares import changed_square, low_rank_square
 from .tucker2 import tucker_decompose
 from .window import Window
@@ -24,6 +25,7 @@ __all__ = [
     "cast",
     "cayley",
     "changed_square",
+    "cayley_series",
     "column_sum",
     "convolution",
     "expand_rows",
@@ -54,6 +56,7 @@ __all__ = [
     "scale_columns",
     "shifted",
     "spread_columns",
+    "skew_blocks",
     "take_columns",
     "take_ranks",
     "tap_diagonal",
