@@ -154,6 +154,9 @@ class Rows(Adapter):
 class _RowsOf(Layer):
     """Some rows of a layer, as an adapter sees them; the weight is copied only when asked for."""
 
+    _layer: Layer
+    _part: RowPart
+
     def __init__(self, layer: Layer, part: RowPart):
         # A frozen dataclass that computes what its parent stores.
         self.__dict__ |= {"_layer": layer, "_part": part, "window": layer.window}

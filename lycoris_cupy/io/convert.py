@@ -42,8 +42,8 @@ class _Item:
 
     module: Module
     name: Name
-    before: tuple[Adapter, Params]
-    after: tuple[Adapter, Params]
+    before: tuple[Adapter, Mapping[str, np.ndarray]]
+    after: tuple[Adapter, Mapping[str, np.ndarray]]
     alpha: np.ndarray | None = None
     magnitude: np.ndarray | None = None
     needed: int = 0
@@ -132,10 +132,9 @@ def _require_new(dialect: Dialect, source, out) -> None:
 
 def _left_out(source: Source, lossy: bool) -> list[str]:
     if source.unread and not lossy:
-        more = f" and {len(source.unread) - 1} more" if len(source.unread) > 1 else ""
-        raise FileFormatError(
-            f"{source.path}: {source.unread[0]}{more}; --lossy leaves what is not read out"
-        )
+        first, *others = source.unread
+        more = f" and {len(others)} more" if others else ""
+        raise FileFormatError(f"{source.path}: {first}{more}; --lossy leaves what is not read out")
     return [entry.name for entry in source.unread]
 
 

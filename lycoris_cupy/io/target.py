@@ -112,7 +112,7 @@ def _prefix(dialect: Dialect, name: Name, key: str, parts: set[str | None]) -> s
         if dialect.alpha == "configuration":
             raise MatchError(
                 f"{dialect.name} keeps one part of a model a folder, and the file has "
-                f"{', '.join(sorted(known, key=str))}: convert one (--only)"
+                f"{', '.join(sorted(map(str, known)))}: convert one (--only)"
             )
         home = HOMES[name.part] if name.part not in (None, "unet") else ""
         return prefix + (home if dialect.dotted else home.replace(".", "_"))
