@@ -108,6 +108,7 @@ class Engine:
         name: str | None = None,
         strict: bool = True,
         alpha_from: str | None = None,
+        rows: Mapping[str, tuple[str, int, int]] | None = None,
     ) -> LoadReport:
         """Load an adapter file of any dialect, or PEFT's folder, onto the layers it names, under
         `name` (by default the file's stem).
@@ -115,12 +116,19 @@ class Engine:
         Returns what was matched, at which scale, and what was not. strict: a module that fits no
         layer is an error; zero matches always are. Factors are rounded to the engine's dtype (the
         report says which).
-        alpha_from: the one source of alpha to believe where several disagree.
+        alpha_from: the one source of alpha to believe where several disagree. rows: for layers that
+        are fused here and apart in the file, name there -> (layer, first output, end); those of
+        Flux and CLIP-G are known.
         """
         name = name if name is not None else Path(path).stem
         self._require_new(name)
         found, report = read_adapter(
-            path, self.shapes, strict=strict, dtype=self.dtype, alpha_from=alpha_from
+            path,
+            self.shapes,
+            strict=strict,
+            dtype=self.dtype,
+            alpha_from=alpha_from,
+            rows=rows,
         )
         self.attachments[name] = Attachment(found, self.device, self.dtype, strength, report)
         return report

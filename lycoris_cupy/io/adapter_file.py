@@ -40,19 +40,21 @@ def read_adapter(
     strict: bool = True,
     dtype: np.dtype | None = None,
     alpha_from: str | None = None,
+    rows: Mapping[str, tuple[str, int, int]] | None = None,
 ) -> tuple[Loaded, LoadReport]:
     """{layer: (adapter, factors)} and a report, for the layers named by `shapes`.
 
     source: a file of any dialect, or PEFT's folder. dtype: what the caller will round the factors
     to; only the report looks at it. alpha_from: 'tensor', 'metadata', 'configuration' or 'rank',
-    the one source of alpha to believe; None takes the first that is there.
+    the one source of alpha to believe; None takes the first that is there. rows: for layers that
+    the base keeps fused and no table knows, name in the file -> (layer, first output, end).
 
     Raises FileFormatError, ShapeError or DtypeError for a module that is not understood or whose
     alpha is told in two ways, MatchError if no module finds its layer, if one could mean several,
     if two find one, or, when strict, if any finds none.
     """
     with open_source(source, alpha_from) as opened:
-        names, placed, unmatched = BaseNames(shapes), [], list(opened.unread)
+        names, placed, unmatched = BaseNames(shapes, rows), [], list(opened.unread)
         with _about(opened.path):
             for module in opened.modules:
                 found = place(opened, module, names, shapes)
