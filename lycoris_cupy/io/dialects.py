@@ -88,8 +88,13 @@ DIALECTS: dict[str, Dialect] = {
         Dialect(
             "kohya",
             "kohya's sd-scripts, and LyCORIS inside it",
-            # Two underscores: seen in files for Wan function models.
-            {"lora_unet_": ("unet",), **_ENCODERS, "lora_unet__": ("unet",)},
+            # Two underscores: seen in files for Wan function models. oft_unet_: its own OFT.
+            {
+                "lora_unet_": ("unet",),
+                **_ENCODERS,
+                "lora_unet__": ("unet",),
+                "oft_unet_": ("unet",),
+            },
         ),
         Dialect(
             "onetrainer",
@@ -190,7 +195,6 @@ _REWRITTEN = (
 # Dialects that are known but not read, to say which one a file speaks.
 _FOREIGN = {
     r"processor\.\w+_lora\d\.(down|up)\.weight$": "x-labs",
-    r"^oft_unet_": "kohya's OFT",
     r"^bundle_emb\.": "trainers that bundle embeddings",
 }
 
@@ -277,6 +281,7 @@ _FOLDED = {  # the longest first
 
 
 FOLDED_PREFIXES = tuple(sorted(_FOLDED))
+OWNED = ("oft_unet_",)  # what a module under one of these means, only its own dialect writes
 
 
 def _words() -> list[tuple[str, dict[str, str]]]:

@@ -21,6 +21,7 @@ from ..adapters import Adapter
 from ..arrays import f32, wide_dtype
 from ..errors import DtypeError, FileFormatError, MatchError, ShapeError
 from ..layers import LayerShape
+from ..norms import NormShape
 from .adapter_file import STALE, read_adapter
 from .modules import FACTOR_DTYPES
 from .report import LoadReport
@@ -39,13 +40,18 @@ def merge_files(
     *,
     strict: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    dora: str | None = None,
+    rule: str = "base",
+    dialect: str | None = None,
 ) -> list[LoadReport]:
     """Write the base with all adapters, each (path, strength), added; one report an adapter.
 
-    Sums are f32, or f64 for an f64 base. progress: called with the bytes written and in all. A
-    strength of 0 changes no bit. Raises as `read_adapter` does, DtypeError for a layer that is no
-    float, and FileFormatError for a sum that the base's dtype cannot hold. On any error, or a kill,
-    the file at out_path is what it was.
+    dora, rule, dialect: as for `read_adapter`. Sums are f32, or f64 for an f64 base. progress:
+    called with the bytes written and in all. A strength of 0 changes no bit, unless the rule is
+    'reference'.
+    Raises as `read_adapter` does, DtypeError for a layer that is no float, and FileFormatError for
+    a sum that the base's dtype cannot hold. On any error, or a kill, the file at out_path is what
+    it was.
     """
     for path, strength in adapters:
         if not math.isfinite(strength):
@@ -55,7 +61,8 @@ def merge_files(
                 f"{path}: the result would overwrite the adapter; choose another output"
             )
     with replacing(out_path) as handle, open_file(base_path) as base:
-        parts, reports = _read_all(base, adapters, strict)
+        read = partial(read_adapter, strict=strict, dora=dora, rule=rule, dialect=dialect)
+        parts, reports = _read_all(base, adapters, read)
         tensors = {name: base.stored(name) for name in base}
         for layer, shares in parts.items():
             tensors |= _merged(base, layer, shares)
@@ -64,23 +71,27 @@ def merge_files(
 
 
 def layer_shapes(base: TensorFile) -> dict[str, LayerShape]:
-    """The layers of a checkpoint: each `<name>.weight` of two to five axes. Groups are unknown."""
+    """The layers of a checkpoint: each `<name>.weight` of two to five axes, groups unknown; one
+    axis is taken for a norm's.
+    """
     weights = (
-        name for name in base if name.endswith(".weight") and 2 <= len(base.shape(name)) <= 5
+        name for name in base if name.endswith(".weight") and 1 <= len(base.shape(name)) <= 5
     )
     # An axis of no extent makes no kernel; no adapter fits it either.
     return {
-        n.removesuffix(".weight"): LayerShape.of_file(base.shape(n))
+        n.removesuffix(".weight"): NormShape.of_channels(base.shape(n)[0])
+        if len(base.shape(n)) == 1
+        else LayerShape.of_file(base.shape(n))
         for n in weights
         if all(base.shape(n)[2:])
     }
 
 
-def _read_all(base, adapters, strict) -> tuple[dict[str, list[_Part]], list[LoadReport]]:
+def _read_all(base, adapters, read) -> tuple[dict[str, list[_Part]], list[LoadReport]]:
     shapes = layer_shapes(base)
     if not shapes:
         raise MatchError(
-            f"{base.path}: has no tensor named <layer>.weight with two to five axes: not a "
+            f"{base.path}: has no tensor named <layer>.weight with one to five axes: not a "
             "checkpoint?"
         )
     files: dict[str, tuple] = {}  # an adapter may be named twice
@@ -88,7 +99,7 @@ def _read_all(base, adapters, strict) -> tuple[dict[str, list[_Part]], list[Load
     for path, strength in adapters:
         where = os.path.realpath(path)
         if where not in files:
-            files[where] = read_adapter(path, shapes, strict=strict)
+            files[where] = read(path, shapes)
         for layer, (adapter, params) in files[where][0].items():
             _require_float(base, f"{layer}.weight")
             if not abs(strength * adapter.scale) <= float(np.finfo(np.float32).max):
@@ -96,7 +107,7 @@ def _read_all(base, adapters, strict) -> tuple[dict[str, list[_Part]], list[Load
                     f"{path}: strength {strength:g} * scale {adapter.scale:g} is more than f32 "
                     "holds"
                 )
-            if strength * adapter.scale != 0:
+            if strength * adapter.scale != 0 or adapter.rule == "reference":
                 parts.setdefault(layer, []).append((adapter, params, strength))
     return parts, [files[os.path.realpath(path)][1] for path, _ in adapters]
 
@@ -108,7 +119,8 @@ def _merged(base: TensorFile, layer: str, shares: list[_Part]) -> dict[str, Stor
             base.dtype(weight), base.shape(weight), partial(_merge_weight, base, weight, shares)
         )
     }
-    if any(adapter.delta_bias(params) is not None for adapter, params, _ in shares):
+    there = np.zeros(shares[0][0].shape.outputs, f32) if bias in base else None
+    if any(adapter.delta_bias(params, there) is not None for adapter, params, _ in shares):
         outputs = shares[0][0].shape.outputs
         if bias in base:
             _require_float(base, bias)
@@ -128,11 +140,12 @@ def _merge_weight(base: TensorFile, name: str, shares: list[_Part]) -> np.ndarra
     old = base[name]
     kept = _wide(old.dtype)
     total = old.astype(kept)
-    outputs, inputs = total.shape[:2]
+    outputs, inputs = (*total.shape, 1)[:2]
     matrix = total.reshape(outputs, inputs, -1)
+    weight = np.ascontiguousarray(matrix.transpose(2, 1, 0))  # every change is one of the base
     for adapter, params, strength in shares:
         wide = adapter.canonical({key: value.astype(kept) for key, value in params.items()})
-        change = adapter.delta_weight(None, wide, np.array([strength * adapter.scale], kept))
+        change = adapter.delta_weight(weight, wide, np.array([strength * adapter.scale], kept))
         matrix += change.transpose(2, 1, 0)
     return _rounded(base, name, old, total)
 
@@ -145,7 +158,7 @@ def _merge_bias(
     kept = _wide(dtype)
     total = old.astype(kept)
     for adapter, params, strength in shares:
-        change = adapter.delta_bias(params)
+        change = adapter.delta_bias(params, old.astype(kept) if name in base else None)
         if change is not None:
             total += np.asarray(strength * adapter.scale, kept) * change.astype(kept)
     return _rounded(base, name, old, total)

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..adapters import Adapter
+from ..adapters import Adapter, truncated
 from ..adapters.rows import RowPart, Rows, slice_rows
 from ..errors import LycorisError, MatchError, ShapeError
 from ..layers import LayerShape
 from .aliases import Share
 from .modules import checked_scale, read_module
 from .names import BaseNames
+from .peft import read_own_words, scaled_by_configuration
 from .report import Unmatched
 from .source import Module, Source
 
@@ -35,12 +36,23 @@ class Placed:
     params: Params
     alpha_from: str
 
+    def truncated(self, rank: int) -> Placed:
+        """The same, cut to a rank. Raises LycorisError, see `truncated`."""
+        adapter, params = truncated(self.adapter, self.params, rank)
+        return replace(self, adapter=adapter, params=params)
+
 
 def read_alone(
     source: Source, module: Module, shape: LayerShape | None
 ) -> tuple[Adapter, Params, str]:
     """(adapter, factors, where alpha comes from) of a module on a layer of this shape, or none."""
-    adapter, params = read_module(source.file, module.keys, shape)
+    own = read_own_words(source, module, shape)
+    adapter, params = own or read_module(
+        source.file, module.keys, shape, source.dora, source.rule, source.dialect, module.key.prefix
+    )
+    configuration = source.alphas.configuration
+    if configuration is not None:
+        params = scaled_by_configuration(adapter, params, configuration, module.key.path)
     if not adapter.has_rank or adapter.ignores_alpha:
         return adapter, params, ""
     tensor = adapter.alpha if "alpha" in module.keys else None
@@ -48,7 +60,7 @@ def read_alone(
         module.name, module.key.path, tensor, adapter.rank, adapter.shape.taps > 1
     )
     if alpha != adapter.alpha:
-        adapter = checked_scale(replace(adapter, alpha=alpha))
+        adapter = checked_scale(adapter.with_alpha(alpha))
     return adapter, params, where
 
 
