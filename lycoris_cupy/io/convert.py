@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from ..adapters import Adapter, Full, LoCon, Rows
+from ..adapters import Adapter, Biased, LoCon, Rows
+from ..adapters.biased import without_bias
 from ..errors import FileFormatError, MatchError
 from .adapter_file import STALE, cast_checked, spoken
 from .alpha import METADATA
@@ -90,13 +91,14 @@ def convert_file(
             items = [item for item in items if item.name.part == only]
         if not items:
             raise MatchError(f"{source}: no module is left to convert")
-        names = module_names(dialect, {str(i): item.name for i, item in enumerate(items)})
+        labels = _labels(items)
+        names = module_names(dialect, dict(zip(labels, (i.name for i in items), strict=True)))
         for i, item in enumerate(items):
             _rewrite(item, dialect, algorithm, rank, dtype)
             if progress is not None:
                 progress(i + 1, len(items))
         _require_lossless(opened.path, items, lossy)
-        written = [names[str(i)] for i in range(len(items))]
+        written = [names[label] for label in labels]
         _write(out, dialect, written, items, _metadata(opened, dialect, items))
         return Conversion(
             opened.path,
@@ -118,6 +120,15 @@ def convert_file(
             ),
             tuple(left_out),
         )
+
+
+def _labels(items: list[_Item]) -> list[str]:
+    """What errors call the modules: a fused one that is taken apart stands for several layers."""
+    named = [item.module.name for item in items]
+    return [
+        name if named.count(name) == 1 else f"{name} on {item.name.path}"
+        for name, item in zip(named, items, strict=True)
+    ]
 
 
 def _require_new(dialect: Dialect, source, out) -> None:
@@ -193,13 +204,13 @@ def _rewrite(item: _Item, dialect: Dialect, algorithm, rank, dtype) -> None:
             "layer: --algorithm lora makes them one plain LoRA"
         )
     if algorithm or fused:
-        if isinstance(adapter, Full) and adapter.bias:
-            item.notes.append("the change of its bias is left out")
-            item.loss = float("inf")
-            adapter, params = replace(adapter, bias=False), {"diff": params["diff"]}
         _require_known_kernel(item)
         adapter, params, item.needed = as_lora(adapter, params, rank)
         _note_size(item, adapter)
+    if isinstance(adapter, Biased) and dialect.algorithms is not None:
+        item.notes.append(f"the change of its bias has no place in {dialect.name}")
+        item.loss = float("inf")
+        adapter, params = adapter.on, without_bias(params)
     require_expressible(dialect, adapter, item.module.name)
     if dialect.alpha == "folded":
         adapter, params = fold_scale(adapter, params)
