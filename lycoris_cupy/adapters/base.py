@@ -38,6 +38,7 @@ class Adapter(ABC):
     algorithm: ClassVar[str]
     keys: ClassVar[tuple[str, ...]]  # every file key of the algorithm but `alpha`
     marks: ClassVar[tuple[str, ...]]  # a module with any of these keys is of this algorithm
+    reads_weight: ClassVar[bool] = True  # False: `delta_weight` takes None for the weight
 
     @abstractmethod
     def factors(self) -> dict[str, Factor]:

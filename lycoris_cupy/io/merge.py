@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from ..arrays import resolve_device
 from ..errors import DtypeError, FileFormatError, MatchError, ShapeError
@@ -23,7 +24,7 @@ from ..layers import LayerShape
 from .adapter_file import STALE, read_adapter
 from .atomic import new_folder, replacing, require_place
 from .checkpoint import Checkpoint, open_checkpoint
-from .merge_layer import Share, merged_bias, merged_weight
+from .merge_layer import Part, merged_bias, merged_weight
 from .merge_report import MergeReport
 from .output import require_room
 from .report import LoadReport
@@ -51,6 +52,7 @@ def merge_files(
     device: str = "cpu",
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    **reading,
 ) -> MergeReport:
     """Write the base with all adapters, each (path, strength), added.
 
@@ -58,7 +60,7 @@ def merge_files(
     tensors a shard, 0 for one file, None for the shards of the base. Several shards make out_path a
     folder, with an index and the small files beside the base. device: where changes are computed.
     dry_run: everything is read and checked, nothing is written. progress: called with the bytes
-    written and in all.
+    written and in all. reading: options of `read_adapter`.
 
     Sums are f32, or f64 for an f64 base. A strength of 0 changes no bit. Raises as `read_adapter`
     does, MatchError for a rule that fits nothing, DtypeError for a weight that cannot be summed,
@@ -69,13 +71,13 @@ def merge_files(
     require_place(out_path)
     _require_adapters(adapters, out_path)
     with open_checkpoint(base_path) as base:
-        read = _read_all(base, adapters, strict)
+        read = _read_all(base, adapters, partial(read_adapter, strict=strict, **reading))
         require_used(rules, [(path, found) for path, _, found, _ in read])
-        shares = _shares(base, read, rules)
+        parts = _parts(base, read, rules)
         survival: dict[str, Survival] = {}
         changed = {
             name: tensor
-            for layer, some in shares.items()
+            for layer, some in parts.items()
             for name, tensor in _merged(base, layer, some, survival, device).items()
         }
         shards = _placed(base, changed, shard_size)
@@ -90,7 +92,7 @@ def merge_files(
         report = MergeReport(
             tuple(report for *_, report in read),
             tuple(strength for _, strength in adapters),
-            {name: tuple(one.strength for one in some) for name, some in shares.items()},
+            {name: tuple(one.strength for one in some) for name, some in parts.items()},
             {name: sum(one.nbytes for one in some.values()) for name, some in shards.items()},
             tuple(changed),
             base.dtypes(),
@@ -100,10 +102,11 @@ def merge_files(
         if not dry_run:
             note = _note(base, adapters, rules)
             options = note, progress, 1 if device != "cpu" else _WORKERS
-            if folder:
-                _write_folder(base, shards, out_path, *options)
-            else:
-                _write_file(base, shards, out_path, *options)
+            with threadpool_limits(1, "blas"):  # its threads wait by spinning, in the way of ours
+                if folder:
+                    _write_folder(base, shards, out_path, *options)
+                else:
+                    _write_file(base, shards, out_path, *options)
     return report
 
 
@@ -130,7 +133,7 @@ def _require_adapters(adapters: Adapters, out_path: str | os.PathLike) -> None:
             )
 
 
-def _read_all(base: Checkpoint, adapters: Adapters, strict: bool) -> Read:
+def _read_all(base: Checkpoint, adapters: Adapters, read: Callable) -> Read:
     shapes = layer_shapes(base)
     if not shapes:
         raise MatchError(
@@ -141,13 +144,13 @@ def _read_all(base: Checkpoint, adapters: Adapters, strict: bool) -> Read:
     for path, _ in adapters:
         where = os.path.realpath(path)
         if where not in files:
-            files[where] = read_adapter(path, shapes, strict=strict)
+            files[where] = read(path, shapes)
     return [(path, strength, *files[os.path.realpath(path)]) for path, strength in adapters]
 
 
-def _shares(base: Checkpoint, read: Read, rules: Sequence[LayerStrength]) -> dict[str, list[Share]]:
+def _parts(base: Checkpoint, read: Read, rules: Sequence[LayerStrength]) -> dict[str, list[Part]]:
     """What each adapter does to each layer, without what has no strength."""
-    shares: dict[str, list[Share]] = {}
+    parts: dict[str, list[Part]] = {}
     for path, own, found, _ in read:
         for layer, (adapter, params) in found.items():
             _require_float(base, f"{layer}.weight", layer)
@@ -158,23 +161,23 @@ def _shares(base: Checkpoint, read: Read, rules: Sequence[LayerStrength]) -> dic
                     "holds"
                 )
             if strength * adapter.scale != 0:
-                shares.setdefault(layer, []).append(Share(adapter, params, strength))
-    return shares
+                parts.setdefault(layer, []).append(Part(adapter, params, strength))
+    return parts
 
 
 def _merged(
-    base: Checkpoint, layer: str, shares: list[Share], survival: dict[str, Survival], device: str
+    base: Checkpoint, layer: str, parts: list[Part], survival: dict[str, Survival], device: str
 ) -> dict[str, Stored]:
     """The changed tensors of a layer, made when they are written."""
     weight, bias = f"{layer}.weight", f"{layer}.bias"
 
     def make_weight() -> np.ndarray:
-        out, survival[weight] = merged_weight(weight, base[weight], shares, device)
+        out, survival[weight] = merged_weight(weight, base[weight], parts, device)
         return out
 
     out = {weight: Stored(base.dtype(weight), base.shape(weight), make_weight)}
-    if any(adapter.delta_bias(params) is not None for adapter, params, _ in shares):
-        outputs = shares[0].adapter.shape.outputs
+    if any(adapter.delta_bias(params) is not None for adapter, params, _ in parts):
+        outputs = parts[0].adapter.shape.outputs
         if bias in base:
             _require_float(base, bias, layer)
             if base.shape(bias) != (outputs,):
@@ -183,13 +186,13 @@ def _merged(
                 )
         dtype = base.dtype(bias if bias in base else weight)
         out[bias] = Stored(
-            dtype, (outputs,), partial(_make_bias, base, bias, NUMPY[dtype], outputs, shares)
+            dtype, (outputs,), partial(_make_bias, base, bias, NUMPY[dtype], outputs, parts)
         )
     return out
 
 
-def _make_bias(base: Checkpoint, name, dtype: np.dtype, outputs: int, shares) -> np.ndarray:
-    return merged_bias(name, base[name] if name in base else np.zeros(outputs, dtype), shares)
+def _make_bias(base: Checkpoint, name, dtype: np.dtype, outputs: int, parts) -> np.ndarray:
+    return merged_bias(name, base[name] if name in base else np.zeros(outputs, dtype), parts)
 
 
 def _require_float(base: Checkpoint, name: str, layer: str) -> None:

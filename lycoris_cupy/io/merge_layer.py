@@ -15,16 +15,18 @@ import ml_dtypes
 import numpy as np
 
 from ..adapters import Adapter
-from ..arrays import Array, device_context, on_gpu, to_device
+from ..arrays import device_context, on_gpu, to_device
 from ..errors import FileFormatError
 from .header import NUMPY
 from .rounding import Survival, rounded, sum_dtype, widened
 
 _BLOCK = 192 << 10  # numbers a block: f32, it and its temporaries stay in the caches
 _NAMES = {dtype: name for name, dtype in NUMPY.items()}
+# One block in so many tells what survives rounding well enough; measuring costs as much as merging.
+_MEASURED = 8
 
 
-class Share(NamedTuple):
+class Part(NamedTuple):
     """One adapter's part in one layer. params: factors in Flame layout, as in the file."""
 
     adapter: Adapter
@@ -34,52 +36,56 @@ class Share(NamedTuple):
 
 @np.errstate(over="ignore", invalid="ignore")  # `_rounded_block` says it
 def merged_weight(
-    name: str, old: np.ndarray, shares: Sequence[Share], device: str = "cpu"
+    name: str, old: np.ndarray, parts: Sequence[Part], device: str = "cpu"
 ) -> tuple[np.ndarray, Survival]:
-    """The changed weight, in the shape and dtype of the old one, and what survived the rounding.
+    """The changed weight, in the shape and dtype of the old one, and what survived the rounding
+    (of an eighth of the blocks of a large one).
 
     device: where the changes are computed. Raises FileFormatError for a sum that the dtype cannot
     hold; name: of the tensor, for that message.
     """
-    kept = sum_dtype(old.dtype)
     before = old.reshape(*old.shape[:2], -1)
-    change = _change(widened(before), shares, kept, device)
+    change = _change(before, parts, device)
     out, survival = np.empty_like(before), Survival()
     step = max(_BLOCK // max(before[0].size, 1), 16) if len(before) else 1
-    for at in range(0, len(before), step):
+    for i, at in enumerate(range(0, len(before), step)):
         rows = slice(at, at + step)
         wide, part = widened(before[rows]), change[rows]
         if not part.flags.c_contiguous:  # turned in the cache, where strides cost little
-            part = np.ascontiguousarray(np.ascontiguousarray(part.T).T)
+            part = np.ascontiguousarray(part.T).T
         out[rows] = _rounded_block(name, before[rows], wide + part)
-        survival = survival.plus(_survival(part, widened(out[rows]) - wide))
+        if i % _MEASURED == 0:
+            survival = survival.plus(_survival(part, widened(out[rows]) - wide))
     return out.reshape(old.shape), survival
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def merged_bias(name: str, old: np.ndarray, shares: Sequence[Share]) -> np.ndarray:
+def merged_bias(name: str, old: np.ndarray, parts: Sequence[Part]) -> np.ndarray:
     """The changed bias, (OUT,), in the dtype of the old one. Raises as `merged_weight` does."""
     kept = sum_dtype(old.dtype)
     total = widened(old).astype(kept)
-    for adapter, params, strength in shares:
+    for adapter, params, strength in parts:
         change = adapter.delta_bias(params)
         if change is not None:
             total += np.asarray(strength * adapter.scale, kept) * change.astype(kept)
     return _rounded_block(name, old, total)
 
 
-def _change(weight: np.ndarray, shares: Sequence[Share], kept: np.dtype, device: str) -> np.ndarray:
-    """The sum of all changes of a weight (OUT, IN, taps), in that order, on the CPU."""
+def _change(before: np.ndarray, parts: Sequence[Part], device: str) -> np.ndarray:
+    """The sum of all changes of a weight (OUT, IN, taps), in that order, wide, on the CPU."""
+    kept = sum_dtype(before.dtype)
     with device_context(device):
-        total: Array = None
-        base = to_device(weight, device).transpose(2, 1, 0) if device != "cpu" else weight.T
-        for adapter, params, strength in shares:
+        total = base = None
+        if any(part.adapter.reads_weight for part in parts):
+            base = to_device(to_device(widened(before), device).transpose(2, 1, 0), device)
+        for adapter, params, strength in parts:
             wide = adapter.canonical(
                 {key: to_device(value.astype(kept), device) for key, value in params.items()}
             )
             scale = to_device(np.array([strength * adapter.scale], kept), device)
             change = adapter.delta_weight(base, wide, scale)
             total = change if total is None else total + change
+        assert total is not None, "a layer is merged for the sake of a part"
         turned = total.transpose(2, 1, 0)
         return to_device(turned, "cpu") if on_gpu(turned) else turned
 
@@ -97,6 +103,6 @@ def _rounded_block(name: str, old: np.ndarray, total: np.ndarray) -> np.ndarray:
 
 
 def _survival(asked: np.ndarray, got: np.ndarray) -> Survival:
-    asked, got = asked.reshape(-1), got.reshape(-1)
+    asked, got = np.ascontiguousarray(asked).reshape(-1), got.reshape(-1)
     along, size = float(np.dot(asked, got)), float(np.dot(asked, asked))
     return Survival(size, along, max(size - 2 * along + float(np.dot(got, got)), 0.0))
