@@ -95,12 +95,15 @@ def prepare(base: Path, cache: str) -> None:
 def run(command: list[str]) -> tuple[float, int]:
     """(wall seconds, bytes of the largest resident set) of a process that must succeed."""
     start = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"{' '.join(command)} failed with {child.returncode}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    with tempfile.TemporaryFile() as said:
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - start
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            said.seek(0)
+            raise SystemExit(f"{command} failed: {said.read().decode(errors='replace')[-2000:]}")
+    return seconds, usage.ru_maxrss * 1024
 
 
 def compare(ours: Path, theirs: Path) -> dict:

@@ -104,5 +104,5 @@ def _rounded_block(name: str, old: np.ndarray, total: np.ndarray) -> np.ndarray:
 
 def _survival(asked: np.ndarray, got: np.ndarray) -> Survival:
     asked, got = np.ascontiguousarray(asked).reshape(-1), got.reshape(-1)
-    along, size = float(np.dot(asked, got)), float(np.dot(asked, asked))
-    return Survival(size, along, max(size - 2 * along + float(np.dot(got, got)), 0.0))
+    lost = got - asked
+    return Survival(*(float(np.dot(a, b)) for a, b in ((asked, asked), (asked, got), (lost, lost))))
