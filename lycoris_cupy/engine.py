@@ -101,17 +101,27 @@ class Engine:
 
     @_on_device
     def attach(
-        self, path, *, strength: float = 1.0, name: str | None = None, strict: bool = True
+        self,
+        path,
+        *,
+        strength: float = 1.0,
+        name: str | None = None,
+        strict: bool = True,
+        alpha_from: str | None = None,
     ) -> LoadReport:
-        """Load an adapter file onto the layers it names, under `name` (by default the file's stem).
+        """Load an adapter file of any dialect, or PEFT's folder, onto the layers it names, under
+        `name` (by default the file's stem).
 
         Returns what was matched, at which scale, and what was not. strict: a module that fits no
         layer is an error; zero matches always are. Factors are rounded to the engine's dtype (the
         report says which).
+        alpha_from: the one source of alpha to believe where several disagree.
         """
         name = name if name is not None else Path(path).stem
         self._require_new(name)
-        found, report = read_adapter(path, self.shapes, strict=strict, dtype=self.dtype)
+        found, report = read_adapter(
+            path, self.shapes, strict=strict, dtype=self.dtype, alpha_from=alpha_from
+        )
         self.attachments[name] = Attachment(found, self.device, self.dtype, strength, report)
         return report
 

@@ -389,6 +389,30 @@ def _shape_rows():
         lambda x: np.einsum("tir,ts->tisr", x, np.eye(x.shape[0])).reshape(*x.shape[:2], -1),
         ((4, 5, 3),),
     )
+    for name, ranges, total in (
+        ("gaps", (((7, 9),), ((1, 4),)), 11),
+        ("full", (((3, 5),), ((0, 3),)), 5),
+        ("swapped", (((3, 5), (0, 2)), ((2, 3),)), 5),
+        ("empty", (((1, 3),), ((2, 2),)), 3),
+    ):
+        counts = [sum(b - a for a, b in own) for own in ranges]
+        places = [np.concatenate([np.arange(a, b) for a, b in own]) for own in ranges]
+        yield Row(
+            "join_columns",
+            name,
+            lambda *xs, r=ranges, n=total: ops.join_columns(xs, r, n),
+            lambda *xs, at=places, n=total: sum(
+                x @ np.eye(n)[p] for x, p in zip(xs, at, strict=True)
+            ),
+            tuple((3, 5, count) for count in counts),
+        )
+        yield Row(
+            "take_columns",
+            name,
+            lambda x, r=ranges[0]: ops.take_columns(x, r),
+            lambda x, p=places[0]: x[..., p],
+            ((3, 5, total),),
+        )
     yield Row(
         "resize_nearest",
         "odd",

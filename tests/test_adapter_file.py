@@ -197,7 +197,8 @@ REFUSED = {
     "glora": ({f"{A}.a1.weight": random(6, 2)}, FileFormatError, "a1.weight is GLoRA, which is not supported"),
     "tlora": ({f"{A}.lambda_layer": random(1, 2)}, FileFormatError, "lambda_layer is T-LoRA, which is not supported"),
     "scalar": (lora(A) | {f"{A}.scalar": random()}, FileFormatError, "scalar is a trained scalar that was not folded"),
-    "peft": ({f"{A}.lora_A.weight": random(2, 6)}, FileFormatError, "lora_A.weight is PEFT's names for the factors"),
+    "half of PEFT's": ({f"{A}.lora_A.weight": random(2, 6)}, FileFormatError, "lora_up.weight is missing beside lora_down"),
+    "embedding": ({f"{A}.lora_embedding_A": random(2, 6)}, FileFormatError, "lora_embedding_A is a LoRA of an embedding"),
     "replacement": (lora(A) | {f"{A}.set_weight": random(8)}, FileFormatError, "set_weight is a tensor that replaces"),
     "several": (
         lora(A) | {f"{A}.hada_w1_a": random(8, 2)},
@@ -265,7 +266,7 @@ def test_inspect_lists_what_is_refused(tmp_path, what):
 
 
 def test_a_file_that_matches_nothing(tmp_path):
-    tensors = lora("lora_unet_block_aa") | {"unet.down.to_q.lora_A.weight": random(2, 6)}
+    tensors = lora("lora_unet_block_aa") | {"oft_unet_x.oft_blocks": random(2, 6)}
     for strict in (True, False):
         with pytest.raises(
             MatchError, match="nothing in the file matches any of the 3 layers"
@@ -274,9 +275,7 @@ def test_a_file_that_matches_nothing(tmp_path):
         assert "lora_unet_block_aa: no layer has this name; nearest layer: 'block.a'" in str(
             caught.value
         )
-        assert "unet.down.to_q.lora_A.weight: is named as by PEFT in a diffusers file" in str(
-            caught.value
-        )
+        assert "oft_unet_x.oft_blocks: is named as by kohya's OFT, which" in str(caught.value)
     with pytest.raises(MatchError, match="nothing in the file"):
         read(tmp_path, {}, strict=False)
 

@@ -33,8 +33,10 @@ LEVELS = [
     {"ops"},
     {"layers", "optim"},
     {"adapters"},
-    {"spectrum", "io.modules", "io.names", "io.report"},
-    {"io.merge_report", "io.adapter_file", "io.merge_layer", "io.merge"},
+    {"spectrum", "io.alpha", "io.dialects", "io.aliases", "io.modules", "io.report"},
+    {"io.names", "io.source"},
+    {"io.placing"},
+    {"io.adapter_file", "io.merge_report", "io.merge_layer", "io.merge"},
     {"attachment", "explain", "graph"},
     {"engine"},
     {""},  # the package itself

@@ -8,6 +8,7 @@ from .full import Full
 from .locon import LoCon
 from .loha import LoHa
 from .lokr import LoKr, factorization
+from .rows import RowPart, Rows, slice_rows
 
 # In the order in which a file's keys are tried.
 ALGORITHMS: dict[str, type[Adapter]] = {kind.algorithm: kind for kind in (LoCon, LoHa, LoKr, Full)}
@@ -21,6 +22,9 @@ __all__ = [
     "LoHa",
     "LoKr",
     "Parameters",
+    "RowPart",
+    "Rows",
     "factorization",
     "scale_of",
+    "slice_rows",
 ]

@@ -11,21 +11,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import ml_dtypes
 import numpy as np
 
-from ..adapters import Adapter
+from ..adapters import Adapter, Rows
 from ..arrays import Array, to_device
 from ..errors import DtypeError, FileFormatError, LycorisError, MatchError, ShapeError
 from ..layers import LayerShape
-from .modules import FACTOR_DTYPES, read_module, told
-from .names import PREFIXES, BaseNames, fold, foreign, split_key
+from .aliases import Share
+from .dialects import FOLDED_PREFIXES
+from .modules import FACTOR_DTYPES, told
+from .names import HOMES, BaseNames, fold, part_of
+from .placing import Loaded, Placed, gather, place, read_alone, told_rows
 from .report import LayerReport, LoadReport, Unmatched
-from .safetensors import NUMPY, TensorFile, open_file, write
+from .safetensors import NUMPY, TensorFile, write
+from .source import Source, open_source
 
-Loaded = dict[str, tuple[Adapter, dict[str, np.ndarray]]]
 _LISTED = 20  # unmatched modules in an error; the report has all of them
 # Hashes of the bytes of another file: false from the first change on.
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -37,54 +40,54 @@ def read_adapter(
     *,
     strict: bool = True,
     dtype: np.dtype | None = None,
+    alpha_from: str | None = None,
 ) -> tuple[Loaded, LoadReport]:
     """{layer: (adapter, factors)} and a report, for the layers named by `shapes`.
 
-    dtype: what the caller will round the factors to; only the report looks at it. Raises
-    FileFormatError, ShapeError or DtypeError for a module that is not understood, MatchError if no
-    module finds its layer, if two find one, or, when strict, if any finds none.
+    source: a file of any dialect, or PEFT's folder. dtype: what the caller will round the factors
+    to; only the report looks at it. alpha_from: 'tensor', 'metadata', 'configuration' or 'rank',
+    the one source of alpha to believe; None takes the first that is there.
+
+    Raises FileFormatError, ShapeError or DtypeError for a module that is not understood or whose
+    alpha is told in two ways, MatchError if no module finds its layer, if one could mean several,
+    if two find one, or, when strict, if any finds none.
     """
-    with _opened(source) as file:
-        modules, unmatched = _modules(file)
-        names, out, owners, layers = BaseNames(shapes), {}, {}, []
-        for module, keys in modules.items():
-            with _about(str(file.path)):
-                layer = names.resolve(module)
-            if layer is None:
-                unmatched.append(Unmatched(module, "no layer has this name", names.nearest(module)))
-                continue
-            if layer in owners:
-                raise MatchError(
-                    f"{file.path}: duplicate layer after name folding: modules {owners[layer]!r} "
-                    f"and {module!r} "
-                    f"both mean {layer!r}; remove one"
-                )
-            owners[layer] = module
-            with _about(f"{file.path}: module {module!r} on layer {layer!r}"):
-                adapter, params = read_module(file, keys, shapes[layer])
-            out[layer] = adapter, params
-            layers.append(_layer_report(file, keys, module, layer, adapter, params, dtype))
-        report = LoadReport(str(file.path), tuple(layers), tuple(unmatched), len(shapes))
+    with open_source(source, alpha_from) as opened:
+        names, placed, unmatched = BaseNames(shapes), [], list(opened.unread)
+        with _about(opened.path):
+            for module in opened.modules:
+                found = place(opened, module, names, shapes)
+                if not found:
+                    nearest = names.nearest(module.key)
+                    unmatched.append(Unmatched(module.name, "no layer has this name", nearest))
+                placed += found
+            out = gather(placed, shapes)
+        layers = [_layer_report(opened, one, dtype) for one in placed]
+        report = LoadReport(
+            opened.path, tuple(layers), tuple(unmatched), len(shapes), _spoken(opened)
+        )
     if not layers or (strict and unmatched):
         raise MatchError(_mismatch(report, strict))
     return out, report
 
 
-def inspect_adapter(source: str | os.PathLike | TensorFile) -> LoadReport:
+def inspect_adapter(
+    source: str | os.PathLike | TensorFile, *, alpha_from: str | None = None
+) -> LoadReport:
     """What a file holds, with no base: sizes are taken from the factors, and what is not understood
     is listed.
     """
-    with _opened(source) as file:
-        modules, unmatched = _modules(file)
-        layers = []
-        for module, keys in modules.items():
+    with open_source(source, alpha_from) as opened:
+        unmatched, layers = list(opened.unread), []
+        for module in opened.modules:
             try:
-                adapter, params = read_module(file, keys, None)
+                adapter, params, where = read_alone(opened, module, None)
             except LycorisError as error:
-                unmatched.append(Unmatched(module, str(error)))
+                unmatched.append(Unmatched(module.name, str(error)))
             else:
-                layers.append(_layer_report(file, keys, module, None, adapter, params, None))
-        return LoadReport(str(file.path), tuple(layers), tuple(unmatched))
+                placed = Placed(module, Share(""), adapter, params, where)
+                layers.append(_layer_report(opened, placed, None))
+        return LoadReport(opened.path, tuple(layers), tuple(unmatched), dialects=_spoken(opened))
 
 
 def write_adapter(
@@ -103,15 +106,14 @@ def write_adapter(
     share a key, ShapeError or DtypeError for factors that do not fit the adapter, FileFormatError
     for values that readers would refuse.
     """
-    if prefix not in PREFIXES:
-        raise MatchError(
-            f"prefix {prefix!r} is none that a reader knows, expected one of {', '.join(PREFIXES)}"
-        )
+    if prefix not in FOLDED_PREFIXES:
+        known = ", ".join(FOLDED_PREFIXES)
+        raise MatchError(f"prefix {prefix!r} is none that a reader knows, expected one of {known}")
     if not adapters:
         raise MatchError("there is no adapter to write")
     tensors, layer_of = {}, {}
-    for layer, (adapter, params) in adapters.items():
-        module = prefix + fold(layer)
+    for layer, name, adapter, params in _apart(adapters):
+        module = prefix + fold(name)
         if module in layer_of:
             raise MatchError(
                 f"layers {layer_of[module]!r} and {layer!r} would both be saved as {module!r}: "
@@ -126,7 +128,7 @@ def write_adapter(
                 tensors[f"{module}.alpha"] = _cast(
                     np.asarray(alpha, np.float64), "alpha", np.dtype(np.float32)
                 )
-    kinds = sorted({adapter.algorithm for adapter, _ in adapters.values()})
+    kinds = sorted({adapter.algorithm for _, _, adapter, _ in _apart(adapters)})
     about = {
         "ss_network_module": "lycoris.kohya",
         "ss_network_args": json.dumps({"algo": "+".join(kinds)}),
@@ -135,33 +137,40 @@ def write_adapter(
     write(path, tensors, about)
 
 
-def _modules(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[Unmatched]]:
-    """{module: {suffix: key}}, and the keys that belong to none."""
-    modules: dict[str, dict[str, str]] = {}
-    unmatched = []
-    for key in sorted(file):
-        parts = split_key(key)
-        if parts is None:
-            unmatched.append(Unmatched(key, foreign(key)))
-        else:
-            modules.setdefault(parts[0], {})[parts[1]] = key
-    return modules, unmatched
+def _apart(adapters) -> Iterator[tuple[str, str, Adapter, Mapping[str, Array]]]:
+    """(layer, path to save under, adapter, factors): rows of a layer under their own names."""
+    for layer, (adapter, params) in adapters.items():
+        if not isinstance(adapter, Rows):
+            yield layer, layer, adapter, params
+            continue
+        part = part_of(layer)
+        home = HOMES[part] if part is not None and part.startswith("te") else ""
+        for one, own in zip(adapter.parts, adapter.split(params), strict=True):
+            yield layer, home + one.name, one.adapter, own
 
 
-def _layer_report(file, keys, module, layer, adapter: Adapter, params, dtype) -> LayerReport:
-    stored = sorted({file.dtype(key) for suffix, key in keys.items() if suffix != "alpha"})
+def _spoken(source: Source) -> tuple[str, ...]:
+    return tuple(dialect.name for dialect in source.dialects)
+
+
+def _layer_report(source: Source, placed: Placed, dtype: np.dtype | None) -> LayerReport:
+    adapter, layer = placed.adapter, placed.share.layer or None
+    keys = placed.module.keys.items()
+    stored = sorted({source.file.dtype(key) for suffix, key in keys if suffix != "alpha"})
+    where = f", alpha from {placed.alpha_from}" if placed.alpha_from else ""
     return LayerReport(
-        module=module,
+        module=placed.module.name,
         layer=layer,
         shape=str(adapter.shape) if layer is not None else told(adapter),
         algorithm=adapter.algorithm,
         rank=adapter.rank if adapter.has_rank else None,
         alpha=adapter.alpha,
         scale=adapter.scale,
-        scale_from=adapter.scale_reason,
+        scale_from=adapter.scale_reason + where,
         dtype=", ".join(stored),
         rounded=dtype is not None and any(_rounds(NUMPY[name], dtype) for name in stored),
-        parameters=sum(array.size for array in params.values()),
+        parameters=sum(array.size for array in placed.params.values()),
+        rows=told_rows(placed.share),
     )
 
 
@@ -205,12 +214,6 @@ def _cast(tensor: np.ndarray, key: str, dtype: np.dtype | None) -> np.ndarray:
         reason = f"more than {dtype} holds" if np.isfinite(tensor).all() else "NaN or infinite"
         raise FileFormatError(f"{key} has values that are {reason}: readers would refuse the file")
     return out
-
-
-@contextmanager
-def _opened(source: str | os.PathLike | TensorFile) -> Iterator[TensorFile]:
-    with nullcontext(source) if isinstance(source, TensorFile) else open_file(source) as file:
-        yield file
 
 
 @contextmanager

@@ -32,13 +32,7 @@ _UNBUILT = {
     "GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
     "T-LoRA": ("lambda_layer", "q_layer.weight", "p_layer.weight"),
     "a trained scalar that was not folded into a factor": ("scalar",),
-    "PEFT's names for the factors": (
-        "lora_A.weight",
-        "lora_B.weight",
-        "lora_A",
-        "lora_B",
-        "lora_embedding_A",
-    ),
+    "a LoRA of an embedding": ("lora_embedding_A", "lora_embedding_B"),
     "a tensor that replaces or reshapes the weight": ("set_weight", "reshape_weight"),
     "a change of the bias beside factors": ("lora_B.bias", "lora_up.bias"),
 }
@@ -94,9 +88,16 @@ def read_module(
     params = adapter.load(tensors)
     if alpha is not None and not math.isfinite(alpha) and not adapter.ignores_alpha:
         raise FileFormatError(f"alpha is {alpha}, expected a finite number")
+    return checked_scale(adapter), params
+
+
+def checked_scale(adapter: Adapter) -> Adapter:
+    """The adapter, if f32 holds its scale; FileFormatError otherwise."""
     if not abs(adapter.scale) <= _F32_MAX:
-        raise FileFormatError(f"alpha / rank = {alpha:g} / {adapter.rank} is more than f32 holds")
-    return adapter, params
+        raise FileFormatError(
+            f"alpha / rank = {adapter.alpha:g} / {adapter.rank} is more than f32 holds"
+        )
+    return adapter
 
 
 def _factor(file: TensorFile, key: str, suffix: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 @dataclass(frozen=True)
 class LayerReport:
     """One module of the file. layer: None where there is no base. rank, alpha: None where the
-    algorithm has none.
+    algorithm has none. rows: of the layer, 'begin:end', where it is not all of them.
     """
 
     module: str
@@ -25,6 +25,7 @@ class LayerReport:
     dtype: str
     rounded: bool
     parameters: int
+    rows: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class LoadReport:
     layers: tuple[LayerReport, ...]
     unmatched: tuple[Unmatched, ...] = ()
     base_layers: int | None = None
+    dialects: tuple[str, ...] = ()
 
     @property
     def coverage(self) -> float:
@@ -71,7 +73,8 @@ class LoadReport:
         line = f"{self.path}: {len(self.layers)} of {modules} modules read{what}"
         if self.base_layers is not None:
             line += f", on {len(self.layers)} of {self.base_layers} layers"
-        return f"{line}; {self.parameters:,} parameters"
+        names = f"; names as by {', '.join(self.dialects)}" if self.dialects else ""
+        return f"{line}; {self.parameters:,} parameters{names}"
 
     def text(self) -> str:
         """The summary, a table of the layers, and what was not read."""
@@ -98,7 +101,7 @@ def _table(layers: tuple[LayerReport, ...]) -> list[str]:
         rows.append(
             [
                 one.module,
-                one.layer or "",
+                (one.layer or "") + (f" rows {one.rows}" if one.rows else ""),
                 one.shape,
                 one.algorithm,
                 rank,

@@ -3,6 +3,7 @@
 from .columns import column_sum, expand_rows
 from .elementwise import add, cast, multiply, prelu, scale
 from .hadamard import face_split, hadamard_weight
+from .join import join_columns, take_columns
 from .kron import kron_weight, mix_blocks
 from .low_rank import fold_core, low_rank_weight, tucker_weight
 from .product import convolution, product, product_dw, product_dx
@@ -20,6 +21,7 @@ __all__ = [
     "face_split",
     "fold_core",
     "hadamard_weight",
+    "join_columns",
     "kron_weight",
     "low_rank_weight",
     "mix_blocks",
@@ -32,6 +34,7 @@ __all__ = [
     "reshape",
     "resize_nearest",
     "scale",
+    "take_columns",
     "tap_diagonal",
     "transpose",
     "tucker_decompose",
