@@ -12,8 +12,9 @@ import pytest
 
 import lycoris_cupy
 from lycoris_cupy import bf16, cli
-from lycoris_cupy.cli import demo, merge
+from lycoris_cupy.cli import convert, demo, merge
 from lycoris_cupy.cli.progress import Bar
+from lycoris_cupy.io.dialects import DIALECTS
 from lycoris_cupy.io.safetensors import open_file, write
 from tests.cases import PEER
 
@@ -324,3 +325,32 @@ def test_the_progress_bar(monkeypatch, capsys, terminal):
     ((options, shown),) = made
     assert options["total"] == shown.n == 30 and options["delay"] == (0.5 if terminal else 10)
     assert capsys.readouterr().err == ""  # it was quick
+
+
+def test_convert(here, capsys):
+    write(
+        "lora.safetensors",
+        {
+            "lora_unet_a.lora_down.weight": np.ones((1, 3), np.float32),
+            "lora_unet_a.lora_up.weight": np.ones((2, 1), np.float32),
+        },
+    )
+    arguments = ["convert", "lora.safetensors", "out.safetensors", "--to"]
+    assert cli.main([*arguments, "diffusers"]) == 2
+    assert "give the model it is for (--base)" in capsys.readouterr().err
+    assert cli.main([*arguments, "diffusers", "--base", "base.safetensors"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "(kohya) -> out.safetensors (diffusers): 1 modules, nothing lost" in out
+    assert set(values("out.safetensors")) == {f"transformer.a.lora_{x}.weight" for x in "AB"}
+    assert cli.main([*arguments, "lycoris", "--dtype", "f16", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["to"] == "lycoris" and report["modules"][0]["loss"] == 0
+
+
+def test_the_examples_of_convert_parse(capsys):
+    lines = [
+        line.split() for line in convert._EXAMPLES.splitlines() if "lycoris-cupy convert" in line
+    ]
+    assert len(lines) >= 5
+    for line in lines:
+        assert cli.make_parser().parse_args(line[1:]).to in DIALECTS

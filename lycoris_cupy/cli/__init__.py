@@ -13,13 +13,15 @@ import sys
 
 from .. import __version__
 from ..errors import LycorisError
-from . import demo, inspect, merge
+from . import convert, demo, inspect, merge
 
-COMMANDS = (inspect, merge, demo)
+COMMANDS = (inspect, convert, merge, demo)
 
 _EXAMPLES = """examples:
   lycoris-cupy inspect style.safetensors
       what the file holds: algorithm, rank, scale and where it comes from, layer by layer
+  lycoris-cupy convert style.safetensors out.safetensors --to kohya --part unet
+      the same adapter in the names of another program
   lycoris-cupy merge model.safetensors style.safetensors:0.8 -o merged.safetensors
   lycoris-cupy demo
       a small network, adapted, trained and merged on this machine
@@ -49,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
         "lycoris-cupy",
-        description="LyCORIS weight adapters without torch: inspect and merge them.",
+        description="LyCORIS weight adapters without torch: inspect, convert and merge them.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

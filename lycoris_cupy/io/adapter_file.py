@@ -122,10 +122,10 @@ def write_adapter(
         layer_of[module] = layer
         with _about(f"layer {layer!r}"):
             for key, tensor in adapter.save(_checked(adapter, params)).items():
-                tensors[f"{module}.{key}"] = _cast(tensor, key, dtype)
+                tensors[f"{module}.{key}"] = cast_checked(tensor, key, dtype)
             alpha = adapter.saved_alpha
             if alpha is not None:
-                tensors[f"{module}.alpha"] = _cast(
+                tensors[f"{module}.alpha"] = cast_checked(
                     np.asarray(alpha, np.float64), "alpha", np.dtype(np.float32)
                 )
     kinds = sorted({adapter.algorithm for _, _, adapter, _ in _apart(adapters)})
@@ -204,7 +204,7 @@ def _checked(adapter: Adapter, params: Mapping[str, Array]) -> dict[str, np.ndar
     return {name: to_device(params[name], "cpu") for name in forms}
 
 
-def _cast(tensor: np.ndarray, key: str, dtype: np.dtype | None) -> np.ndarray:
+def cast_checked(tensor: np.ndarray, key: str, dtype: np.dtype | None) -> np.ndarray:
     dtype = np.dtype(tensor.dtype if dtype is None else dtype)
     if dtype not in [NUMPY[name] for name in FACTOR_DTYPES]:
         raise DtypeError(f"{key} would be saved as {dtype}, expected bf16, f16, f32 or f64")
