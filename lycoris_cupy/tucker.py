@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .arrays import Array, module_of
+import numpy as np
+
+from .arrays import Array, module_of, to_device
 from .ranks import RankRule
 from .svd import Svd
 
@@ -50,8 +52,8 @@ def tucker2(change: Array, rank: int) -> Tucker2:
 
 
 def tucker_rank(change: Array, rule: RankRule) -> int:
-    """The larger of the ranks that the rule chooses for the two sides: the core of a file that other
-    programs read is square.
+    """The larger of the ranks that the rule chooses for the two sides: other programs read files
+    whose core is square.
     """
     sides = (_by_inputs(change), _by_outputs(change))
     return max(rule.choose(Svd(_values(side))) for side in sides)
@@ -76,9 +78,7 @@ def _leading(wide: Array, rank: int) -> Array:
     return xp.linalg.svd(core, full_matrices=False)[0][:, :rank]
 
 
-def _values(wide: Array):
-    from .arrays import to_device
-
+def _values(wide: Array) -> np.ndarray:
     xp = module_of(wide)
     core = xp.linalg.qr(wide.T, mode="r") if wide.shape[1] > wide.shape[0] else wide
     return to_device(xp.linalg.svd(core, compute_uv=False), "cpu")

@@ -6,8 +6,12 @@ import argparse
 from collections.abc import Callable
 from typing import TypeVar
 
+import numpy as np
+
+from ..arrays import dtype_of
 from ..errors import LycorisError
 
+DTYPES = ("bf16", "f16", "f32")
 _Value = TypeVar("_Value")
 
 
@@ -21,3 +25,8 @@ def argument(parse: Callable[[str], _Value]) -> Callable[[str], _Value]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return checked
+
+
+def dtype_named(name: str) -> np.dtype:
+    """The dtype of one of DTYPES."""
+    return np.dtype(np.float16) if name == "f16" else dtype_of(name)
