@@ -37,7 +37,16 @@ LEVELS = [
     {"ops"},
     {"layers", "optim"},
     {"adapters"},
-    {"spectrum", "resize", "io.alpha", "io.dialects", "io.aliases", "io.modules", "io.report"},
+    {
+        "spectrum",
+        "resize",
+        "extraction",
+        "io.alpha",
+        "io.dialects",
+        "io.aliases",
+        "io.modules",
+        "io.report",
+    },
     {"io.names", "io.source"},
     {"io.placing", "io.exact"},
     {
@@ -49,7 +58,7 @@ LEVELS = [
         "io.merge_report",
     },
     {"io.adapter_file", "io.merge_layer", "io.merge"},
-    {"io.convert", "io.resize"},
+    {"io.convert", "io.resize", "io.extract"},
     {"attachment", "explain", "graph"},
     {"engine"},
     {""},  # the package itself

@@ -313,12 +313,15 @@ def test_the_command(style, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "locon rank 6 -> " in said and "locon rank 1, as before" in said
     assert f"wrote {out}: 3 layers" in said
-    assert cli.main(["resize", str(style), out, "--rank", "2", "--conv-rank", "1", "--json"]) == 0
+    assert cli.main(["resize", str(style), out, "--rank", "2", "--conv", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"][1]["form"] == "locon rank 6 -> 1"
     assert cli.main(["resize", str(style), out, "--cut", "2", "--keep-others"]) == 0
     (one, *_) = read_adapter(out, SHAPES)[0].values()
     assert one[0].rank == 2 and one[0].alpha == 3
     assert cli.main(["resize", str(style), out, "--energy", "2"]) == 2
     assert "energy is 2, expected a share between 0 and 1" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["resize", str(style), out])
+    assert cli.main(["resize", str(style), out]) == 2
+    assert (
+        "say which rank: one of --rank, --energy, --ratio, --error, --cut"
+        in capsys.readouterr().err
+    )

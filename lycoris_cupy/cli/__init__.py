@@ -13,9 +13,9 @@ import sys
 
 from .. import __version__
 from ..errors import LycorisError
-from . import convert, demo, inspect, merge, resize
+from . import convert, demo, extract, inspect, merge, resize
 
-COMMANDS = (inspect, convert, resize, merge, demo)
+COMMANDS = (inspect, convert, resize, extract, merge, demo)
 
 _EXAMPLES = """examples:
   lycoris-cupy inspect style.safetensors

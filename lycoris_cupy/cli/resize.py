@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..errors import LycorisError
 from ..io.alpha import SOURCES
 from ..io.resize import resize_file
 from ..ranks import RankRule
-from .arguments import DTYPES, dtype_named
+from .arguments import DTYPES, RANK_KINDS, add_rank_rules, dtype_named, rank_rule
 from .progress import Bar
 
 _EXAMPLES = """Every module becomes the nearest one of its own kind at the rank that is asked for,
@@ -24,15 +25,15 @@ Choose the rank by one of
   --error 0.05      the fewest that lose at most 5 % of the change
   --cut 4           the first 4 ranks of a DyLoRA, which is trained to be cut so; alpha stays, and
                     the scale grows to alpha / 4
-and --max-rank beside the middle three; --conv-rank for kernels larger than 1x1.
+and --max-rank beside the middle three; --conv is the value for kernels larger than 1x1.
 
 examples:
   lycoris-cupy resize style.safetensors small.safetensors --rank 8
   lycoris-cupy resize style.safetensors small.safetensors --energy 0.99 --max-rank 32
-  lycoris-cupy resize style.safetensors small.safetensors --error 0.05 --conv-rank 4 --json
+  lycoris-cupy resize style.safetensors small.safetensors --error 0.05 --conv 0.2 --json
   lycoris-cupy resize dylora.safetensors small.safetensors --cut 4
 """
-_KINDS = ("rank", "energy", "ratio", "error", "cut")
+_KINDS = {kind: RANK_KINDS[kind] for kind in ("rank", "energy", "ratio", "error")}
 
 
 def add(commands) -> None:
@@ -47,14 +48,8 @@ def add(commands) -> None:
     option = parser.add_argument
     option("file", metavar="IN", help="an adapter file of any dialect, or PEFT's folder")
     option("output", metavar="OUT", help="the file to write; for peft a new folder")
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--rank", type=int, metavar="N", help="this rank at most")
-    how.add_argument("--energy", type=float, metavar="P", help="share of the squares to keep")
-    how.add_argument("--ratio", type=float, metavar="P", help="of the largest singular value")
-    how.add_argument("--error", type=float, metavar="P", help="share of the change to lose at most")
+    how = add_rank_rules(parser, _KINDS)
     how.add_argument("--cut", type=int, metavar="N", help="first ranks of a DyLoRA")
-    option("--max-rank", type=int, metavar="N", help="a cap on what the rule chooses")
-    option("--conv-rank", type=int, metavar="N", help="rank of kernels larger than 1x1")
     option("--dtype", choices=DTYPES, help="of new factors (default: the module's)")
     option("--keep-others", action="store_true", help="pass modules on that have no rank to lower")
     option("--alpha-from", choices=SOURCES, help="the one source of alpha to believe")
@@ -64,11 +59,12 @@ def add(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when the result is in place."""
-    (kind,) = (kind for kind in _KINDS if getattr(args, kind) is not None)
-    rule = _rule(kind, getattr(args, kind), args.max_rank)
-    conv = None
-    if args.conv_rank is not None:
-        conv = _rule("cut" if kind == "cut" else "rank", args.conv_rank, None)
+    if args.cut is not None:
+        rule, conv = int(RankRule("rank", args.cut).value), None
+    else:
+        rule, conv = rank_rule(args, _KINDS)
+    if rule is None:
+        raise LycorisError(f"say which rank: one of --{', --'.join(_KINDS)}, --cut")
     with Bar("resizing", "module") as bar:
         report = resize_file(
             args.file,
@@ -82,8 +78,3 @@ def run(args: argparse.Namespace) -> int:
         )
     print(json.dumps(report.as_dict(), indent=1) if args.json else report.text())
     return 0
-
-
-def _rule(kind: str, value: float, most: int | None) -> RankRule | int:
-    rule = RankRule("rank" if kind == "cut" else kind, value, most)
-    return int(value) if kind == "cut" else rule
