@@ -48,7 +48,7 @@ LEVELS = [
         "io.report",
     },
     {"io.names", "io.source"},
-    {"io.placing", "io.exact"},
+    {"io.placing", "io.exact", "io.suspicions"},
     {
         "io.target",
         "io.conversion",
@@ -59,6 +59,8 @@ LEVELS = [
     },
     {"io.adapter_file", "io.merge_layer", "io.merge"},
     {"io.convert", "io.resize", "io.extract"},
+    {"io.diff", "io.inspection", "io.charts", "io.page_style"},
+    {"io.page"},
     {"attachment", "explain", "graph"},
     {"engine"},
     {""},  # the package itself

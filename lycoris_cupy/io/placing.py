@@ -18,6 +18,7 @@ from ..layers import LayerShape
 from .aliases import Share
 from .modules import checked_scale, read_module
 from .names import BaseNames
+from .report import Unmatched
 from .source import Module, Source
 
 Params = dict[str, np.ndarray]
@@ -105,6 +106,30 @@ def _read(source, module: Module, shares: list[Share], shapes) -> list[Placed]:
             mine = slice_rows(adapter, params, *share.of)
         out.append(Placed(module, share, *mine, where))
     return out
+
+
+def survey(
+    source: Source,
+    names: BaseNames | None = None,
+    shapes: Mapping[str, LayerShape] | None = None,
+) -> tuple[list[Placed], list[Unmatched]]:
+    """What can be read, on the layers of a base or on none, and what cannot, with the reason."""
+    placed: list[Placed] = []
+    unmatched = list(source.unread)
+    for module in source.modules:
+        try:
+            if names is None or shapes is None:
+                found = [Placed(module, Share(""), *read_alone(source, module, None))]
+            else:
+                found = place(source, module, names, shapes)
+        except LycorisError as error:
+            unmatched.append(Unmatched(module.name, str(error)))
+        else:
+            placed += found
+            if not found and names is not None:
+                nearest = names.nearest(module.key)
+                unmatched.append(Unmatched(module.name, "no layer has this name", nearest))
+    return placed, unmatched
 
 
 def gather(placed: list[Placed], shapes: Mapping[str, LayerShape]) -> Loaded:
