@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .adapters import Adapter, LoCon, LoKr
+from .adapters import Adapter, LoCon, LoKr, truncated
 from .errors import LycorisError
 from .ranks import RankRule
 from .spectrum import locon_of
@@ -42,11 +42,11 @@ def resized(adapter: Adapter, params: Params, rule: RankRule) -> Resized:
     params: Flame layout, on the CPU. Raises LycorisError for an algorithm without such a form.
     """
     wide = adapter.canonical({n: np.asarray(v).astype(np.float64) for n, v in params.items()})
-    if type(adapter) is LoCon:
+    if isinstance(adapter, LoCon):
         return (_tucker if adapter.tucker else _plain)(adapter, params, wide, rule)
     if isinstance(adapter, LoKr) and adapter.w1_rank is None:
         return _lokr(adapter, params, wide, rule)
-    what = "LoKr with w1 factored" if isinstance(adapter, LoKr) else adapter.algorithm
+    what = "LoKr with w1 factored" if isinstance(adapter, LoKr) else adapter.title
     raise LycorisError(
         f"{what} has no rank that can be lowered: make it plain LoRA first (lycoris-cupy convert "
         "--algorithm lora)"
@@ -54,17 +54,12 @@ def resized(adapter: Adapter, params: Params, rule: RankRule) -> Resized:
 
 
 def cut(adapter: Adapter, params: Params, rank: int) -> Resized:
-    """The first ranks of a LoCon, alpha unchanged, as DyLoRA is trained to be cut: the scale grows
-    to alpha / rank. The error is that of the unscaled change.
+    """The first ranks of a plain LoCon or DyLoRA, alpha unchanged, so that the scale grows to alpha
+    / rank, as a DyLoRA is trained. The error is that of the unscaled change.
     """
-    if not isinstance(adapter, LoCon) or adapter.tucker or adapter.per_tap:
-        raise LycorisError(
-            f"{adapter.algorithm} on {adapter.shape} is no DyLoRA: only ranks of a "
-            "plain LoCon stand in order"
-        )
-    if rank >= adapter.rank:
+    if isinstance(adapter, LoCon) and adapter.rank <= rank:
         return Resized(adapter, params, 0.0)
-    out = {"down": params["down"][..., :rank], "up": params["up"][..., :rank, :]}
+    smaller, out = truncated(adapter, params, rank)
     rest = {"down": params["down"][..., rank:], "up": params["up"][..., rank:, :]}
 
     def norm(p: Params) -> float:
@@ -72,8 +67,6 @@ def cut(adapter: Adapter, params: Params, rank: int) -> Resized:
         return product_svd(down, up, vectors=False).norm
 
     whole = norm(params)
-    alpha = adapter.alpha or float(adapter.rank)
-    smaller = replace(adapter, rank=rank, alpha=alpha)
     return Resized(smaller, out, norm(rest) / whole if whole else 0.0)
 
 

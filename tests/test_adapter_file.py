@@ -189,7 +189,17 @@ KRON = {
     f"{A}.lokr_w2_b": random(2, 2),
 }
 REFUSED = {
-    "dora": (lora(A) | {f"{A}.dora_scale": random(8, 1)}, FileFormatError, r"dora_scale is DoRA .*not supported"),
+    "dora": (
+        lora(A) | {f"{A}.dora_scale": random(5, 1)},
+        ShapeError,
+        r"dora_scale has shape \(5, 1\), expected \(8, 1\) per output or \(1, 6\) per input",
+    ),
+    "dora on full": (
+        {f"{A}.diff": random(8, 6), f"{A}.dora_scale": random(8, 1)},
+        FileFormatError,
+        "dora_scale stands beside full, expected one of locon, loha, lokr",
+    ),
+    "dora alone": ({f"{A}.dora_scale": random(8, 1)}, FileFormatError, "no factors beside alpha"),
     "oft": ({f"{A}.oft_blocks": random(2, 4, 4)}, FileFormatError, "oft_blocks is diag-OFT or BOFT, .*not supported"),
     "boft": ({f"{A}.oft_blocks": random(1, 2, 4, 4)}, FileFormatError, "oft_blocks is diag-OFT or BOFT"),
     "ia3": ({f"{A}.on_input": np.array(1), f"{A}.weight": random(6)}, FileFormatError, r"on_input, weight is \(IA\)"),
@@ -479,10 +489,10 @@ def test_the_peers_files(tmp_path, name):
         shapes = {"block.layer": LayerShape.of_file(base.shape("block.layer.weight"))}
     found, report = read_adapter(path, shapes)
     (layer,), (alone,) = report.layers, inspect_adapter(path).layers
-    assert layer.algorithm == alone.algorithm == case["algo"] and (alone.rank, alone.scale) == (
-        layer.rank,
-        layer.scale,
-    )
+    dora = " with dora per " + ("input" if "dora_in" in name else "output")
+    title = case["algo"] + dora * ("dora_scale" in case["keys"])
+    assert layer.algorithm == alone.algorithm == title
+    assert (alone.rank, alone.scale) == (layer.rank, layer.scale)
     assert (alone.alpha, alone.scale_from, alone.parameters) == (
         layer.alpha,
         layer.scale_from,
@@ -505,9 +515,5 @@ def test_the_peers_files(tmp_path, name):
 
 
 def test_the_peers_files_are_all_there():
-    built = {
-        name
-        for name, case in PEER_CASES.items()
-        if case["algo"] in ALGORITHMS and "dora_scale" not in case["keys"]
-    }
-    assert built == set(BUILT) and len(built) == 86
+    built = {name for name, case in PEER_CASES.items() if case["algo"] in ALGORITHMS}
+    assert built == set(BUILT) and len(built) == 108

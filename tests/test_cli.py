@@ -100,7 +100,7 @@ def test_inspect_prints_json(capsys):
 def test_inspect_says_what_is_not_understood(here, capsys):
     assert cli.main(["inspect", "dora.safetensors"]) == 1
     out = capsys.readouterr().out
-    assert "0 of 1 modules read" in out and "not read:\n  lycoris_a: dora_scale is DoRA" in out
+    assert "0 of 1 modules read" in out and "not read:\n  lycoris_a: no factors beside alpha" in out
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,10 @@ ERRORS = {
         ["merge", "base.safetensors", "style.safetensors:nan", "-o", "out"],
         "strength is nan, expected a finite",
     ),
-    "dora": (["merge", "base.safetensors", "dora.safetensors", "-o", "out"], "dora_scale is DoRA"),
+    "dora": (
+        ["merge", "base.safetensors", "dora.safetensors", "-o", "out"],
+        "no factors beside alpha",
+    ),
     "partly": (
         ["merge", "base.safetensors", "other.safetensors", "-o", "out"],
         "1 of 2 modules match no layer",

@@ -76,7 +76,9 @@ def adapters(draw, algorithms):
     return out
 
 
-PAIRS = [(a, b) for a in DIALECTS for b in DIALECTS]
+# kohya's OFT says nothing that the others can.
+SHARED = [name for name, one in DIALECTS.items() if one.algorithms != ("diag-oft",)]
+PAIRS = [(a, b) for a in SHARED for b in SHARED]
 
 
 @pytest.mark.parametrize("first, second", PAIRS, ids=[f"{a}-{b}" for a, b in PAIRS])

@@ -254,6 +254,7 @@ def here(tmp_path, monkeypatch):
         f"{unet}b.conv.weight": rng.standard_normal((18, 12, 3, 2)),
         f"{unet}same.weight": rng.standard_normal((8, 9)),
         f"{unet}norm.weight": np.ones(8),
+        f"{unet}norm.bias": np.zeros(8),
         f"{unet}gone.weight": rng.standard_normal((4, 4)),
         f"{unet}other.weight": rng.standard_normal((4, 4)),
         f"{unet}quantised.weight": np.ones((4, 4), np.int8),
@@ -265,6 +266,7 @@ def here(tmp_path, monkeypatch):
     tuned[f"{unet}b.conv.weight"] += change.reshape(18, 12, 3, 2)
     tuned[f"{unet}a.bias"] += 1
     tuned[f"{unet}norm.weight"] *= 1.5
+    tuned[f"{unet}norm.bias"] += 0.25
     tuned[f"{unet}quantised.weight"] *= 2
     del tuned[f"{unet}gone.weight"]
     tuned[f"{unet}other.weight"] = np.ones((4, 5))
@@ -287,12 +289,12 @@ def test_files(here):
         dtype=np.dtype(np.float32),
         progress=lambda *at: seen.append(at),
     )
-    assert set(layers) == {"a", "b.conv"} and seen[-1] == (3, 3)
-    assert all(one.error < 1e-6 and one.form == "locon rank 2" for one in layers.values())
+    assert set(layers) == {"a", "b.conv", "norm"} and seen[-1] == (4, 4)
+    assert all(one.error < 1e-6 for one in layers.values())
+    assert [one.form for one in report.layers] == ["locon rank 2", "locon rank 2", "norm"]
     assert report.error < 1e-6 and layers["a"].size > 1
     left = {name.rpartition("model.")[2]: why for name, why in report.left_out}
     assert left["a.bias"].startswith("differs, and has no place beside low-rank factors (by ")
-    assert "(by 0.5 of its norm)" in left["norm.weight"]
     assert (
         left["gone.weight"] == "only in the base" and left["new.weight"] == "only in the tuned one"
     )
@@ -300,7 +302,8 @@ def test_files(here):
     assert left["quantised.weight"] == "differs, and is I8, not a float"
     merge_files("base.safetensors", [("out.safetensors", 1.0)], "again.safetensors")
     with open_file("again.safetensors") as file:
-        for name in ("model.diffusion_model.a.weight", "model.diffusion_model.b.conv.weight"):
+        for name in ("a.weight", "b.conv.weight", "norm.weight", "norm.bias"):
+            name = f"model.diffusion_model.{name}"
             assert np.allclose(file[name], tuned[name], atol=1e-5)
     with open_file("out.safetensors") as file:
         assert json.loads(file.metadata["lycoris_cupy.extracted"])["form"] == "locon"
@@ -320,12 +323,15 @@ def test_full_takes_the_bias_too(here):
 def test_other_forms(here, form):
     rule = RankRule("rank", 3) if form == "tucker" else None
     report, layers = extracted(Form(form, rule, factor=3))
-    expected = {"tucker": ["locon rank 3", "locon rank 3 tucker"], "lokr": ["lokr", "lokr"]}[form]
+    expected = {
+        "tucker": ["locon rank 3", "locon rank 3 tucker", "norm"],
+        "lokr": ["lokr", "lokr", "norm"],
+    }[form]
     assert [one.form for one in report.layers] == expected
-    loaded, _ = read_adapter(
-        "out.safetensors", {"model.diffusion_model.a": LINEAR, "model.diffusion_model.b.conv": CONV}
-    )
-    assert {adapter.algorithm for adapter, _ in loaded.values()} == {expected[0].split()[0]}
+    shapes = {"a": LINEAR, "b.conv": CONV, "norm": NormShape.of_channels(8)}
+    shapes = {f"model.diffusion_model.{name}": shape for name, shape in shapes.items()}
+    loaded, _ = read_adapter("out.safetensors", shapes)
+    assert {adapter.algorithm for adapter, _ in loaded.values()} == {expected[0].split()[0], "norm"}
     assert 0 < layers["b.conv"].error < 1
 
 
@@ -369,10 +375,10 @@ def test_shards_names_and_exclusions(here, tmp_path):
 def test_what_is_refused(here):
     form = Form("locon", RankRule("rank", 1))
     write("same.safetensors", here[1])
-    with pytest.raises(MatchError, match="none of its 5 layers differs from those of tuned.safet"):
+    with pytest.raises(MatchError, match="none of its 6 layers differs from those of tuned.safet"):
         extract_files("tuned.safetensors", "same.safetensors", "out.safetensors", form)
     with pytest.raises(MatchError, match="none of its 3 layers differs"):
-        extracted(form, tolerance=10.0)
+        extracted(form, tolerance=10.0, exclude=("*norm",))
     write("x.safetensors", {"y.weight": np.ones((2, 2))})
     with pytest.raises(
         MatchError, match="x.safetensors: shares no layer with base.safetensors, by"
@@ -393,10 +399,10 @@ def test_the_command(here, capsys):
     assert cli.main([*command, "--error", "0.01", "--max-rank", "8"]) == 0
     said = capsys.readouterr().out
     assert "locon rank 2" in said and "left out: model.diffusion_model.a.bias: differs" in said
-    assert "wrote out.safetensors: 2 layers, 6 left out" in said
+    assert "wrote out.safetensors: 3 layers, 5 left out" in said
     assert cli.main([*command, "--rank", "1", "--conv", "2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert [one["form"] for one in report["layers"]] == ["locon rank 1", "locon rank 2"]
+    assert [one["form"] for one in report["layers"]] == ["locon rank 1", "locon rank 2", "norm"]
     assert cli.main([*command]) == 2
     assert "form 'locon' needs a rule for the rank" in capsys.readouterr().err
     assert cli.main([*command, "--form", "lokr", "--factor", "3", "--conv", "2"]) == 2

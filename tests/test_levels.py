@@ -36,6 +36,7 @@ LEVELS = [
     {"gemm"},
     {"ops"},
     {"layers", "optim"},
+    {"norms"},
     {"adapters"},
     {
         "spectrum",
@@ -62,6 +63,7 @@ LEVELS = [
     {"io.diff", "io.inspection", "io.charts", "io.page_style"},
     {"io.page"},
     {"attachment", "explain", "graph"},
+    {"conditions"},
     {"engine"},
     {""},  # the package itself
     {"demo"},

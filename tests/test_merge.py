@@ -10,17 +10,20 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lycoris_cupy import LayerShape, bf16
+from lycoris_cupy.adapters import DoRA
 from lycoris_cupy.errors import DtypeError, FileFormatError, MatchError, ShapeError
 from lycoris_cupy.io import output
 from lycoris_cupy.io.adapter_file import read_adapter
 from lycoris_cupy.io.header import NUMPY
 from lycoris_cupy.io.merge import NOTE, layer_shapes, merge_files
 from lycoris_cupy.io.safetensors import Stored, open_file, write
+from tests import magnitudes
 from tests.bounds import assert_within, bound
 from tests.cases import PEER, PEER_CASES, peer
 
@@ -67,7 +70,10 @@ def test_the_peers_merged_weights(tmp_path, name, dtype):
     write(tmp_path / "base.safetensors", base)
     adapter_path, strength = peer_adapter(name, tmp_path), case["strength"]
     merge_files(
-        tmp_path / "base.safetensors", [(adapter_path, strength)], tmp_path / "out.safetensors"
+        tmp_path / "base.safetensors",
+        [(adapter_path, strength)],
+        tmp_path / "out.safetensors",
+        rule="reference",  # LyCORIS's own, which DoRA at a strength of 0.7 tells from blending
     )
     got = read(tmp_path / "out.safetensors")
     weight = base["block.layer.weight"]
@@ -75,11 +81,17 @@ def test_the_peers_merged_weights(tmp_path, name, dtype):
         0
     ]["block.layer"]
     # The size of the terms: the same formula over absolute values.
-    positive = adapter.canonical(
-        {key: np.abs(value.astype(np.float64)) for key, value in params.items()}
-    )
-    change = adapter.delta_weight(None, positive, np.array([abs(strength * adapter.scale)]))
-    magnitude = np.abs(weight.astype(np.float64)) + change.transpose(2, 1, 0).reshape(weight.shape)
+    wide = {key: value.astype(np.float64) for key, value in params.items()}
+    positive = adapter.canonical({key: np.abs(value) for key, value in wide.items()})
+    matrix = weight.astype(np.float64).reshape(*weight.shape[:2], -1).transpose(2, 1, 0)
+    if isinstance(adapter, DoRA):
+        magnitude = magnitudes.weight_size(
+            matrix, replace(adapter, rule="reference"), wide, strength
+        )
+    else:
+        change = adapter.delta_weight(None, positive, np.array([abs(strength * adapter.scale)]))
+        magnitude = np.abs(matrix) + change
+    magnitude = magnitude.transpose(2, 1, 0).reshape(weight.shape)
     # Sums over one rank after another, then a scale and a sum; f64 is compared with a reference
     # that was saved as f32.
     depth = (
@@ -317,7 +329,7 @@ REFUSED = {
     "strength inf": (diff("a", (2, 3)), math.inf, FileFormatError, "style.safetensors: strength is inf, expected"),
     "nothing matches": (diff("x", (2, 3)), 1, MatchError, "nothing in the file matches any of the 6 layers"),
     "shape": (diff("a", (3, 2)), 1, ShapeError, r"module 'lycoris_a' on layer 'a': diff has shape \(3, 2\)"),
-    "dora": (diff("a", (2, 3), dora_scale=np.ones(2)), 1, FileFormatError, "dora_scale is DoRA"),
+    "dora": (diff("a", (2, 3), dora_scale=np.ones(2)), 1, FileFormatError, "dora_scale stands beside full"),
     "integer base": (diff("i", (2, 3)), 1, DtypeError, "base.safetensors: 'i.weight' has dtype I8, and an adapter"),
     "fnuz base": (diff("f8", (2, 3)), 1, DtypeError, "'f8.weight' has dtype F8_E4M3FNUZ, .*quantised from"),
     "scaled fp8 base": (diff("q", (2, 3)), 1, DtypeError, "'q.weight' is F8_E5M2 with a scale in 'q.weight_scale', and"),

@@ -3,11 +3,20 @@
 import numpy as np
 import pytest
 
-from lycoris_cupy import LayerShape, LoCon, LoHa, LoKr, ShapeError
+from lycoris_cupy import LayerShape, LoCon, LoHa, LoKr, LycorisError, ShapeError
+from lycoris_cupy.adapters import Adapter
 from lycoris_cupy.ops.window import Window
 from lycoris_cupy.spectrum import locon_of, spectrum_of
 from lycoris_cupy.svd import Svd, kron_svd, matrix_svd, product_svd
 from tests.cases import KINDS, PAIRS, adapters_for
+
+
+def _is_a_sum(adapter):
+    """Whether its change stands in its factors alone, whatever the weight."""
+    return type(adapter).svd is not Adapter.svd
+
+
+SUMS = [(kind, name) for kind, name in PAIRS if _is_a_sum(adapters_for(kind.shape)[name])]
 
 
 def random_params(adapter, seed=0):
@@ -25,7 +34,15 @@ def dense(adapter, params):
     return change.reshape(-1, change.shape[-1])
 
 
-@pytest.mark.parametrize("kind, name", PAIRS, ids=lambda p: getattr(p, "name", p))
+@pytest.mark.parametrize("name", sorted(set(adapters_for(KINDS[0].shape))))
+def test_a_change_that_depends_on_the_weight_has_no_spectrum_of_its_own(name):
+    adapter = adapters_for(KINDS[0].shape)[name]
+    if not _is_a_sum(adapter):
+        with pytest.raises(LycorisError, match="depends on the weight it is put on"):
+            spectrum_of(adapter, random_params(adapter))
+
+
+@pytest.mark.parametrize("kind, name", SUMS, ids=lambda p: getattr(p, "name", p))
 def test_the_spectrum_is_that_of_the_dense_change(kind, name):
     adapter = adapters_for(kind.shape)[name]
     params = random_params(adapter)

@@ -23,11 +23,12 @@ from ..errors import ShapeError
 from ..layers import Layer, LayerShape
 from ..ops.elementwise import cast
 from ..ops.kron import kron_weight, mix_blocks
+from ..ops.kron_square import kron_square
 from ..ops.low_rank import low_rank_weight, tucker_weight
 from ..ops.product import product
 from ..ops.shapes import reshape
 from ..svd import Svd, flat_rows, kron_svd, matrix_svd, product_svd
-from .base import Adapter, Parameters, uniform, zeros
+from .base import Adapter, Parameters, by_columns, uniform, zeros
 from .factor import Factor, extents, kernel_of, require_two_axes
 
 
@@ -61,6 +62,7 @@ class LoKr(Adapter):
     reads_weight = False
     keys = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     marks = keys
+    decomposable = True
 
     def __post_init__(self):
         rows, columns, blocks, width = self.split
@@ -183,6 +185,9 @@ class LoKr(Adapter):
             w1, w2 = (cast(w, max(w1.dtype, w2.dtype, key=lambda d: d.itemsize)) for w in (w1, w2))
         return kron_weight(w1, w2, scale)
 
+    def square(self, weight: Array, p: Parameters, square: Array, scale: Array, axis: str) -> Array:
+        return kron_square(self._w1(p), self._w2(p), weight, square, scale, axis=axis)
+
     def svd(self, p: Mapping[str, np.ndarray], vectors: bool = True) -> Svd | None:
         if self.w2_rank is None:
             second = matrix_svd(flat_rows(p["w2"]), vectors)
@@ -212,19 +217,26 @@ class LoKr(Adapter):
         return {**costs, "blocks": inner + self.w2_rank * rows * (blocks + columns)}
 
     def apply(
-        self, change: Array | None, layer: Layer, x: Array, p: Parameters, scale: Array
+        self,
+        change: Array | None,
+        layer: Layer,
+        x: Array,
+        p: Parameters,
+        scale: Array,
+        columns: Array | None = None,
     ) -> Array:
         if self.route == "delta":
-            return super().apply(change, layer, x, p, scale)
+            return super().apply(change, layer, x, p, scale, columns)
         rows, _, blocks, _ = self.split
         window, w1 = layer.window, cast(self._w1(p), x.dtype)
-        shared = window.pointwise_like(rows, shared=True)
+        # Scaled columns are no longer those of every block: each block gets its own.
+        shared = columns is None
         if self.w2_rank is None:
             # Blocks of channels are mixed, then every block goes through the same w2.
             return product(
                 mix_blocks(x, w1),
-                p["w2"],
-                window.grouped(rows, shared=True),
+                by_columns(p["w2"], columns),
+                window.grouped(rows, shared=shared),
                 add=change,
                 scale=scale,
             )
@@ -234,7 +246,8 @@ class LoKr(Adapter):
         else:
             inner = product(x, p["w2_down"], window.grouped(blocks, shared=True))
         # The mix runs between the factors, where the blocks are only rank wide.
-        return product(mix_blocks(inner, w1), p["w2_up"], shared, add=change, scale=scale)
+        up, outer = by_columns(p["w2_up"], columns), window.pointwise_like(rows, shared=shared)
+        return product(mix_blocks(inner, w1), up, outer, add=change, scale=scale)
 
     @classmethod
     def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:

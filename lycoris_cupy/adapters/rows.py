@@ -22,6 +22,7 @@ from ..ops.elementwise import add
 from ..ops.join import Ranges, join_columns, take_columns
 from ..svd import Svd, product_svd
 from .base import Adapter, Parameters
+from .dora import KEY, DoRA
 from .factor import Factor
 from .full import Full
 from .locon import LoCon
@@ -106,12 +107,13 @@ class Rows(Adapter):
             for part, own in zip(self.parts, self.split(p), strict=True)
         )
 
-    def delta_bias(self, p: Parameters) -> Array | None:
-        found = [
-            (part.rows, change)
-            for part, own in zip(self.parts, self.split(p), strict=True)
-            if (change := part.adapter.delta_bias(own)) is not None
-        ]
+    def delta_bias(self, p: Parameters, bias: Array | None = None) -> Array | None:
+        found = []
+        for part, own in zip(self.parts, self.split(p), strict=True):
+            its = None if bias is None else take_columns(bias, part.rows)
+            change = part.adapter.delta_bias(own, its)
+            if change is not None:
+                found.append((part.rows, change))
         if not found:
             return None
         rows, changes = zip(*found, strict=True)
@@ -193,7 +195,14 @@ def slice_rows(
             out[name] = params[name][begin // columns : stop // columns]
             split = ((stop - begin) // columns, columns, blocks, width)
             return replace(adapter, shape=shape, split=split), out
+    if isinstance(adapter, DoRA) and adapter.axis == "output":
+        # The norm of an output is of its own row; one of an input couples all of them.
+        own, out = slice_rows(
+            adapter.on, {n: v for n, v in params.items() if n != KEY}, begin, stop
+        )
+        out[KEY] = np.ascontiguousarray(params[KEY][..., begin:stop])
+        return replace(adapter, shape=own.shape, on=own), out
     raise ShapeError(
-        f"{adapter.algorithm} cannot be taken apart at outputs {begin}:{stop}, as the base has it; "
+        f"{adapter.title} cannot be taken apart at outputs {begin}:{stop}, as the base has it; "
         "convert it to plain LoRA first (lycoris-cupy convert --algorithm lora)"
     )

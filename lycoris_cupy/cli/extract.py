@@ -13,9 +13,10 @@ from .arguments import DTYPES, RANK_KINDS, add_rank_rules, dtype_named, rank_rul
 from .progress import Bar
 
 _EXAMPLES = """BASE and TUNED are safetensors files, indices or folders with one, in bf16, f16, f32
-or 8-bit floats; one layer of them is in memory at a time. Layers that are equal are left out; norms
-and biases, which have no place beside low-rank factors, are listed with how much they changed. The
-report names the error of each layer: |change - adapter| / |change|, of the values as written.
+or 8-bit floats; one layer of them is in memory at a time. Layers that are equal are left out. Norms
+become Norm adapters; biases, which have no place beside low-rank factors, are listed with how much
+they changed. The report names the error of each layer: |change - adapter| / |change|, of the values
+as written.
 
 forms:
   locon      W' - W ~ down up, by the singular value decomposition: the best there is of its rank

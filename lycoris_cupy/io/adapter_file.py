@@ -20,7 +20,7 @@ from ..adapters import Adapter, Rows
 from ..arrays import Array, to_device
 from ..errors import DtypeError, FileFormatError, MatchError, ShapeError
 from ..layers import LayerShape
-from .dialects import FOLDED_PREFIXES
+from .dialects import FOLDED_PREFIXES, OWNED
 from .modules import FACTOR_DTYPES, told
 from .names import HOMES, BaseNames, fold, part_of
 from .placing import Loaded, Placed, gather, place, survey, told_rows
@@ -40,18 +40,25 @@ def read_adapter(
     strict: bool = True,
     dtype: np.dtype | None = None,
     alpha_from: str | None = None,
+    dora: str | None = None,
+    rule: str = "base",
+    dialect: str | None = None,
+    rank: int | None = None,
 ) -> tuple[Loaded, LoadReport]:
     """{layer: (adapter, factors)} and a report, for the layers named by `shapes`.
 
     source: a file of any dialect, or PEFT's folder. dtype: what the caller will round the factors
     to; only the report looks at it. alpha_from: 'tensor', 'metadata', 'configuration' or 'rank',
-    the one source of alpha to believe; None takes the first that is there.
+    the one source of alpha to believe; None takes the first that is there. dora: 'output' or
+    'input', for magnitudes whose shape allows both. rule: what strength means, see `DoRA` and
+    `Rotation`. dialect: of rotations whose file allows several readings, see `Rotation`. rank: cut
+    every module to this rank; LoCon and DyLoRA only.
 
     Raises FileFormatError, ShapeError or DtypeError for a module that is not understood or whose
     alpha is told in two ways, MatchError if no module finds its layer, if one could mean several,
     if two find one, or, when strict, if any finds none.
     """
-    with open_source(source, alpha_from) as opened:
+    with open_source(source, alpha_from, dora, rule, dialect) as opened:
         names, placed, unmatched = BaseNames(shapes), [], list(opened.unread)
         with _about(opened.path):
             for module in opened.modules:
@@ -60,6 +67,8 @@ def read_adapter(
                     nearest = names.nearest(module.key)
                     unmatched.append(Unmatched(module.name, "no layer has this name", nearest))
                 placed += found
+            if rank is not None:
+                placed = [one.truncated(rank) for one in placed]
             out = gather(placed, shapes)
         layers = [layer_report(opened, one, dtype) for one in placed]
         report = LoadReport(
@@ -71,12 +80,15 @@ def read_adapter(
 
 
 def inspect_adapter(
-    source: str | os.PathLike | TensorFile, *, alpha_from: str | None = None
+    source: str | os.PathLike | TensorFile,
+    *,
+    alpha_from: str | None = None,
+    dialect: str | None = None,
 ) -> LoadReport:
     """What a file holds, with no base: sizes are taken from the factors, and what is not understood
     is listed.
     """
-    with open_source(source, alpha_from) as opened:
+    with open_source(source, alpha_from, dialect=dialect) as opened:
         placed, unmatched = survey(opened)
         layers = tuple(layer_report(opened, one, None) for one in placed)
         return LoadReport(opened.path, layers, tuple(unmatched), dialects=spoken(opened))
@@ -93,10 +105,10 @@ def write_adapter(
     """A LyCORIS file of {layer: (adapter, factors in Flame layout)}; `read_adapter` gives the same
     back, bit for bit.
 
-    dtype: of the factors in the file; None keeps theirs. metadata: added to what is known for
-    certain; hashes of another file's bytes are left out. Raises MatchError for layers that would
-    share a key, ShapeError or DtypeError for factors that do not fit the adapter, FileFormatError
-    for values that readers would refuse.
+    dtype: of the factors in the file; None keeps theirs, and wide ones keep it always. metadata:
+    added to what is known for certain; hashes of another file's bytes are left out. Raises
+    MatchError for layers that would share a key, ShapeError or DtypeError for factors that do not
+    fit the adapter, FileFormatError for values that readers would refuse.
     """
     if prefix not in FOLDED_PREFIXES:
         known = ", ".join(FOLDED_PREFIXES)
@@ -105,7 +117,12 @@ def write_adapter(
         raise MatchError("there is no adapter to write")
     tensors, layer_of = {}, {}
     for layer, name, adapter, params in _apart(adapters):
-        module = prefix + fold(name)
+        module = (adapter.prefix or prefix) + fold(name)
+        if prefix in OWNED and adapter.prefix != prefix:
+            raise MatchError(
+                f"prefix {prefix!r} would be read as another dialect than {adapter.algorithm} of "
+                f"layer {layer!r} has: use another prefix"
+            )
         if module in layer_of:
             raise MatchError(
                 f"layers {layer_of[module]!r} and {layer!r} would both be saved as {module!r}: "
@@ -113,18 +130,21 @@ def write_adapter(
             )
         layer_of[module] = layer
         with _about(f"layer {layer!r}"):
+            wide = {factor.key for factor in adapter.factors().values() if factor.wide}
             for key, tensor in adapter.save(_checked(adapter, params)).items():
-                tensors[f"{module}.{key}"] = cast_checked(tensor, key, dtype)
+                number, kept = key in adapter.flags, None if key in wide else dtype
+                tensors[f"{module}.{key}"] = tensor if number else cast_checked(tensor, key, kept)
             alpha = adapter.saved_alpha
             if alpha is not None:
                 tensors[f"{module}.alpha"] = cast_checked(
                     np.asarray(alpha, np.float64), "alpha", np.dtype(np.float32)
                 )
-    kinds = sorted({adapter.algorithm for _, _, adapter, _ in _apart(adapters)})
-    about = {
-        "ss_network_module": "lycoris.kohya",
-        "ss_network_args": json.dumps({"algo": "+".join(kinds)}),
-    }
+    apart = [adapter for _, _, adapter, _ in _apart(adapters)]
+    args: dict[str, object] = {"algo": "+".join(sorted({adapter.algorithm for adapter in apart}))}
+    told = [item for adapter in apart for item in adapter.network_args.items()]
+    # What the layers do not agree on is left out: a reader would take it for all of them.
+    args |= {key: value for key, value in told if all(v == value for k, v in told if k == key)}
+    about = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(args)}
     about |= {key: value for key, value in (metadata or {}).items() if key not in STALE}
     write(path, tensors, about)
 
@@ -150,16 +170,17 @@ def layer_report(source: Source, placed: Placed, dtype: np.dtype | None) -> Laye
     """What a report says of a module. dtype: what its factors will be rounded to, if at all."""
     adapter, layer = placed.adapter, placed.share.layer or None
     keys = placed.module.keys.items()
-    stored = sorted({source.file.dtype(key) for suffix, key in keys if suffix != "alpha"})
+    others = ("alpha", *adapter.flags)
+    stored = sorted({source.file.dtype(key) for suffix, key in keys if suffix not in others})
     where = f", alpha from {placed.alpha_from}" if placed.alpha_from else ""
     return LayerReport(
         module=placed.module.name,
         layer=layer,
         shape=str(adapter.shape) if layer is not None else told(adapter),
-        algorithm=adapter.algorithm,
+        algorithm=adapter.title,
         rank=adapter.rank if adapter.has_rank else None,
         alpha=adapter.alpha,
-        scale=adapter.scale,
+        scale=adapter.reported_scale,
         scale_from=adapter.scale_reason + where,
         dtype=", ".join(stored),
         rounded=dtype is not None and any(_rounds(NUMPY[name], dtype) for name in stored),

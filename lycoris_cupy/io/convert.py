@@ -45,7 +45,6 @@ class _Item:
     before: tuple[Adapter, Params]
     after: tuple[Adapter, Params]
     alpha: np.ndarray | None = None
-    magnitude: np.ndarray | None = None
     needed: int = 0
     notes: list[str] = field(default_factory=list)
     loss: float = 0.0
@@ -182,8 +181,6 @@ def _item(source: Source, module: Module, name: Name, adapter: Adapter, params: 
         value = source.file[module.keys["alpha"]]
         if value.size == 1 and float(value.reshape(())) == adapter.alpha:
             item.alpha = value
-    if "dora_scale" in module.keys:
-        item.magnitude = source.file[module.keys["dora_scale"]]
     return item
 
 
@@ -207,7 +204,7 @@ def _rewrite(item: _Item, dialect: Dialect, algorithm, rank, dtype) -> None:
     require_expressible(dialect, adapter, item.module.name)
     if dialect.alpha == "folded":
         adapter, params = fold_scale(adapter, params)
-    params = cast_params(params, dtype)
+    params = cast_params(adapter, params, dtype)
     item.after = adapter, params
     if adapter != item.before[0]:
         item.alpha = None
@@ -255,8 +252,6 @@ def _require_lossless(path: str, items: list[_Item], lossy: bool) -> None:
 def _tensors(item: _Item, dialect: Dialect) -> dict[str, np.ndarray]:
     adapter, params = item.after
     out = {key: cast_checked(value, key, None) for key, value in adapter.save(params).items()}
-    if item.magnitude is not None:
-        out["dora_scale"] = item.magnitude
     out = spelled(dialect, item.name.part, out)
     if dialect.alpha == "tensor" and adapter.saved_alpha is not None:
         alpha = item.alpha

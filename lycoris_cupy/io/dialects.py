@@ -92,6 +92,12 @@ DIALECTS: dict[str, Dialect] = {
             {"lora_unet_": ("unet",), **_ENCODERS, "lora_unet__": ("unet",)},
         ),
         Dialect(
+            "kohya-oft",
+            "kohya's OFT, whose constraint of 0 holds the rotations still",
+            {"oft_unet_": ("unet",)},
+            algorithms=("diag-oft",),
+        ),
+        Dialect(
             "onetrainer",
             "OneTrainer's transformers; its other models are named as kohya's",
             {"lora_transformer_": ("unet",), **_ENCODERS},
@@ -190,7 +196,6 @@ _REWRITTEN = (
 # Dialects that are known but not read, to say which one a file speaks.
 _FOREIGN = {
     r"processor\.\w+_lora\d\.(down|up)\.weight$": "x-labs",
-    r"^oft_unet_": "kohya's OFT",
     r"^bundle_emb\.": "trainers that bundle embeddings",
 }
 
@@ -277,6 +282,7 @@ _FOLDED = {  # the longest first
 
 
 FOLDED_PREFIXES = tuple(sorted(_FOLDED))
+OWNED = ("oft_unet_",)  # what a module under one of these means, only its own dialect writes
 
 
 def _words() -> list[tuple[str, dict[str, str]]]:

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..adapters import Adapter, Full, LoCon, LoHa, LoKr
+from ..adapters import Adapter, DoRA, Full, LoCon, LoHa, LoKr
+from ..adapters.dora import KEY
 from ..spectrum import locon_of, spectrum_of
 from ..svd import product_svd
 
@@ -30,6 +31,9 @@ def as_lora(adapter: Adapter, params: Params, rank: int | None) -> tuple[Adapter
     Its factors are f32 (f64 from f64). A plain LoRA within the rank stays as it is. Raises
     LycorisError for an algorithm whose change depends on the layer's weight.
     """
+    if isinstance(adapter, DoRA):  # the change inside the norm is rewritten, the magnitudes stay
+        on, own, needed = as_lora(adapter.on, _without_magnitude(params), rank)
+        return DoRA.over(on, adapter.axis, adapter.rule), {**own, KEY: params[KEY]}, needed
     plain = type(adapter) is LoCon and not adapter.tucker and not adapter.per_tap  # type: ignore
     if plain and (rank is None or adapter.rank <= rank):
         return adapter, params, adapter.rank
@@ -45,6 +49,9 @@ def fold_scale(adapter: Adapter, params: Params) -> tuple[Adapter, Params]:
 
     The factor keeps its dtype where that is exact, as for powers of 2, and becomes f32 elsewhere.
     """
+    if isinstance(adapter, DoRA):
+        on, params = fold_scale(adapter.on, params)
+        return DoRA.over(on, adapter.axis, adapter.rule), params
     if adapter.scale == 1 or type(adapter) not in _SCALED:
         return adapter, params
     (name,) = set(_SCALED[type(adapter)]) & set(params)
@@ -61,6 +68,7 @@ def loss(before: tuple[Adapter, Params], after: tuple[Adapter, Params]) -> float
     """|D' - D| / |D| of a layer's change; 0 of nothing. Of factors, where the change depends on the
     layer's weight.
     """
+    before, after = _inside(before), _inside(after)
     if before[0] == after[0] and all(_equal(before[1][n], after[1][n]) for n in before[1]):
         return 0.0
     if type(before[0]) is type(after[0]) and not _decomposes(before[0]):
@@ -77,9 +85,22 @@ def loss(before: tuple[Adapter, Params], after: tuple[Adapter, Params]) -> float
     return lost if lost > _NOISE else 0.0
 
 
-def cast_params(params: Params, dtype: np.dtype | None) -> Params:
-    """The factors in another dtype; None keeps theirs."""
-    return params if dtype is None else _cast(params, dtype)
+def cast_params(adapter: Adapter, params: Params, dtype: np.dtype | None) -> Params:
+    """The factors in another dtype; None keeps theirs, and wide ones keep it always."""
+    if dtype is None:
+        return params
+    forms = adapter.factors()
+    return {**params, **_cast({n: v for n, v in params.items() if not forms[n].wide}, dtype)}
+
+
+def _without_magnitude(params: Params) -> Params:
+    return {name: value for name, value in params.items() if name != KEY}
+
+
+def _inside(side: tuple[Adapter, Params]) -> tuple[Adapter, Params]:
+    """Of DoRA the change whose norm it takes: its magnitudes pass as they are."""
+    adapter, params = side
+    return (adapter.on, _without_magnitude(params)) if isinstance(adapter, DoRA) else side
 
 
 def _cast(params: Params, dtype: np.dtype) -> Params:

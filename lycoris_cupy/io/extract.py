@@ -1,8 +1,8 @@
 """Adapters out of two checkpoints: what one was trained away from the other, layer by layer.
 
-One layer is in memory at a time, beside the factors that were found. What has no place in an
-adapter file (norms, biases beside low-rank factors, tensors that only one of the two has) is listed
-with its size, never dropped in silence.
+One layer is in memory at a time, beside the factors that were found. Changed norms become Norm
+adapters. What has no place in an adapter file (biases beside low-rank factors, tensors that only
+one of the two has) is listed with its size, never dropped in silence.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ..adapters import Adapter, Full
+from ..adapters import Adapter, Full, Norm
 from ..arrays import Array, device_context, f32, f64, resolve_device, to_device
 from ..errors import FileFormatError, MatchError
 from ..extraction import Form, extract, relative_error
 from ..layers import LayerShape
+from ..norms import NormShape
 from .adapter_file import cast_checked
 from .atomic import require_place
 from .change_report import ChangeReport, LayerChange
 from .checkpoint import Checkpoint, open_checkpoint
 from .merge import layer_shapes
 from .names import container_of, part_of
+from .placing import Params
 from .rounding import MERGED_DTYPES, widened
 from .safetensors import NUMPY, write
 from .target import Name, dialect_named, module_names, spelled
@@ -63,15 +65,18 @@ def extract_files(
     require_place(out_path)
     with open_checkpoint(base_path) as base, open_checkpoint(tuned_path) as tuned:
         shapes, left_out = _common(base, tuned, exclude)
-        found: dict[str, tuple[Adapter, dict[str, np.ndarray]]] = {}
+        found: dict[str, tuple[Adapter, Params]] = {}
         layers = []
         for i, (layer, shape) in enumerate(shapes.items()):
-            with device_context(device):
-                change = _change(base, tuned, f"{layer}.weight", shape, tolerance, device)
-                if change is not None:
-                    one, report = _one(layer, shape, change, form, dtype)
-                    found[layer], layers = one, [*layers, report]
-            left_out += _bias(base, tuned, layer, found, dtype)
+            if isinstance(shape, NormShape):
+                made = _norm(base, tuned, layer, shape, tolerance, dtype)
+            else:
+                made = _layer(base, tuned, layer, shape, form, tolerance, dtype, device)
+            if made is not None:
+                found[layer] = made[0]
+                layers.append(made[1])
+            if f"{layer}.bias" in base:
+                left_out += _bias(base, tuned, layer, found, dtype)
             if progress is not None:
                 progress(i + 1, len(shapes))
         if not found:
@@ -134,12 +139,18 @@ def _change(
     return to_device(to_device(flat, device).transpose(2, 1, 0), device)
 
 
-def _one(layer: str, shape: LayerShape, change: Array, form: Form, dtype: np.dtype):
-    """((adapter, factors), report) of one layer."""
-    adapter, wide = extract(shape, change, form)
-    params = {n: cast_checked(v, f"{layer}: {n}", dtype) for n, v in wide.items()}
-    size = float((change**2).sum()) ** 0.5
-    error = relative_error(change, adapter, params)
+def _layer(
+    base, tuned, layer: str, shape: LayerShape, form: Form, tolerance: float, dtype, device: str
+) -> tuple[tuple[Adapter, Params], LayerChange] | None:
+    """((adapter, factors), report) of a layer; None where it is equal."""
+    with device_context(device):
+        change = _change(base, tuned, f"{layer}.weight", shape, tolerance, device)
+        if change is None:
+            return None
+        adapter, wide = extract(shape, change, form)
+        params = {n: cast_checked(v, f"{layer}: {n}", dtype) for n, v in wide.items()}
+        size = float((change**2).sum()) ** 0.5
+        error = relative_error(change, adapter, params)
     what = f"{adapter.algorithm} rank {adapter.rank}" if adapter.has_rank else adapter.algorithm
     if getattr(adapter, "tucker", False):
         what += " tucker"
@@ -147,12 +158,36 @@ def _one(layer: str, shape: LayerShape, change: Array, form: Form, dtype: np.dty
     return (adapter, params), LayerChange(layer, str(shape), what, error, numbers, size)
 
 
+def _norm(
+    base, tuned, layer: str, shape: NormShape, tolerance: float, dtype
+) -> tuple[tuple[Adapter, Params], LayerChange] | None:
+    """The same of a norm: the changes of its weight and bias themselves."""
+    wide = {
+        key: change.reshape(-1)
+        for key, name in (("w_norm", f"{layer}.weight"), ("b_norm", f"{layer}.bias"))
+        if name in base and name in tuned and base.shape(name) == tuned.shape(name)
+        if (change := _change(base, tuned, name, shape, tolerance, "cpu")) is not None
+    }
+    if not wide:
+        return None
+    adapter = Norm(shape, weight="w_norm" in wide, bias="b_norm" in wide)
+    params = {n: cast_checked(v, f"{layer}: {n}", dtype) for n, v in wide.items()}
+    size, lost = (
+        float(np.linalg.norm(np.concatenate([f(n) for n in wide])))
+        for f in (lambda n: wide[n], lambda n: wide[n] - params[n].astype(f64))
+    )
+    numbers = sum(value.size for value in params.values())
+    return (adapter, params), LayerChange(layer, str(shape), "norm", lost / size, numbers, size)
+
+
 def _bias(base: Checkpoint, tuned: Checkpoint, layer: str, found, dtype) -> list[tuple[str, str]]:
-    """A changed bias goes into a Full adapter; elsewhere it has no place, and is listed."""
+    """A changed bias goes into a Full adapter; beside low-rank factors it has no place, and is
+    listed.
+    """
     name = f"{layer}.bias"
-    if name not in base or name not in tuned or not _differs(base, tuned, name):
-        return []
     adapter, params = found.get(layer, (None, None))
+    if isinstance(adapter, Norm) or name not in tuned or not _differs(base, tuned, name):
+        return []
     if isinstance(adapter, Full) and base.shape(name) == (adapter.shape.outputs,):
         change = widened(tuned[name]).astype(f64) - widened(base[name]).astype(f64)
         change = cast_checked(change, name, dtype)
@@ -162,7 +197,7 @@ def _bias(base: Checkpoint, tuned: Checkpoint, layer: str, found, dtype) -> list
 
 
 def _rest(base: Checkpoint, tuned: Checkpoint, shapes, exclude) -> list[tuple[str, str]]:
-    """Changed tensors that are of no layer: norms, embeddings of other names, buffers."""
+    """Changed tensors that are of no layer: embeddings of other names, buffers."""
     seen = {f"{layer}.{kind}" for layer in shapes for kind in ("weight", "bias")}
     weights = {f"{layer}.weight" for layer in layer_shapes(base)}
     return [

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ..arrays import resolve_device
+from ..arrays import f32, resolve_device
 from ..errors import DtypeError, FileFormatError, MatchError, ShapeError
 from ..layers import LayerShape
+from ..norms import NormShape
 from .adapter_file import STALE, read_adapter
 from .atomic import new_folder, replacing, require_place
 from .checkpoint import Checkpoint, open_checkpoint
@@ -60,9 +61,10 @@ def merge_files(
     tensors a shard, 0 for one file, None for the shards of the base. Several shards make out_path a
     folder, with an index and the small files beside the base. device: where changes are computed.
     dry_run: everything is read and checked, nothing is written. progress: called with the bytes
-    written and in all. reading: options of `read_adapter`.
+    written and in all. reading: options of `read_adapter`, as alpha_from, dora, rule, dialect.
 
-    Sums are f32, or f64 for an f64 base. A strength of 0 changes no bit. Raises as `read_adapter`
+    Sums are f32, or f64 for an f64 base. A strength of 0 changes no bit, unless the rule is
+    'reference'. Raises as `read_adapter`
     does, MatchError for a rule that fits nothing, DtypeError for a weight that cannot be summed,
     and FileFormatError for a sum that the base's dtype cannot hold. On any error, or a kill, what
     is at out_path is what it was.
@@ -111,13 +113,17 @@ def merge_files(
 
 
 def layer_shapes(base: Checkpoint) -> dict[str, LayerShape]:
-    """The layers of a checkpoint: each `<name>.weight` of two to five axes. Groups are unknown."""
+    """The layers of a checkpoint: each `<name>.weight` of two to five axes, groups unknown; one
+    axis is taken for a norm's.
+    """
     weights = (
-        name for name in base if name.endswith(".weight") and 2 <= len(base.shape(name)) <= 5
+        name for name in base if name.endswith(".weight") and 1 <= len(base.shape(name)) <= 5
     )
     # An axis of no extent makes no kernel; no adapter fits it either.
     return {
-        n.removesuffix(".weight"): LayerShape.of_file(base.shape(n))
+        n.removesuffix(".weight"): NormShape.of_channels(base.shape(n)[0])
+        if len(base.shape(n)) == 1
+        else LayerShape.of_file(base.shape(n))
         for n in weights
         if all(base.shape(n)[2:])
     }
@@ -137,7 +143,7 @@ def _read_all(base: Checkpoint, adapters: Adapters, read: Callable) -> Read:
     shapes = layer_shapes(base)
     if not shapes:
         raise MatchError(
-            f"{base.path}: has no tensor named <layer>.weight with two to five axes: not a "
+            f"{base.path}: has no tensor named <layer>.weight with one to five axes: not a "
             "checkpoint?"
         )
     files: dict[str, tuple] = {}  # an adapter may be named twice
@@ -160,7 +166,7 @@ def _parts(base: Checkpoint, read: Read, rules: Sequence[LayerStrength]) -> dict
                     f"{path}: strength {strength:g} * scale {adapter.scale:g} is more than f32 "
                     "holds"
                 )
-            if strength * adapter.scale != 0:
+            if strength * adapter.scale != 0 or adapter.rule == "reference":
                 parts.setdefault(layer, []).append(Part(adapter, params, strength))
     return parts
 
@@ -176,8 +182,9 @@ def _merged(
         return out
 
     out = {weight: Stored(base.dtype(weight), base.shape(weight), make_weight)}
-    if any(adapter.delta_bias(params) is not None for adapter, params, _ in parts):
-        outputs = parts[0].adapter.shape.outputs
+    outputs = parts[0].adapter.shape.outputs
+    there = np.zeros(outputs, f32) if bias in base else None
+    if any(adapter.delta_bias(params, there) is not None for adapter, params, _ in parts):
         if bias in base:
             _require_float(base, bias, layer)
             if base.shape(bias) != (outputs,):
@@ -192,7 +199,9 @@ def _merged(
 
 
 def _make_bias(base: Checkpoint, name, dtype: np.dtype, outputs: int, parts) -> np.ndarray:
-    return merged_bias(name, base[name] if name in base else np.zeros(outputs, dtype), parts)
+    if name in base:
+        return merged_bias(name, base[name], parts)
+    return merged_bias(name, np.zeros(outputs, dtype), parts, new=True)
 
 
 def _require_float(base: Checkpoint, name: str, layer: str) -> None:

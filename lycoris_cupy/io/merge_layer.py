@@ -44,7 +44,8 @@ def merged_weight(
     device: where the changes are computed. Raises FileFormatError for a sum that the dtype cannot
     hold; name: of the tensor, for that message.
     """
-    before = old.reshape(*old.shape[:2], -1)
+    outputs, inputs = (*old.shape, 1)[:2]  # a norm's weight has one axis
+    before = old.reshape(outputs, inputs, -1)
     change = _change(before, parts, device)
     out, survival = np.empty_like(before), Survival()
     step = max(_BLOCK // max(before[0].size, 1), 16) if len(before) else 1
@@ -60,12 +61,15 @@ def merged_weight(
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def merged_bias(name: str, old: np.ndarray, parts: Sequence[Part]) -> np.ndarray:
-    """The changed bias, (OUT,), in the dtype of the old one. Raises as `merged_weight` does."""
+def merged_bias(name: str, old: np.ndarray, parts: Sequence[Part], new: bool = False) -> np.ndarray:
+    """The changed bias, (OUT,), in the dtype of the old one. new: the layer has none, old is zero.
+    Raises as `merged_weight` does.
+    """
     kept = sum_dtype(old.dtype)
     total = widened(old).astype(kept)
+    before = None if new else total.copy()
     for adapter, params, strength in parts:
-        change = adapter.delta_bias(params)
+        change = adapter.delta_bias(params, before)
         if change is not None:
             total += np.asarray(strength * adapter.scale, kept) * change.astype(kept)
     return _rounded_block(name, old, total)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..adapters import Adapter, LoKr
+from ..adapters import Adapter, DoRA, LoKr
 from ..errors import FileFormatError
 from .target import most_common
 
@@ -28,7 +28,7 @@ def peft_config(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         )
     (kind,) = kinds
     ranks = {path: _rank(adapter) for path, adapter in adapters.items()}
-    alphas = {path: adapter.scale * ranks[path] for path, adapter in adapters.items()}
+    alphas = {path: adapter.reported_scale * ranks[path] for path, adapter in adapters.items()}
     rank, alpha = most_common(ranks.values()), most_common(alphas.values())
     out = {
         "peft_type": _TYPES[kind],
@@ -43,7 +43,7 @@ def peft_config(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     }
     if kind == "locon":
         return out | {"bias": "none", "fan_in_fan_out": False, "use_rslora": False,
-                      "use_dora": False, "lora_dropout": 0.0}  # fmt: skip
+                      "use_dora": _decomposed(adapters), "lora_dropout": 0.0}  # fmt: skip
     tucker = {a.tucker for a in adapters.values() if a.shape.taps > 1}  # type: ignore
     if len(tucker) > 1:
         raise FileFormatError(
@@ -52,6 +52,15 @@ def peft_config(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         )
     out |= {"use_effective_conv2d": tucker == {True}, "rank_dropout": 0.0, "module_dropout": 0.0}
     return out | _kronecker(adapters, ranks) if kind == "lokr" else out
+
+
+def _decomposed(adapters: Mapping[str, Adapter]) -> bool:
+    kinds = {isinstance(adapter, DoRA) for adapter in adapters.values()}
+    if len(kinds) > 1:
+        raise FileFormatError(
+            "PEFT has DoRA on all modules of a folder or on none, and some of the file's have it"
+        )
+    return kinds == {True}
 
 
 def _rank(adapter: Adapter) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..adapters import Adapter
+from ..adapters import Adapter, truncated
 from ..adapters.rows import RowPart, Rows, slice_rows
 from ..errors import LycorisError, MatchError, ShapeError
 from ..layers import LayerShape
@@ -35,12 +35,19 @@ class Placed:
     params: Params
     alpha_from: str
 
+    def truncated(self, rank: int) -> Placed:
+        """The same, cut to a rank. Raises LycorisError, see `truncated`."""
+        adapter, params = truncated(self.adapter, self.params, rank)
+        return replace(self, adapter=adapter, params=params)
+
 
 def read_alone(
     source: Source, module: Module, shape: LayerShape | None
 ) -> tuple[Adapter, Params, str]:
     """(adapter, factors, where alpha comes from) of a module on a layer of this shape, or none."""
-    adapter, params = read_module(source.file, module.keys, shape)
+    adapter, params = read_module(
+        source.file, module.keys, shape, source.dora, source.rule, source.dialect, module.key.prefix
+    )
     if not adapter.has_rank or adapter.ignores_alpha:
         return adapter, params, ""
     tensor = adapter.alpha if "alpha" in module.keys else None
@@ -48,7 +55,7 @@ def read_alone(
         module.name, module.key.path, tensor, adapter.rank, adapter.shape.taps > 1
     )
     if alpha != adapter.alpha:
-        adapter = checked_scale(replace(adapter, alpha=alpha))
+        adapter = checked_scale(adapter.with_alpha(alpha))
     return adapter, params, where
 
 

@@ -36,12 +36,17 @@ class Module:
 
 @dataclass(frozen=True)
 class Source:
-    """An open adapter file. unread: keys of no dialect, each with the reason."""
+    """An open adapter file. unread: keys of no dialect, each with the reason. dora, rule, dialect:
+    what the caller says of magnitudes, of strength and of rotations, see `read_module`.
+    """
 
     file: TensorFile
     modules: tuple[Module, ...]
     unread: tuple[Unmatched, ...]
     alphas: Alphas
+    dora: str | None = None
+    rule: str = "base"
+    dialect: str | None = None
 
     @property
     def path(self) -> str:
@@ -55,9 +60,14 @@ class Source:
 
 @contextmanager
 def open_source(
-    path: str | os.PathLike | TensorFile, alpha_from: str | None = None
+    path: str | os.PathLike | TensorFile,
+    alpha_from: str | None = None,
+    dora: str | None = None,
+    rule: str = "base",
+    dialect: str | None = None,
 ) -> Iterator[Source]:
     """The modules of a file, or of PEFT's folder. alpha_from: the one source of alpha to believe.
+    dora, rule, dialect: kept for `read_module`.
 
     Raises FileFormatError where two keys are the same factor of a module.
     """
@@ -75,7 +85,7 @@ def open_source(
         if peft and beside is not None and beside.exists():
             configuration = _configuration(beside)
         alphas = Alphas(file.metadata, configuration, alpha_from)
-        yield Source(file, tuple(modules), tuple(unread_keys), alphas)
+        yield Source(file, tuple(modules), tuple(unread_keys), alphas, dora, rule, dialect)
 
 
 def _modules(file: TensorFile) -> tuple[list[Module], list[Unmatched]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..adapters import Adapter, LoCon
+from ..adapters import Adapter, DoRA, LoCon
 from ..errors import FileFormatError, MatchError
 from .aliases import original_name
 from .dialects import DIALECTS, Dialect
@@ -133,6 +133,13 @@ def _is_unet(names: Iterable[Name]) -> bool:
 def require_expressible(dialect: Dialect, adapter: Adapter, module: str) -> None:
     """Raise FileFormatError for an adapter that the dialect's readers do not know."""
     known = dialect.algorithms
+    if isinstance(adapter, DoRA):
+        if known is not None and not isinstance(adapter.on, LoCon):
+            raise FileFormatError(
+                f"module {module!r} is {adapter.title}, and {dialect.name} knows dora on locon "
+                "only: --algorithm lora makes it plain LoRA with dora"
+            )
+        adapter = adapter.on
     if known is not None and adapter.algorithm not in known:
         raise FileFormatError(
             f"module {module!r} is {adapter.algorithm}, and {dialect.name} knows "

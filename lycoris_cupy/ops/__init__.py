@@ -1,12 +1,15 @@
 """Differentiable operations on arrays, and on arrays that a tape watches, for NumPy and CuPy."""
 
+from .cayley import cayley, rotation_columns
 from .columns import column_sum, expand_rows
 from .elementwise import add, cast, multiply, prelu, scale
 from .hadamard import face_split, hadamard_weight
 from .join import join_columns, take_columns
 from .kron import kron_weight, mix_blocks
 from .low_rank import fold_core, low_rank_weight, tucker_weight
+from .norm import group_norm, layer_norm
 from .product import convolution, product, product_dw, product_dx
+from .ranks import interleave, mask_ranks, take_ranks
 from .shapes import pixel_shuffle, reshape, resize_nearest, tap_diagonal, transpose
 from .tucker2 import tucker_decompose
 from .window import Window
@@ -15,15 +18,20 @@ __all__ = [
     "Window",
     "add",
     "cast",
+    "cayley",
     "column_sum",
     "convolution",
     "expand_rows",
     "face_split",
     "fold_core",
+    "group_norm",
     "hadamard_weight",
     "join_columns",
+    "interleave",
     "kron_weight",
+    "layer_norm",
     "low_rank_weight",
+    "mask_ranks",
     "mix_blocks",
     "multiply",
     "pixel_shuffle",
@@ -33,8 +41,10 @@ __all__ = [
     "product_dx",
     "reshape",
     "resize_nearest",
+    "rotation_columns",
     "scale",
     "take_columns",
+    "take_ranks",
     "tap_diagonal",
     "transpose",
     "tucker_decompose",
