@@ -17,6 +17,7 @@ from lycoris_cupy.io.header import NUMPY
 from lycoris_cupy.io.merge import merge_files
 from lycoris_cupy.io.safetensors import open_file, write
 from lycoris_cupy.nearest_kron import nearest_kron
+from lycoris_cupy.norms import NormShape
 from lycoris_cupy.ops.window import Window
 from lycoris_cupy.randomised import truncated_svd
 from lycoris_cupy.ranks import RankRule
