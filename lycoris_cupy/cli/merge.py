@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 
+from ..adapters.base import RULES
+from ..adapters.oft import DIALECTS as ROTATIONS
+from ..io.alpha import SOURCES
 from ..io.merge import merge_files
 from ..io.shards import parse_size
 from ..io.strength import LayerStrength, parse_strength
+from ..ops.squares import AXES
 from .arguments import argument
 from .progress import Bar
 
@@ -76,6 +80,20 @@ def add(commands) -> None:
         type=argument(parse_size),
         help="bytes of tensors a shard: 5GB, 500MB, 2GiB; 0 for one file (default: BASE's shards)",
     )
+    parser.add_argument("--alpha-from", choices=SOURCES, help="the one source of alpha to believe")
+    parser.add_argument(
+        "--dora", choices=AXES, help="what DoRA's magnitudes are of, where their shape allows both"
+    )
+    parser.add_argument(
+        "--rule",
+        choices=RULES,
+        default="base",
+        help="what a strength between 0 and 1 means for DoRA and rotations: a blend with the base "
+        "(default), or LyCORIS's own",
+    )
+    parser.add_argument(
+        "--dialect", choices=ROTATIONS, help="of rotations whose file allows several readings"
+    )
     parser.add_argument(
         "--device",
         default="cpu",
@@ -105,6 +123,10 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             dry_run=args.dry_run,
             progress=bar,
+            alpha_from=args.alpha_from,
+            dora=args.dora,
+            rule=args.rule,
+            dialect=args.dialect,
         )
     lines = report.plan_lines() if args.dry_run else report.survival_lines()
     for line in [*report.adapter_lines(), *lines]:
