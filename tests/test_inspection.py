@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lycoris_cupy import Full, LayerShape, LoCon, LoHa, bf16
+from lycoris_cupy.adapters import Adapter
 from lycoris_cupy.errors import MatchError
 from lycoris_cupy.io.adapter_file import write_adapter
 from lycoris_cupy.io.charts import bars, sparkline, spectra
@@ -36,7 +37,8 @@ def inspected(folder, adapters, base=None, **options):
     "kind", [k for k in KINDS if k.shape.window.groups == 1], ids=lambda k: k.name
 )
 def test_figures_are_those_of_the_dense_change(tmp_path, kind):
-    table = {name.replace(" ", "_"): a for name, a in adapters_for(kind.shape).items()}
+    table = {name.replace(" ", "_"): a for name, a in adapters_for(kind.shape).items()
+             if type(a).svd is not Adapter.svd}  # fmt: skip
     adapters = {name: (a, random_params(a, i)) for i, (name, a) in enumerate(table.items())}
     rng = np.random.default_rng(9)
     weights = {f"{name}.weight": rng.standard_normal(kind.weight) for name in adapters}

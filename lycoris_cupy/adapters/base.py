@@ -132,7 +132,7 @@ class Adapter(ABC):
         """The layer that a file's tensors belong to, as far as they tell: to inspect it alone.
 
         Flat columns stay flat, groups are unknown, and what is missing or misshapen counts as 1,
-        for `read` to refuse by name.
+        for `read` to refuse by name. A side that no factor tells is 0.
         """
 
     def with_alpha(self, alpha: float | None) -> Adapter:

@@ -115,7 +115,7 @@ class IA3(Unranked):
         size = shape[1] if len(shape) > 1 else (*shape, 1)[0]
         window = Window.of((1,) * min(max(len(shape) - 2, 0), 3))
         on_input = _on_input(tensors)
-        return LayerShape(window, size if on_input else 1, 1 if on_input else size)
+        return LayerShape(window, size if on_input else 0, 0 if on_input else size)
 
     @classmethod
     def read(cls, shape: LayerShape, tensors: Mapping[str, np.ndarray], alpha: float | None) -> IA3:

@@ -130,8 +130,8 @@ class Rotation(Unranked):
         if "rescale" in tensors:
             outputs = extents(tensors, "rescale")[0] if tensors["rescale"].ndim > 1 else outputs
             axes = min(max(tensors["rescale"].ndim - 2, 0), 3)
-            return LayerShape(Window.of((1,) * axes), 1, outputs)
-        return LayerShape(Window(), 1, outputs)
+            return LayerShape(Window.of((1,) * axes), 0, outputs)
+        return LayerShape(Window(), 0, outputs)
 
 
 def dialect_of(

@@ -46,6 +46,12 @@ class Configuration:
             )
         return found * math.sqrt(rank) if self.values.get("use_rslora") else found
 
+    def scale(self, path: str) -> float | None:
+        """alpha / r of a module whose factors do not tell r, or None if either is missing."""
+        alpha = self._pattern("alpha_pattern", path, self._number("lora_alpha", "alpha"))
+        rank = self._pattern("rank_pattern", path, self._number("r"))
+        return alpha / rank if alpha is not None and rank else None
+
     def _pattern(self, key: str, path: str, otherwise: float | None) -> float | None:
         table = self.values.get(key) or {}
         if not isinstance(table, Mapping):

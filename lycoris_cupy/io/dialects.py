@@ -88,14 +88,13 @@ DIALECTS: dict[str, Dialect] = {
         Dialect(
             "kohya",
             "kohya's sd-scripts, and LyCORIS inside it",
-            # Two underscores: seen in files for Wan function models.
-            {"lora_unet_": ("unet",), **_ENCODERS, "lora_unet__": ("unet",)},
-        ),
-        Dialect(
-            "kohya-oft",
-            "kohya's OFT, whose constraint of 0 holds the rotations still",
-            {"oft_unet_": ("unet",)},
-            algorithms=("diag-oft",),
+            # Two underscores: seen in files for Wan function models. oft_unet_: its own OFT.
+            {
+                "lora_unet_": ("unet",),
+                **_ENCODERS,
+                "lora_unet__": ("unet",),
+                "oft_unet_": ("unet",),
+            },
         ),
         Dialect(
             "onetrainer",

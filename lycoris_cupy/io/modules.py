@@ -84,7 +84,9 @@ def read_module(
     """
     kind = algorithm_of(set(keys))
     tensors = {
-        suffix: _number(file, key, suffix) if suffix in kind.flags else _factor(file, key, suffix)
+        suffix: _number(file, key, suffix)
+        if suffix in kind.flags
+        else read_factor(file, key, suffix)
         for suffix, key in keys.items()
         if suffix != "alpha"
     }
@@ -157,7 +159,8 @@ def _told_axis(args: Mapping[str, object]) -> str | None:
     return {"true": "output", "false": "input"}.get(value)
 
 
-def _factor(file: TensorFile, key: str, suffix: str) -> np.ndarray:
+def read_factor(file: TensorFile, key: str, suffix: str) -> np.ndarray:
+    """One tensor of a file. Raises DtypeError or FileFormatError unless it holds finite floats."""
     if file.dtype(key) not in FACTOR_DTYPES:
         raise DtypeError(
             f"{suffix} has dtype {file.dtype(key)}, expected one of {', '.join(FACTOR_DTYPES)}: "
@@ -187,7 +190,13 @@ def _number(file: TensorFile, key: str, suffix: str) -> np.ndarray:
 
 
 def told(adapter: Adapter) -> str:
-    """What `Adapter.guess_shape` could tell of the layer: flat columns may hold a kernel."""
+    """What `Adapter.guess_shape` could tell of the layer: flat columns may hold a kernel, and a
+    side of 0 is unknown.
+    """
+    if not adapter.shape.inputs:
+        return f"{adapter.shape.outputs} outputs"
+    if not adapter.shape.outputs:
+        return f"{adapter.shape.inputs} inputs"
     flat = any(factor.flat and factor.spatial for factor in adapter.factors().values())
     if flat and not adapter.shape.window.axes:
         return f"{adapter.shape.inputs} (taps included) -> {adapter.shape.outputs}"

@@ -18,6 +18,7 @@ from ..layers import LayerShape
 from .aliases import Share
 from .modules import checked_scale, read_module
 from .names import BaseNames
+from .peft import read_own_words, scaled_by_configuration
 from .report import Unmatched
 from .source import Module, Source
 
@@ -45,9 +46,13 @@ def read_alone(
     source: Source, module: Module, shape: LayerShape | None
 ) -> tuple[Adapter, Params, str]:
     """(adapter, factors, where alpha comes from) of a module on a layer of this shape, or none."""
-    adapter, params = read_module(
+    own = read_own_words(source, module, shape)
+    adapter, params = own or read_module(
         source.file, module.keys, shape, source.dora, source.rule, source.dialect, module.key.prefix
     )
+    configuration = source.alphas.configuration
+    if configuration is not None:
+        params = scaled_by_configuration(adapter, params, configuration, module.key.path)
     if not adapter.has_rank or adapter.ignores_alpha:
         return adapter, params, ""
     tensor = adapter.alpha if "alpha" in module.keys else None

@@ -16,6 +16,7 @@ from pathlib import Path
 from ..errors import FileFormatError
 from .alpha import CONFIGURATION, Alphas, Configuration
 from .dialects import Dialect, Key, parse_key, unread
+from .peft_options import check_options
 from .report import Unmatched
 from .safetensors import TensorFile, open_file
 
@@ -84,6 +85,7 @@ def open_source(
         peft = any(module.key.dialect.alpha == "configuration" for module in modules)
         if peft and beside is not None and beside.exists():
             configuration = _configuration(beside)
+            check_options(configuration)
         alphas = Alphas(file.metadata, configuration, alpha_from)
         yield Source(file, tuple(modules), tuple(unread_keys), alphas, dora, rule, dialect)
 

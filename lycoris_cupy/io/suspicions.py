@@ -45,10 +45,11 @@ def suspicions(
         out.append(f"the change is {relative:.3g} times the weight")
     elif svd is not None and median and svd.norm > OUTLIER * median:
         out.append(f"the change is {svd.norm / median:.3g} times that of the median layer")
-    if abs(adapter.scale) > ODD_SCALE:
-        out.append(f"a scale of {adapter.scale:g}")
-    if adapter.scale < 0:
-        out.append(f"a negative scale, {adapter.scale:g}")
+    scale = adapter.reported_scale
+    if abs(scale) > ODD_SCALE:
+        out.append(f"a scale of {scale:g}")
+    if scale < 0:
+        out.append(f"a negative scale, {scale:g}")
     return out
 
 
