@@ -253,14 +253,17 @@ def test_help_teaches(capsys):
             cli.main(list(arguments))
         out = capsys.readouterr().out
         assert caught.value.code == 0 and all(part in out for part in parts)
-    lines = [
-        shlex.split(line)
-        for line in (cli._EXAMPLES + merge._EXAMPLES).splitlines()
-        if "lycoris-cupy merge" in line
-    ]
-    assert len(lines) == 7
-    for line in lines:  # the examples are ones that parse
-        assert cli.make_parser().parse_args(line[1:]).output
+
+
+def test_the_examples_are_ones_that_parse():
+    for command in (None, *cli.COMMANDS):
+        text = cli._EXAMPLES if command is None else getattr(command, "_EXAMPLES", "")
+        lines = [line for line in text.splitlines() if line.startswith("  lycoris-cupy ")]
+        name = None if command is None else command.__name__.rpartition(".")[2]
+        assert lines or name == "demo"
+        for line in lines:
+            done = cli.make_parser().parse_args(shlex.split(line.partition(" | ")[0])[1:])
+            assert name is None or done.run is command.run
 
 
 def test_version(capsys):

@@ -24,6 +24,8 @@ _EXAMPLES = """examples:
   lycoris-cupy diff a.safetensors b.safetensors
   lycoris-cupy convert style.safetensors out.safetensors --to kohya --part unet
       the same adapter in the names of another program
+  lycoris-cupy resize style.safetensors small.safetensors --energy 0.99
+  lycoris-cupy extract base.safetensors tuned.safetensors style.safetensors --rank 16
   lycoris-cupy merge model.safetensors style.safetensors:0.8 -o merged.safetensors
   lycoris-cupy demo
       a small network, adapted, trained and merged on this machine
