@@ -20,6 +20,7 @@ from ..adapters.biased import without_bias
 from ..errors import FileFormatError, MatchError
 from .adapter_file import STALE, cast_checked, spoken
 from .alpha import METADATA
+from .checkpoint import open_checkpoint
 from .conversion import Conversion, Converted
 from .dialects import Dialect
 from .exact import EXACT, as_lora, cast_params, fold_scale, loss
@@ -28,7 +29,7 @@ from .modules import told
 from .names import BaseNames
 from .peft_output import write_folder
 from .placing import Params, gather, place, read_alone
-from .safetensors import open_file, write
+from .safetensors import write
 from .source import Module, Source, open_source
 from .target import Name, dialect_named, module_names, require_expressible, spelled
 
@@ -158,7 +159,7 @@ def _read(source: Source, base, part: str | None) -> list[_Item]:
                 raise type(error)(f"{source.path}: module {module.name!r}: {error}") from None
             items.append(_item(source, module, Name.of_module(module, part), adapter, params))
         return items
-    with open_file(base) as file:
+    with open_checkpoint(base) as file:
         shapes = layer_shapes(file)
     names, placed = BaseNames(shapes), []
     for module in source.modules:
