@@ -59,6 +59,7 @@ class LoKr(Adapter):
     core_rank: int | None = None  # of the core's input side; by default w2_rank
 
     algorithm = "lokr"
+    reads_weight = False
     keys = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     marks = keys
     decomposable = True
