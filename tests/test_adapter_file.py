@@ -305,7 +305,7 @@ def test_inspect_lists_what_is_refused(tmp_path, what):
 
 
 def test_a_file_that_matches_nothing(tmp_path):
-    tensors = lora("lora_unet_block_aa") | {"bundle_emb.x.clip_l": random(2, 6)}
+    tensors = lora("lora_unet_block_aa") | {"a.processor.q_lora1.up.weight": random(2, 6)}
     for strict in (True, False):
         with pytest.raises(
             MatchError, match="nothing in the file matches any of the 3 layers"
@@ -314,9 +314,7 @@ def test_a_file_that_matches_nothing(tmp_path):
         assert "lora_unet_block_aa: no layer has this name; nearest layer: 'block.a'" in str(
             caught.value
         )
-        assert "bundle_emb.x.clip_l: is named as by trainers that bundle embeddings, which" in str(
-            caught.value
-        )
+        assert "a.processor.q_lora1.up.weight: is named as by x-labs, which" in str(caught.value)
     with pytest.raises(MatchError, match="nothing in the file"):
         read(tmp_path, {}, strict=False)
 

@@ -67,6 +67,9 @@ def test_inspect_prints_a_table(capsys):
         "from",
         "dtype",
         "parameters",
+        "|dW|",
+        "eff.",
+        "rank",
     ]
     for part in (
         "lycoris_block_layer",
@@ -318,3 +321,27 @@ def test_the_examples_of_convert_parse(capsys):
     assert len(lines) >= 5
     for line in lines:
         assert cli.make_parser().parse_args(line[1:]).to in DIALECTS
+
+
+def test_inspect_on_a_base_and_as_a_page(here, capsys):
+    assert cli.main(["inspect", "style.safetensors", "--base", "base.safetensors"]) == 0
+    out = capsys.readouterr().out
+    assert "|dW|/|W|" in out and "on 1 of 2 layers" in out
+    assert (
+        cli.main(["inspect", "other.safetensors", "--base", "base.safetensors", "--html", "o.html"])
+        == 1
+    )
+    assert "wrote o.html" in capsys.readouterr().out and "<svg" in (here / "o.html").read_text()
+    assert cli.main(["inspect", "style.safetensors", "--html", "no/o.html"]) == 2
+    assert "no/o.html: cannot be written" in capsys.readouterr().err
+
+
+def test_diff(here, capsys):
+    assert cli.main(["diff", "style.safetensors", "style.safetensors"]) == 0
+    assert capsys.readouterr().out.endswith("style.safetensors: 1 same\n")
+    assert cli.main(["diff", "style.safetensors", "face.safetensors", "--json"]) == 1
+    assert {one["what"] for one in json.loads(capsys.readouterr().out)["layers"]} == {
+        "only in A",
+        "only in B",
+    }
+    assert cli.main(["diff", "style.safetensors", "none"]) == 2

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lycoris_cupy import Conv2d, Engine, LayerShape, Linear, LoCon, ShapeError
-from lycoris_cupy.adapters import RowPart, Rows, slice_rows
+from lycoris_cupy.adapters import Adapter, RowPart, Rows, slice_rows
 from lycoris_cupy.errors import MatchError
 from lycoris_cupy.io.adapter_file import inspect_adapter, read_adapter, write_adapter
 from lycoris_cupy.io.aliases import Share, aliases, diffusers_name, original_name
@@ -149,6 +149,8 @@ def test_rows_of_every_algorithm_obey_the_law(kind):
     weight = np.random.default_rng(2).standard_normal((whole.outputs, *kind.weight[1:]))
     layer = kind.build.from_torch(weight, **options)
     for name, second in adapters_for(kind.shape).items():
+        if type(second).svd is Adapter.svd:
+            continue  # its change depends on the weight
         parts = [RowPart("a", rows[0], LoCon(kind.shape, 2, 3.0)), RowPart("b", rows[1], second)]
         adapter = Rows.of(whole, parts)
         params = adapter.joined([random_params(one.adapter, 3) for one in parts])
@@ -231,6 +233,8 @@ def test_shapes_decide_between_names(tmp_path):
 
 def test_lokr_is_taken_apart_where_its_blocks_end():
     for name, adapter in adapters_for(LayerShape.of_file((20, 12))).items():
+        if adapter.algorithm not in ("locon", "loha", "lokr", "full"):
+            continue
         params = random_params(adapter)
         whole = adapter.delta_weight(None, adapter.canonical(params), np.array([adapter.scale]))
         part, own = slice_rows(adapter, params, 10, 20)

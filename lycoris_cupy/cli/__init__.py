@@ -2,7 +2,8 @@
 
 A command's file has `add(commands)`, which adds its parser with a function of the parsed arguments
 as `run`; it returns the exit code. Exit codes: 0 done, 1 the file holds something that is not
-understood (inspect), 2 an error, said in one line on stderr, 130 interrupted.
+understood (inspect) or the files differ (diff), 2 an error, said in one line on stderr, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import sys
 
 from .. import __version__
 from ..errors import LycorisError
-from . import convert, demo, inspect, merge
+from . import convert, demo, diff, inspect, merge
 
-COMMANDS = (inspect, convert, merge, demo)
+COMMANDS = (inspect, diff, convert, merge, demo)
 
 _EXAMPLES = """examples:
   lycoris-cupy inspect style.safetensors
-      what the file holds: algorithm, rank, scale and where it comes from, layer by layer
+      what the file holds and what looks wrong; --base MODEL says what it would change there
+  lycoris-cupy diff a.safetensors b.safetensors
   lycoris-cupy convert style.safetensors out.safetensors --to kohya --part unet
       the same adapter in the names of another program
   lycoris-cupy merge model.safetensors style.safetensors:0.8 -o merged.safetensors

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 
+from ..adapters import RULES
+from ..adapters.oft import DIALECTS as ROTATIONS
 from ..io.merge import merge_files
+from ..ops.squares import AXES
 from .progress import Bar
 
 _EXAMPLES = """The result has the names, dtypes and metadata of BASE. Every
@@ -14,6 +17,7 @@ and lists the others. The output may be BASE itself: it is replaced only when th
 
 examples:
   lycoris-cupy merge model.safetensors style.safetensors --strength 0.8 -o merged.safetensors
+  lycoris-cupy merge model.safetensors peft-folder:0.8 -o merged.safetensors
   lycoris-cupy merge model.safetensors style.safetensors:0.8 pose.safetensors:-1 -o out.safetensors
   lycoris-cupy merge merged.safetensors style.safetensors:-0.8 -o back.safetensors
       takes it out again, up to rounding
@@ -45,6 +49,23 @@ def add(commands) -> None:
         action="store_true",
         help="leave out modules that match no layer, and list them",
     )
+    parser.add_argument(
+        "--rule",
+        choices=RULES,
+        default="base",
+        help="what a strength means where programs differ (DoRA, rotations): 'base' blends from "
+        "the model, so that 0 is the model; 'reference' is LyCORIS's own (default base)",
+    )
+    parser.add_argument(
+        "--dora",
+        choices=AXES,
+        help="what magnitudes belong to, where their shape allows both and no metadata says it",
+    )
+    parser.add_argument(
+        "--dialect",
+        choices=ROTATIONS,
+        help="whose rotations a file holds, where it allows several readings",
+    )
     parser.set_defaults(run=run)
 
 
@@ -53,7 +74,14 @@ def run(args: argparse.Namespace) -> int:
     adapters = [with_strength(text, args.strength) for text in args.adapters]
     with Bar("merging", "B") as bar:
         reports = merge_files(
-            args.base, adapters, args.output, strict=not args.no_strict, progress=bar
+            args.base,
+            adapters,
+            args.output,
+            strict=not args.no_strict,
+            progress=bar,
+            dora=args.dora,
+            rule=args.rule,
+            dialect=args.dialect,
         )
     for (_, strength), report in zip(adapters, reports, strict=True):
         print(f"{report.summary()}, at strength {strength:g}")

@@ -18,13 +18,12 @@ import numpy as np
 
 from ..adapters import Adapter, Rows
 from ..arrays import Array, to_device
-from ..errors import DtypeError, FileFormatError, LycorisError, MatchError, ShapeError
+from ..errors import DtypeError, FileFormatError, MatchError, ShapeError
 from ..layers import LayerShape
-from .aliases import Share
 from .dialects import FOLDED_PREFIXES, OWNED
 from .modules import FACTOR_DTYPES, told
 from .names import HOMES, BaseNames, fold, part_of
-from .placing import Loaded, Placed, gather, place, read_alone, told_rows
+from .placing import Loaded, Placed, gather, place, survey, told_rows
 from .report import LayerReport, LoadReport, Unmatched
 from .safetensors import NUMPY, TensorFile, write
 from .source import Source, open_source
@@ -71,9 +70,9 @@ def read_adapter(
             if rank is not None:
                 placed = [one.truncated(rank) for one in placed]
             out = gather(placed, shapes)
-        layers = [_layer_report(opened, one, dtype) for one in placed]
+        layers = [layer_report(opened, one, dtype) for one in placed]
         report = LoadReport(
-            opened.path, tuple(layers), tuple(unmatched), len(shapes), _spoken(opened)
+            opened.path, tuple(layers), tuple(unmatched), len(shapes), spoken(opened)
         )
     if not layers or (strict and unmatched):
         raise MatchError(_mismatch(report, strict))
@@ -90,16 +89,9 @@ def inspect_adapter(
     is listed.
     """
     with open_source(source, alpha_from, dialect=dialect) as opened:
-        unmatched, layers = list(opened.unread), []
-        for module in opened.modules:
-            try:
-                adapter, params, where = read_alone(opened, module, None)
-            except LycorisError as error:
-                unmatched.append(Unmatched(module.name, str(error)))
-            else:
-                placed = Placed(module, Share(""), adapter, params, where)
-                layers.append(_layer_report(opened, placed, None))
-        return LoadReport(opened.path, tuple(layers), tuple(unmatched), dialects=_spoken(opened))
+        placed, unmatched = survey(opened)
+        layers = tuple(layer_report(opened, one, None) for one in placed)
+        return LoadReport(opened.path, layers, tuple(unmatched), dialects=spoken(opened))
 
 
 def write_adapter(
@@ -169,11 +161,13 @@ def _apart(adapters) -> Iterator[tuple[str, str, Adapter, Mapping[str, Array]]]:
             yield layer, home + one.name, one.adapter, own
 
 
-def _spoken(source: Source) -> tuple[str, ...]:
+def spoken(source: Source) -> tuple[str, ...]:
+    """The names of a file's dialects."""
     return tuple(dialect.name for dialect in source.dialects)
 
 
-def _layer_report(source: Source, placed: Placed, dtype: np.dtype | None) -> LayerReport:
+def layer_report(source: Source, placed: Placed, dtype: np.dtype | None) -> LayerReport:
+    """What a report says of a module. dtype: what its factors will be rounded to, if at all."""
     adapter, layer = placed.adapter, placed.share.layer or None
     keys = placed.module.keys.items()
     others = ("alpha", *adapter.flags)

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..adapters import Adapter, Full, LoCon, Rows
 from ..errors import FileFormatError, MatchError
-from .adapter_file import STALE, cast_checked
+from .adapter_file import STALE, cast_checked, spoken
 from .alpha import METADATA
 from .conversion import Conversion, Converted
 from .dialects import Dialect
@@ -101,7 +101,7 @@ def convert_file(
         return Conversion(
             opened.path,
             str(out),
-            opened_names(opened),
+            spoken(opened),
             dialect.name,
             tuple(
                 Converted(
@@ -118,10 +118,6 @@ def convert_file(
             ),
             tuple(left_out),
         )
-
-
-def opened_names(source: Source) -> tuple[str, ...]:
-    return tuple(dialect.name for dialect in source.dialects)
 
 
 def _require_new(dialect: Dialect, source, out) -> None:
@@ -287,5 +283,5 @@ def _metadata(source: Source, dialect: Dialect, items: list[_Item]) -> Mapping[s
             out.pop(key, None)
     if dialect.alpha == "configuration":
         out.setdefault("format", "pt")  # PEFT's reader asks for it
-    note = {"from": "+".join(opened_names(source)), "to": dialect.name}
+    note = {"from": "+".join(spoken(source)), "to": dialect.name}
     return out | {NOTE: json.dumps(note)}

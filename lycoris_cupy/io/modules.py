@@ -80,8 +80,7 @@ def read_module(
     keys: suffix to key. shape: of the layer it sits on, or None to take it from the factors as far
     as they tell. dora: the axis of magnitudes whose shape allows both; by default what the metadata
     says. rule: what strength means, see `DoRA` and `Rotation`. dialect: of a rotation whose file
-    allows several readings. prefix: of its keys. options: PEFT's configuration, if
-    there is one.
+    allows several readings. prefix: of its keys. options: PEFT's configuration, if there is one.
     """
     kind = algorithm_of(set(keys))
     tensors = {
@@ -108,8 +107,9 @@ def read_module(
     if DORA in tensors:
         # PEFT's magnitudes are per output, whatever their shape could mean.
         peft = keys[DORA].endswith(PEFT_MAGNITUDE)
-        told = "output" if peft else dora or _told_axis(args)
-        adapter = DoRA.over(adapter, axis_of(tensors[DORA].shape, adapter.shape, told), rule)
+        axis = "output" if peft else dora or _told_axis(args)
+        axis = axis_of(tensors[DORA].shape, adapter.shape, axis)
+        adapter = DoRA.over(adapter, axis, rule)
     used = {factor.key for factor in adapter.factors().values()} | set(kind.flags)
     if used != set(tensors):
         odd, what = (
@@ -143,7 +143,7 @@ def _refined(
         return BOFT
     plain = kind is LoCon and set(tensors) == set(DyLoRA.keys)
     # Either reading computes the same; only a DyLoRA can be trained on at random ranks.
-    return DyLoRA if plain and (is_dylora(tensors) or DyLoRA.algorithm in trained) else kind
+    return DyLoRA if plain and (is_dylora(tensors) or trained == [DyLoRA.algorithm]) else kind
 
 
 def _arguments(metadata: Mapping[str, str]) -> dict[str, object]:

@@ -19,6 +19,7 @@ from .aliases import Share
 from .modules import checked_scale, read_module
 from .names import BaseNames
 from .peft import read_own_words, scaled_by_configuration
+from .report import Unmatched
 from .source import Module, Source
 
 Params = dict[str, np.ndarray]
@@ -45,8 +46,8 @@ def read_alone(
     source: Source, module: Module, shape: LayerShape | None
 ) -> tuple[Adapter, Params, str]:
     """(adapter, factors, where alpha comes from) of a module on a layer of this shape, or none."""
-    own = read_own_words(source, module, shape)
     configuration = source.alphas.configuration
+    own = read_own_words(source, module, shape)
     adapter, params = own or read_module(
         source.file,
         module.keys,
@@ -124,6 +125,30 @@ def _read(source, module: Module, shares: list[Share], shapes) -> list[Placed]:
             mine = slice_rows(adapter, params, *share.of)
         out.append(Placed(module, share, *mine, where))
     return out
+
+
+def survey(
+    source: Source,
+    names: BaseNames | None = None,
+    shapes: Mapping[str, LayerShape] | None = None,
+) -> tuple[list[Placed], list[Unmatched]]:
+    """What can be read, on the layers of a base or on none, and what cannot, with the reason."""
+    placed: list[Placed] = []
+    unmatched = list(source.unread)
+    for module in source.modules:
+        try:
+            if names is None or shapes is None:
+                found = [Placed(module, Share(""), *read_alone(source, module, None))]
+            else:
+                found = place(source, module, names, shapes)
+        except LycorisError as error:
+            unmatched.append(Unmatched(module.name, str(error)))
+        else:
+            placed += found
+            if not found and names is not None:
+                nearest = names.nearest(module.key)
+                unmatched.append(Unmatched(module.name, "no layer has this name", nearest))
+    return placed, unmatched
 
 
 def gather(placed: list[Placed], shapes: Mapping[str, LayerShape]) -> Loaded:

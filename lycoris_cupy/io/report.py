@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ class LoadReport:
         """The summary, a table of the layers, and what was not read."""
         out = [self.summary()]
         if self.layers:
-            out += ["", *_table(self.layers)]
+            out += ["", *self.table({})]
         if self.unmatched:
             out += ["", "not read:", *(f"  {entry}" for entry in self.unmatched)]
         return "\n".join(out)
@@ -89,10 +90,16 @@ class LoadReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values for JSON, which has no infinity: a LoKr's alpha may be 'inf'."""
-        return _plain(asdict(self) | {"coverage": self.coverage, "parameters": self.parameters})
+        return plain(asdict(self) | {"coverage": self.coverage, "parameters": self.parameters})
+
+    def table(self, more: Mapping[str, Sequence[str]]) -> list[str]:
+        """Lines of a table of the layers. more: heading -> a cell a layer; empty columns are left
+        out.
+        """
+        return _table(self.layers, more)
 
 
-def _table(layers: tuple[LayerReport, ...]) -> list[str]:
+def _table(layers: tuple[LayerReport, ...], more: Mapping[str, Sequence[str]]) -> list[str]:
     head = ["module", "layer", "shape", "algorithm", "rank", "scale", "from", "dtype", "parameters"]
     rows = [head]
     for one in layers:
@@ -111,7 +118,8 @@ def _table(layers: tuple[LayerReport, ...]) -> list[str]:
             ]
             + [f"{one.parameters:,}"]
         )
-    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    columns = [*zip(*rows, strict=True), *((name, *cells) for name, cells in more.items())]
+    columns = [column for column in columns if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
     return [
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
@@ -119,9 +127,10 @@ def _table(layers: tuple[LayerReport, ...]) -> list[str]:
     ]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """value for JSON: infinities and NaN as text."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
