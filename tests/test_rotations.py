@@ -200,6 +200,9 @@ def test_one_product_by_the_weight(monkeypatch):
 
 # -- PEFT
 
+# (algorithm, kind of layer) of what runs, but is no change of a weight: conv_in and conv_mid.
+FORWARD_ONLY = [("oft-peft", "conv3x3"), ("oft-peft", "conv3x3 stride")]
+
 
 def network(base, device, dtype):
     def conv(name, **options):
