@@ -53,8 +53,8 @@ def covered() -> dict[tuple[str, str], dict[str, str]]:
         mark(f"{on} with dora", kind.name, "tucker" in name)
     for name in test_norm.KINDS:
         mark("norm", name, False)
-    for algorithm, kind in test_rotations.FORWARD_ONLY:
-        mark(algorithm, kind, False, "LF")
+    for algorithm, kind in test_rotations.NOT_MERGED:
+        mark(algorithm, kind, False, "LFTS")
     return out
 
 

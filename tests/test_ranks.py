@@ -291,8 +291,8 @@ def test_conditions_that_are_refused(given, error, message):
             LycorisError,
             "least_rank is 3",
         ),
-        (lambda: ops.take_ranks(np.zeros((2, 3)), 1, 5, -1), ShapeError, "do not lie in the 3"),
-        (lambda: ops.take_ranks(np.zeros((2, 3)), 0, 1, 0), ShapeError, "must be -1 or -2"),
+        (lambda: ops.take_rows(np.zeros((2, 3)), 1, 3), ShapeError, "rows 1 to 3 do not lie in"),
+        (lambda: ops.interleave(np.zeros(2), np.zeros(2), 0), ShapeError, "must be -1 or -2"),
         (lambda: ops.interleave(np.zeros((2, 3)), np.zeros((2, 4)), -1), ShapeError, "b has shape"),
         (
             lambda: ops.mask_ranks(np.zeros((2, 3)), Tape().watch(np.zeros(1))),

@@ -6,12 +6,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lycoris_cupy import BOFT, Conv2d, DiagOFT, Engine, LayerShape, Linear, bf16, ops, to_device
+from lycoris_cupy import (
+    BOFT,
+    Conv2d,
+    DiagOFT,
+    Engine,
+    LayerShape,
+    Linear,
+    bf16,
+    cli,
+    ops,
+    to_device,
+)
 from lycoris_cupy.adapters import PeftOFT
 from lycoris_cupy.adapters.boft import power2_factorization
+from lycoris_cupy.attachment import Attachment
 from lycoris_cupy.errors import FileFormatError, LycorisError, MatchError, ShapeError
 from lycoris_cupy.io.adapter_file import inspect_adapter, read_adapter, write_adapter
 from lycoris_cupy.io.safetensors import open_file, write
+from tests.cases import KINDS
 
 RNG = np.random.default_rng(5)
 SHAPE = LayerShape.of_file((12, 8))
@@ -20,6 +33,10 @@ PEFT = Path(__file__).parent / "peer" / "peft-0.21.2"
 
 def blocks(*shape):
     return (RNG.standard_normal(shape) * 0.3).astype(np.float32)
+
+
+def exact(*shape):
+    return RNG.standard_normal(shape).astype(bf16).astype(np.float64)
 
 
 def file_of(folder, prefix, alpha, metadata=None, **more):
@@ -76,6 +93,22 @@ def test_what_is_not_guessed(tmp_path, alpha):
             read(path, dialect="oft:kohya")
     else:
         assert read(path, dialect="oft:kohya").limit == 0
+
+
+def test_the_command_line_is_told_the_dialect(tmp_path, capsys):
+    path = str(file_of(tmp_path, "lora_unet_", 0.0))
+    base, out = str(tmp_path / "base.safetensors"), str(tmp_path / "out.safetensors")
+    write(tmp_path / "base.safetensors", {"a.weight": blocks(12, 8)})
+    assert cli.main(["merge", base, path, "-o", out]) == 2
+    assert "say which with dialect=" in capsys.readouterr().err
+    assert cli.main(["inspect", path]) == 1
+    for dialect, moved in (("oft:kohya", False), ("oft:lycoris", True)):
+        told = ["--dialect", dialect]
+        assert cli.main(["inspect", path, *told]) == 0
+        assert f"{dialect}, blocks of 4" in capsys.readouterr().out
+        assert cli.main(["merge", base, path, "-o", out, *told]) == 0
+        with open_file(base) as before, open_file(out) as after:
+            assert (before["a.weight"] != after["a.weight"]).any() == moved
 
 
 def test_kohyas_zero_holds_the_rotations(tmp_path):
@@ -200,8 +233,8 @@ def test_one_product_by_the_weight(monkeypatch):
 
 # -- PEFT
 
-# (algorithm, kind of layer) of what runs, but is no change of a weight: conv_in and conv_mid.
-FORWARD_ONLY = [("oft-peft", "conv3x3"), ("oft-peft", "conv3x3 stride")]
+# (algorithm, kind of layer) of what runs and trains, but is no change of a weight.
+NOT_MERGED = [("oft-peft", "conv3x3"), ("oft-peft", "conv3x3 stride")]
 
 
 def network(base, device, dtype):
@@ -241,6 +274,36 @@ def test_pefts_forward(name, dtype, near, device):
     y = to_device(engine.forward(np.moveaxis(expect["x"], 1, -1)), "cpu").astype(np.float64)
     assert np.linalg.norm(y - expect["y"]) <= near * np.linalg.norm(expect["y"])
     assert np.linalg.norm(expect["y"] - expect["y_base"]) > 0.1 * np.linalg.norm(expect["y"])
+
+
+@pytest.mark.parametrize("series", [True, False])
+@pytest.mark.parametrize("name", [kind for _, kind in NOT_MERGED])
+def test_patches_are_trained_and_saved(tmp_path, name, series):
+    kind = next(kind for kind in KINDS if kind.name == name)
+    layer = kind.build.from_torch(exact(*kind.weight), exact(kind.weight[0]), **kind.options)
+    adapter = PeftOFT(layer.shape, block_size=4, series=series)
+    engine = Engine({"a": layer}, device="cpu", dtype="f64")
+    p = {"blocks": exact(*adapter.factors()["blocks"].plain) * 0.1}
+    engine.attachments["o"] = Attachment({"a": (adapter, p)}, "cpu", np.float64, 0.7)
+    x, step = np.moveaxis(exact(*kind.x), 1, -1), 2.0**-12
+    y, pullback = engine.vjp(x)
+    dy = RNG.standard_normal(y.shape)
+    dx, grads = pullback(dy)
+    d = RNG.standard_normal(x.shape)
+    ends = [float((engine.forward(x + sign * step * d) * dy).sum()) for sign in (1, -1)]
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float((dx * d).sum()), rel=1e-8)
+    d = RNG.standard_normal(p["blocks"].shape)
+    ends = []
+    for sign in (1, -1):
+        engine.set_parameters("o", {"a": {"blocks": p["blocks"] + sign * step * d}})
+        ends.append(float((engine.forward(x) * dy).sum()))
+    found = float((grads["o"]["a"]["blocks"] * d).sum())
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(found, rel=1e-4)
+    engine.set_parameters("o", {"a": p})
+    engine.save_adapter("o", tmp_path / "o.safetensors")
+    again = Engine({"a": layer}, device="cpu", dtype="f64")
+    again.attach(tmp_path / "o.safetensors", strength=0.7)
+    assert np.array_equal(again.forward(x), y)
 
 
 def test_what_cannot_be_merged(tmp_path):

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from ..adapters import RULES
-from ..adapters.oft import DIALECTS as ROTATIONS
+from ..adapters.oft import READINGS
 from ..io.merge import merge_files
 from ..ops.squares import AXES
 from .progress import Bar
@@ -63,7 +63,7 @@ def add(commands) -> None:
     )
     parser.add_argument(
         "--dialect",
-        choices=ROTATIONS,
+        choices=READINGS,
         help="whose rotations a file holds, where it allows several readings",
     )
     parser.set_defaults(run=run)
