@@ -6,7 +6,7 @@ import argparse
 import os
 
 from ..adapters.base import RULES
-from ..adapters.oft import DIALECTS as ROTATIONS
+from ..adapters.oft import READINGS
 from ..io.alpha import SOURCES
 from ..io.merge import merge_files
 from ..io.shards import parse_size
@@ -92,7 +92,7 @@ def add(commands) -> None:
         "(default), or LyCORIS's own",
     )
     parser.add_argument(
-        "--dialect", choices=ROTATIONS, help="of rotations whose file allows several readings"
+        "--dialect", choices=READINGS, help="of rotations whose file allows several readings"
     )
     parser.add_argument(
         "--device",
