@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import lycoris_cupy
-from lycoris_cupy import cli
+from lycoris_cupy import bf16, cli
 from lycoris_cupy.cli import convert, demo, merge
 from lycoris_cupy.cli.progress import Bar
 from lycoris_cupy.io.dialects import DIALECTS
@@ -110,6 +111,8 @@ def test_inspect_says_what_is_not_understood(here, capsys):
         (["style.safetensors:0.25", "face.safetensors:-2", "--strength", "9"], (1.25, -1)),
         (["style.safetensors", "style.safetensors:3"], (5, 1)),
         (["other.safetensors:2", "--no-strict"], (3, 1)),
+        (["style.safetensors", "face.safetensors", "--strength", "b:0.5"], (2, 1.5)),
+        (["style.safetensors", "--strength", "3", "--strength", "style=a:0.5"], (1.5, 1)),
     ],
 )
 def test_merge(here, capsys, arguments, expected):
@@ -118,6 +121,42 @@ def test_merge(here, capsys, arguments, expected):
     out, err = capsys.readouterr()
     assert "wrote out.safetensors" in out and err == "" and "at strength" in out
     assert ("left out: lycoris_x: no layer has this name" in out) == ("--no-strict" in arguments)
+
+
+def test_a_dry_run_says_what_would_be_done(here, capsys):
+    before = sorted(path.name for path in here.iterdir())
+    command = ["merge", "base.safetensors", "style.safetensors:0.5", "face.safetensors"]
+    assert cli.main([*command, "-o", "out.safetensors", "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and before == sorted(path.name for path in here.iterdir())
+    for line in (
+        "2 tensors would change (2 F32), 0 pass bit for bit",
+        "1 layers at strength 0.5, the first is a",
+        "1 layers at strength 1, the first is b",
+        "out.safetensors: 48 bytes of tensors",
+        "nothing was written",
+    ):
+        assert line in out
+    assert cli.main([*command, "-o", "no/out", "--dry-run"]) == 2
+
+
+def test_a_merge_says_what_rounding_lost(here, capsys):
+    write("base.safetensors", {"a.weight": np.ones((2, 3), bf16)})
+    write("style.safetensors", {"lycoris_a.diff": np.full((2, 3), 1e-3, np.float32)})
+    assert cli.main(["merge", "base.safetensors", "style.safetensors", "-o", "o.safetensors"]) == 0
+    out = capsys.readouterr().out
+    assert "rounded to BF16: 0.0% of the change survives, with a relative error of 1\n" in out
+    assert "  a.weight: 0.0% of the change" in out
+
+
+def test_shards(here, capsys):
+    command = ["merge", "base.safetensors", "style.safetensors", "-o", "out", "--shard-size", "24"]
+    assert cli.main(command) == 0 and len(list((here / "out").iterdir())) == 3
+    assert cli.main(["merge", "out", "face.safetensors", "-o", "whole", "--shard-size", "0"]) == 0
+    assert values("whole") == {"a.weight": [2], "b.weight": [2]}
+    with pytest.raises(SystemExit):
+        cli.main(["merge", "out", "face.safetensors", "-o", "x", "--shard-size", "big"])
+    assert "size 'big' is unknown: write 5GB" in capsys.readouterr().err
 
 
 def test_a_colon_in_a_name(here, capsys):
@@ -214,14 +253,17 @@ def test_help_teaches(capsys):
             cli.main(list(arguments))
         out = capsys.readouterr().out
         assert caught.value.code == 0 and all(part in out for part in parts)
-    lines = [
-        line.split()
-        for line in (cli._EXAMPLES + merge._EXAMPLES).splitlines()
-        if "lycoris-cupy merge" in line
-    ]
-    assert len(lines) == 4
-    for line in lines:  # the examples are ones that parse
-        assert cli.make_parser().parse_args(line[1:]).output.endswith(".safetensors")
+
+
+def test_the_examples_are_ones_that_parse():
+    for command in (None, *cli.COMMANDS):
+        text = cli._EXAMPLES if command is None else getattr(command, "_EXAMPLES", "")
+        lines = [line for line in text.splitlines() if line.startswith("  lycoris-cupy ")]
+        name = None if command is None else command.__name__.rpartition(".")[2]
+        assert lines or name == "demo"
+        for line in lines:
+            done = cli.make_parser().parse_args(shlex.split(line.partition(" | ")[0])[1:])
+            assert name is None or done.run is command.run
 
 
 def test_version(capsys):

@@ -57,6 +57,7 @@ class Adapter(ABC):
     algorithm: ClassVar[str]
     keys: ClassVar[tuple[str, ...]]  # every file key of the algorithm but `alpha`
     marks: ClassVar[tuple[str, ...]]  # a module with any of these keys is of this algorithm
+    reads_weight: ClassVar[bool] = True  # False: `delta_weight` takes None for the weight
     rule: ClassVar[str] = "base"  # of RULES; strength 0 is the layer itself only under 'base'
     flags: ClassVar[
         tuple[str, ...]

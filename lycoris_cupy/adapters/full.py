@@ -30,6 +30,7 @@ class Full(Unranked):
     bias: bool = False
 
     algorithm = "full"
+    reads_weight = False
     keys = ("diff", "diff_b")
     marks = ("diff", "diff_b")
 

@@ -46,6 +46,7 @@ class LoCon(Adapter):
     mid_rank: int | None = None
 
     algorithm = "locon"
+    reads_weight = False
     keys = ("lora_down.weight", "lora_up.weight", "lora_mid.weight")
     marks = ("lora_down.weight", "lora_up.weight", "lora_mid.weight")
     decomposable = True

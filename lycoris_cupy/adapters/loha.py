@@ -35,6 +35,7 @@ class LoHa(Adapter):
     tucker: bool = False
 
     algorithm = "loha"
+    reads_weight = False
     keys = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
     marks = keys
     decomposable = True

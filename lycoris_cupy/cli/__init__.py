@@ -14,9 +14,9 @@ import sys
 
 from .. import __version__
 from ..errors import LycorisError
-from . import convert, demo, diff, inspect, merge
+from . import convert, demo, diff, extract, inspect, merge, resize
 
-COMMANDS = (inspect, diff, convert, merge, demo)
+COMMANDS = (inspect, diff, convert, resize, extract, merge, demo)
 
 _EXAMPLES = """examples:
   lycoris-cupy inspect style.safetensors
@@ -24,6 +24,8 @@ _EXAMPLES = """examples:
   lycoris-cupy diff a.safetensors b.safetensors
   lycoris-cupy convert style.safetensors out.safetensors --to kohya --part unet
       the same adapter in the names of another program
+  lycoris-cupy resize style.safetensors small.safetensors --energy 0.99
+  lycoris-cupy extract base.safetensors tuned.safetensors style.safetensors --rank 16
   lycoris-cupy merge model.safetensors style.safetensors:0.8 -o merged.safetensors
   lycoris-cupy demo
       a small network, adapted, trained and merged on this machine

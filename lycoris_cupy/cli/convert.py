@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 
-import numpy as np
-
-from ..arrays import dtype_of
 from ..io.alpha import SOURCES
 from ..io.convert import convert_file
 from ..io.dialects import DIALECTS
 from ..io.target import PARTS
+from .arguments import DTYPES, dtype_named
 from .progress import Bar
 
 _EXAMPLES = f"""dialects:
@@ -47,7 +45,7 @@ def add(commands) -> None:
     option("--base", metavar="MODEL", help="the model it is for: its layer names are written")
     option("--algorithm", choices=("lora",), help="make every module plain LoRA")
     option("--rank", type=int, metavar="N", help="of the LoRA, at most (default: the exact one)")
-    option("--dtype", choices=("bf16", "f16", "f32"), help="of the factors (default: theirs)")
+    option("--dtype", choices=DTYPES, help="of the factors (default: theirs)")
     option("--lossy", action="store_true", help="accept losses, and list them")
     option("--part", choices=PARTS, help="of a model, for modules that do not tell theirs")
     option("--only", choices=PARTS, help="leave out all other parts of the model")
@@ -66,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             base=args.base,
             algorithm=args.algorithm,
             rank=args.rank,
-            dtype=None if args.dtype is None else _dtype(args.dtype),
+            dtype=None if args.dtype is None else dtype_named(args.dtype),
             lossy=args.lossy,
             part=args.part,
             only=args.only,
@@ -75,7 +73,3 @@ def run(args: argparse.Namespace) -> int:
         )
     print(json.dumps(done.as_dict(), indent=1) if args.json else done.text())
     return 0
-
-
-def _dtype(name: str) -> np.dtype:
-    return np.dtype(np.float16) if name == "f16" else dtype_of(name)

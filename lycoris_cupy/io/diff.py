@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import FileFormatError, LycorisError, MatchError
+from .checkpoint import open_checkpoint
 from .exact import EXACT, loss
 from .merge import layer_shapes
 from .names import BaseNames, fold
 from .placing import Placed, survey, told_rows
 from .report import plain
-from .safetensors import open_file
 from .source import Source, open_source
 from .target import Name
 
@@ -86,7 +86,7 @@ def diff_files(
         sources = [stack.enter_context(open_source(path, alpha_from)) for path in (a, b)]
         shapes = None
         if base is not None:
-            with open_file(base) as file:
+            with open_checkpoint(base) as file:
                 shapes = layer_shapes(file)
         (first, unread_a), (second, unread_b) = (_layers(s, shapes) for s in sources)
         second = _renamed(first, second)

@@ -20,11 +20,12 @@ from ..layers import LayerShape
 from ..svd import Svd, flat_rows, matrix_svd
 from .adapter_file import layer_report, spoken
 from .aliases import Rows
+from .checkpoint import Checkpoint, open_checkpoint
 from .merge import layer_shapes
 from .names import BaseNames, fold
 from .placing import Placed, survey
 from .report import LayerReport, LoadReport, plain
-from .safetensors import TensorFile, open_file
+from .safetensors import TensorFile
 from .source import Source, open_source
 from .suspicions import suspicions
 
@@ -105,13 +106,13 @@ def inspect_file(
     with open_source(path, alpha_from, dialect=dialect) as source:
         if base is None:
             return _inspect(source, None, {}, progress)
-        with open_file(base) as file:
+        with open_checkpoint(base) as file:
             return _inspect(source, file, layer_shapes(file), progress)
 
 
 def _inspect(
     source: Source,
-    base: TensorFile | None,
+    base: Checkpoint | None,
     shapes: Mapping[str, LayerShape],
     progress: Callable[[int, int], None] | None,
 ) -> Inspection:
@@ -152,7 +153,7 @@ def _inspect(
     return Inspection(report, tuple(figures), source.file.metadata, where)
 
 
-def _measured(base: TensorFile | None, one: Placed) -> tuple[Svd | None, float | None]:
+def _measured(base: Checkpoint | None, one: Placed) -> tuple[Svd | None, float | None]:
     """(spectrum of the change, norm of the weight it is put on), as far as they can be known."""
     weight = None if base is None else _weight(base, one)
     norm = None if weight is None else float(np.linalg.norm(weight))
@@ -171,7 +172,7 @@ def _dense(adapter: Adapter, weight: np.ndarray, p: Mapping[str, np.ndarray]) ->
     return adapter.delta_weight(weight, p, scale)
 
 
-def _weight(base: TensorFile, one: Placed) -> np.ndarray:
+def _weight(base: Checkpoint, one: Placed) -> np.ndarray:
     """(taps, IN, OUT) in f64: the rows that the adapter changes."""
     array = base[f"{one.share.layer}.weight"].astype(np.float64)
     if one.share.rows is not None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,8 +10,9 @@ import numpy as np
 
 from ..adapters import Adapter
 from .alpha import CONFIGURATION
+from .atomic import new_folder
 from .peft_config import peft_config
-from .safetensors import replacing, write
+from .safetensors import write
 from .source import PEFT_FILE
 
 
@@ -28,16 +26,6 @@ def write_folder(
     configuration. Raises FileFormatError for what PEFT cannot build, OSError where it cannot write.
     """
     text = json.dumps(peft_config(adapters), indent=2)
-    beside = folder.absolute().with_name(f".lycoris-{secrets.token_hex(6)}.tmp")
-    try:
-        beside.mkdir()
-    except OSError as error:
-        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(folder)) from None
-    try:
+    with new_folder(folder) as beside:
         write(beside / PEFT_FILE, tensors, metadata)
-        with replacing(beside / CONFIGURATION) as handle:
-            handle.write(text.encode())
-        os.rename(beside, folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+        (beside / CONFIGURATION).write_text(text, "utf-8")
