@@ -3,7 +3,23 @@ CuPy.
 """
 
 from . import ops
-from .adapters import ALGORITHMS, Adapter, Full, LoCon, LoHa, LoKr
+from .adapters import (
+    ALGORITHMS,
+    BOFT,
+    IA3,
+    Adapter,
+    DiagOFT,
+    DoRA,
+    DyLoRA,
+    Full,
+    GLoRA,
+    LoCon,
+    LoHa,
+    LoKr,
+    Norm,
+    TLoRA,
+    draw_block,
+)
 from .arrays import bf16, like, resolve_device, to_device, wide
 from .engine import Engine
 from .errors import (
@@ -17,6 +33,7 @@ from .errors import (
 )
 from .io.report import LoadReport
 from .layers import Conv1d, Conv2d, Conv3d, Layer, LayerShape, Linear
+from .norms import GroupNorm, LayerNorm
 from .tape import Tape
 
 __version__ = "0.1.0"
@@ -24,16 +41,24 @@ __version__ = "0.1.0"
 __all__ = [
     "ALGORITHMS",
     "Adapter",
+    "BOFT",
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "DeviceError",
+    "DiagOFT",
+    "DoRA",
     "DtypeError",
+    "DyLoRA",
     "Engine",
     "FileFormatError",
     "Full",
+    "GLoRA",
+    "GroupNorm",
+    "IA3",
     "KernelError",
     "Layer",
+    "LayerNorm",
     "LayerShape",
     "Linear",
     "LoCon",
@@ -42,9 +67,12 @@ __all__ = [
     "LoadReport",
     "LycorisError",
     "MatchError",
+    "Norm",
     "ShapeError",
+    "TLoRA",
     "Tape",
     "bf16",
+    "draw_block",
     "like",
     "ops",
     "resolve_device",

@@ -19,7 +19,7 @@ from .ops.elementwise import cast, scale
 
 class Attachment:
     """adapters: layer -> Adapter. parameters: layer -> factor -> Flame array. scales: layer ->
-    strength * alpha / rank, (1,).
+    strength * alpha / rank, (1,). kept: layer -> constants of its weight that the adapter reads.
 
     The arrays are made once and written in place ever after, so that whoever holds them (a captured
     graph) sees changes.
@@ -32,15 +32,20 @@ class Attachment:
         dtype,
         strength: float,
         report: LoadReport | None = None,
+        layers: Mapping[str, Layer] | None = None,
     ):
         self.report, self.device = report, device
         self.adapters = {layer: adapter for layer, (adapter, _) in found.items()}
         self.parameters = {
             layer: {
-                name: to_device(np.asarray(value).astype(dtype), device)
+                name: to_device(np.asarray(value).astype(_kept_in(adapter, name, dtype)), device)
                 for name, value in values.items()
             }
-            for layer, (_, values) in found.items()
+            for layer, (adapter, values) in found.items()
+        }
+        self.kept = {
+            layer: adapter.kept(layers[layer].matrix) if layers else {}
+            for layer, adapter in self.adapters.items()
         }
         ones = np.zeros(1, wide_dtype(dtype))
         self.scales = {layer: to_device(ones.copy(), device) for layer in found}
@@ -67,6 +72,16 @@ class Attachment:
             for layer, adapter in self.adapters.items()
         }
 
+    def part(
+        self, name: str, p: Mapping[str, Any], conditions: Mapping[str, Any]
+    ) -> tuple[Adapter, dict[str, Any], Array]:
+        """What `adapters.join.forward` takes: p are a layer's factors as `canonical` gives them,
+        conditions what forward was given.
+        """
+        adapter = self.adapters[name]
+        read = {key: conditions[key] for key in adapter.conditions if key in conditions}
+        return adapter, {**p, **self.kept[name], **read}, self.scales[name]
+
     def flame(self, views: Mapping[str, Mapping[str, Any]], made: Callable) -> dict:
         """layer -> factor -> made(view) in Flame layout, for views laid out as by `canonical`."""
         return {
@@ -80,7 +95,7 @@ class Attachment:
         """The change of a layer's weight (taps, IN, OUT) and bias at the present strength, wide."""
         adapter = self.adapters[name]
         p, factor = adapter.canonical(self.parameters[name]), self.scales[name]
-        bias = adapter.delta_bias(p)
+        bias = adapter.delta_bias(p, layer.bias)
         weight = adapter.delta_weight(layer.matrix, p, factor)
         return weight, None if bias is None else scale(cast(bias, factor.dtype), factor)
 
@@ -109,6 +124,11 @@ class Attachment:
             )
             for layer, adapter in self.adapters.items()
         }
+
+
+def _kept_in(adapter: Adapter, name: str, dtype):
+    """The dtype of a factor in an engine of this dtype."""
+    return wide_dtype(dtype) if adapter.factors()[name].wide else dtype
 
 
 class Strengths(MutableMapping):

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from .adapters import ALGORITHMS
+from .adapters import new_adapter, takes, truncated
+from .adapters.join import forward
 from .arrays import (
     Array,
     bf16,
@@ -33,9 +34,9 @@ from .arrays import (
     wide_dtype,
 )
 from .attachment import Attachment, Strengths, select
+from .conditions import captured, checked
 from .errors import LycorisError, MatchError
 from .explain import explain
-from .graph import capture
 from .io.adapter_file import read_adapter, write_adapter
 from .io.report import LoadReport
 from .layers import Layer, LayerShape
@@ -101,18 +102,49 @@ class Engine:
 
     @_on_device
     def attach(
-        self, path, *, strength: float = 1.0, name: str | None = None, strict: bool = True
+        self,
+        path,
+        *,
+        strength: float = 1.0,
+        name: str | None = None,
+        strict: bool = True,
+        alpha_from: str | None = None,
+        rows: Mapping[str, tuple[str, int, int]] | None = None,
+        dora: str | None = None,
+        rule: str = "base",
+        dialect: str | None = None,
+        rank: int | None = None,
     ) -> LoadReport:
-        """Load an adapter file onto the layers it names, under `name` (by default the file's stem).
+        """Load an adapter file of any dialect, or PEFT's folder, onto the layers it names, under
+        `name` (by default the file's stem).
 
         Returns what was matched, at which scale, and what was not. strict: a module that fits no
         layer is an error; zero matches always are. Factors are rounded to the engine's dtype (the
-        report says which).
+        report says which), magnitudes kept wide. alpha_from: the one source of alpha to believe
+        where several disagree. dora: 'output' or 'input', the axis of magnitudes whose shape allows
+        both. rule: 'base', strength blends from the layer, or 'reference', as LyCORIS does, where
+        the two differ (DoRA, rescale, BOFT). dialect: of rotations whose file allows several
+        readings, such as 'oft:kohya'. rank: cut LoCon and DyLoRA to this rank. rows: for
+        layers that are fused here and apart in the file, name there -> (layer, first output, end);
+        those of Flux and CLIP-G are known.
         """
         name = name if name is not None else Path(path).stem
         self._require_new(name)
-        found, report = read_adapter(path, self.shapes, strict=strict, dtype=self.dtype)
-        self.attachments[name] = Attachment(found, self.device, self.dtype, strength, report)
+        found, report = read_adapter(
+            path,
+            self.shapes,
+            strict=strict,
+            dtype=self.dtype,
+            alpha_from=alpha_from,
+            rows=rows,
+            dora=dora,
+            rule=rule,
+            dialect=dialect,
+            rank=rank,
+        )
+        self.attachments[name] = Attachment(
+            found, self.device, self.dtype, strength, report, self.layers
+        )
         return report
 
     @_on_device
@@ -130,22 +162,24 @@ class Engine:
     ) -> list[str]:
         """New adapters that change nothing yet, on every layer whose name matches a pattern.
 
-        Returns the layers' names. Patterns are fnmatch's; one that matches no layer is an error.
+        Returns the layers' names. Patterns are fnmatch's; one that matches no layer is an error. Of
+        the matched layers those are taken that the algorithm can sit on; none is an error.
         algorithm: one of ALGORITHMS. alpha: by default the rank, so that the scale is 1. options:
-        the algorithm's own, such as tucker, factor, decompose_both.
+        the algorithm's own, such as tucker, factor, decompose_both; dora='output' or 'input' puts
+        DoRA on locon, loha or lokr.
         """
         self._require_new(name)
-        if algorithm not in ALGORITHMS:
-            raise LycorisError(
-                f"algorithm {algorithm!r} is unknown: use one of {', '.join(ALGORITHMS)}"
-            )
         matched = select(self.layers, targets)
+        taken = [name for name in matched if takes(algorithm, self.layers[name].shape)]
+        matched = taken or matched  # none: the error that names the layer
         rng = np.random.default_rng(seed)
         made = {}
         for layer in matched:
-            adapter = ALGORITHMS[algorithm].create(self.layers[layer].shape, rank, alpha, **options)
-            made[layer] = (adapter, adapter.init(rng))
-        self.attachments[name] = Attachment(made, self.device, self.dtype, strength)
+            adapter = new_adapter(algorithm, self.layers[layer].shape, rank, alpha, **options)
+            made[layer] = (adapter, adapter.start(rng, self.layers[layer].matrix))
+        self.attachments[name] = Attachment(
+            made, self.device, self.dtype, strength, layers=self.layers
+        )
         return matched
 
     def detach(self, name: str) -> None:
@@ -165,33 +199,46 @@ class Engine:
         self.attachments[self._known(name)].set(values)
 
     def save_adapter(
-        self, name: str, path, *, dtype=None, metadata: Mapping[str, str] | None = None
+        self,
+        name: str,
+        path,
+        *,
+        dtype=None,
+        metadata: Mapping[str, str] | None = None,
+        rank: int | None = None,
     ) -> None:
         """Write an adapter as LyCORIS does: `lycoris_<layer>.<key>`, torch's order.
 
-        In the engine's dtype unless told otherwise. Written beside the target and renamed.
+        In the engine's dtype unless told otherwise. rank: cut LoCon and DyLoRA to this rank; alpha
+        stays. Written beside the target and renamed.
         """
         adapters = self.attachments[self._known(name)].on_host()
+        if rank is not None:
+            adapters = {layer: truncated(*pair, rank) for layer, pair in adapters.items()}
         write_adapter(path, adapters, dtype=dtype, metadata=metadata)
 
     @_on_device
-    def forward(self, *inputs: Array) -> Any:
+    def forward(self, *inputs: Array, **conditions) -> Any:
         """The network's output, on the engine's device.
 
-        Inputs: NumPy, CuPy, or anything with __dlpack__, in bf16, f32 or f64.
+        Inputs: NumPy, CuPy, or anything with __dlpack__, in bf16, f32 or f64. conditions: what the
+        attached algorithms read: noise_level (T-LoRA), an array (N,), one a sample, or (1,), from 0
+        to 1; ranks (DyLoRA), a pair as `draw_block` gives it. One that none reads is an error.
         """
         arrays = self._inputs(inputs)
+        conditions = self._conditions(conditions)
         views = {name: attached.canonical() for name, attached in self.attachments.items()}
-        return self.topology(lambda name, x: self._call(name, x, views), *arrays)
+        return self.topology(lambda name, x: self._call(name, x, views, conditions), *arrays)
 
     @_on_device
-    def vjp(self, *inputs: Array) -> tuple[Any, Callable[[Array], tuple[Any, dict]]]:
+    def vjp(self, *inputs: Array, **conditions) -> tuple[Any, Callable[[Array], tuple[Any, dict]]]:
         """(y, pullback): pullback(dy) gives (dx, grads), the gradients of <dy, y>, once.
 
         dx has the engine's dtype, one array an input (a tuple if there are several). grads: adapter
         -> layer -> factor -> array in Flame layout, f32 (f64 in an f64 engine), unscaled by any
-        loss: to sit inside somebody else's backward pass.
+        loss: to sit inside somebody else's backward pass. conditions: as for `forward`.
         """
+        conditions = self._conditions(conditions)
         tape = Tape()
         watched = [tape.watch(x) for x in self._inputs(inputs)]
         views = {
@@ -201,7 +248,7 @@ class Engine:
             }
             for name, attached in self.attachments.items()
         }
-        y = self.topology(lambda name, x: self._call(name, x, views), *watched)
+        y = self.topology(lambda name, x: self._call(name, x, views, conditions), *watched)
         if not isinstance(y, Var):
             raise LycorisError("vjp: the topology must return one array that depends on its inputs")
 
@@ -251,35 +298,41 @@ class Engine:
         return Engine(layers, self.topology, device=self.device, dtype=self.dtype)
 
     @_on_device
-    def capture(self, *inputs: Array) -> Callable[..., Any]:
-        """A callable that repeats this forward for inputs of the same shapes.
+    def capture(self, *inputs: Array, **conditions) -> Callable[..., Any]:
+        """A callable that repeats this forward for inputs of the same shapes, and for conditions,
+        which it takes by name: arrays are inputs like the others, `ranks` stay as they are.
 
         On a GPU it is a CUDA graph, replayed without Python, whose result the next call writes
         over. A change of strength or of an adapter's values is seen by the next call; attaching or
         detaching needs a new capture. On the CPU there is nothing to capture and the callable runs
         `forward`.
         """
-        return capture(self, self._inputs(inputs))
+        return captured(self, self._inputs(inputs), self._conditions(conditions))
 
     def explain(self) -> str:
         """A line a layer and a line an adapter on it: the route it takes, and what that costs."""
         return explain(self.layers, self.attachments)
 
-    def _call(self, name: str, x, views):
+    def _call(self, name: str, x, views, conditions):
         if name not in self.layers:
             raise MatchError(
                 f"the topology calls layer {name!r}, the engine has {', '.join(self.layers)}"
             )
         layer = self.layers[name]
-        change = None
         try:
-            for attached_name, attached in self.attachments.items():
-                if name in attached.adapters:
-                    p, scale = views[attached_name][name], attached.scales[name]
-                    change = attached.adapters[name].apply(change, layer, x, p, scale)
-            return layer.forward(x, change)
+            parts = [
+                attached.part(name, views[attached_name][name], conditions)
+                for attached_name, attached in self.attachments.items()
+                if name in attached.adapters
+            ]
+            return forward(layer, x, parts)
         except LycorisError as error:
             raise type(error)(f"layer {name!r}, {layer.shape}: {error}") from error
+
+    def _conditions(self, conditions: Mapping[str, Any]) -> dict[str, Any]:
+        kinds = {a for at in self.attachments.values() for a in map(type, at.adapters.values())}
+        read = {name for kind in kinds for name in kind.conditions}
+        return checked(conditions, read, self.device, wide_dtype(self.dtype))
 
     def _inputs(self, inputs: Sequence[Array], dtype=None) -> list[Array]:
         out = []

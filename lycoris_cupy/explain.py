@@ -26,5 +26,5 @@ def describe(adapter: Adapter, own: int) -> str:
     shares = {route: f"{cost / max(own, 1):.1%}" for route, cost in adapter.costs().items()}
     taken = shares.pop(adapter.route)
     rest = "".join(f"; {route} would be {share}" for route, share in shares.items())
-    what = f"{adapter.algorithm} rank {adapter.rank}, scale {adapter.scale:g}"
+    what = f"{adapter.title} rank {adapter.rank}, scale {adapter.reported_scale:g}"
     return f"{what}, route {adapter.route}: {taken} of the layer's multiply-adds{rest}"

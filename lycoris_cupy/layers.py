@@ -117,11 +117,14 @@ class Layer:
             array = to_device(array, device)
             return array if dtype is None or array.dtype == dtype else array.astype(dtype)
 
-        return Layer(move(self.weight), move(self.bias), self.window)
+        return self._with(move(self.weight), move(self.bias))
 
     def replaced(self, weight: Array, bias: Array | None) -> Layer:
         """The same layer with another weight (taps, IN, OUT) and bias."""
-        return Layer(weight.reshape(self.weight.shape), bias, self.window)
+        return self._with(weight.reshape(self.weight.shape), bias)
+
+    def _with(self, weight: Array, bias: Array | None) -> Layer:
+        return Layer(weight, bias, self.window)
 
 
 class Linear(Layer):

@@ -11,8 +11,24 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from lycoris_cupy import Conv1d, Conv2d, Conv3d, Full, LayerShape, Linear, LoCon, LoHa, LoKr
-from lycoris_cupy.adapters import Adapter
+from lycoris_cupy import (
+    BOFT,
+    IA3,
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    DiagOFT,
+    DyLoRA,
+    Full,
+    GLoRA,
+    LayerShape,
+    Linear,
+    LoCon,
+    LoHa,
+    LoKr,
+    TLoRA,
+)
+from lycoris_cupy.adapters import Adapter, PeftBOFT, PeftOFT
 from lycoris_cupy.ops.window import Window
 
 PEER = Path(__file__).parent / "peer" / "lycoris-4.1.3"
@@ -85,7 +101,30 @@ def adapters_for(shape: LayerShape) -> dict[str, Adapter]:
         "lokr full matrix": LoKr.create(shape, 2, 7.0, full_matrix=True),
         "full": Full(shape),
         "full bias": Full(shape, bias=True),
+        "ia3": IA3(shape),
+        "ia3 bias": IA3(shape, scales_bias=True),
+        "ia3 on input": IA3(shape, on_input=True),
+        "dylora": DyLoRA(shape, 4, 2.0),
+        "glora": GLoRA(shape, 2, 3.0),
+        "diag-oft": DiagOFT.create(shape, 4),
+        "diag-oft rescaled": DiagOFT.create(shape, 8, rescaled=True, constraint=0.02),
+        "diag-oft reference": DiagOFT.create(shape, 3, rescaled=True, rule="reference"),
     }
+    if shape.outputs % 2 == 0:
+        out["boft"] = BOFT.create(shape, -1)
+        for block in (b for b in (4, 6, 10, 2) if _fits(shape.outputs, b)):
+            options = {"block_size": block, "rescaled": True}
+            out["boft rescaled"] = BOFT.create(shape, constraint=0.02, **options)
+            out["boft reference"] = BOFT.create(shape, rule="reference", **options)
+    if shape.taps == shape.window.groups == 1 and shape.inputs % 6 == 0:
+        out["oft-peft"] = PeftOFT.create(shape, 3)
+        out["oft-peft exact"] = PeftOFT.create(shape, 6, series=False)
+        out["oft-peft shared"] = PeftOFT.create(shape, 3, shared=True, rule="reference")
+        out["boft-peft"] = PeftBOFT(shape, block_size=3)
+        out["boft-peft reference"] = PeftBOFT(shape, block_size=6, rule="reference")
+    if shape.taps == shape.window.groups == 1:
+        out["tlora"] = TLoRA(shape, 3, 2.0)
+        out["tlora more ranks"] = TLoRA(shape, 40, 1.0)
     if shape.taps > 1:
         out["locon tucker"] = LoCon(shape, 3, 2.0, tucker=True)
         out["locon tucker ranks"] = LoCon(shape, 3, 2.0, tucker=True, mid_rank=2)
@@ -96,6 +135,11 @@ def adapters_for(shape: LayerShape) -> dict[str, Adapter]:
             shape, 1, 2.0, factor=4, tucker=True, decompose_both=True
         )
     return out
+
+
+def _fits(outputs: int, block: int) -> bool:
+    """Whether boft takes blocks of this size: a power of two of them."""
+    return outputs % block == 0 and (outputs // block).bit_count() == 1
 
 
 PAIRS = [(kind, name) for kind in KINDS for name in adapters_for(kind.shape)]

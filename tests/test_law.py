@@ -7,11 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lycoris_cupy import Conv1d, Conv2d, Conv3d, Engine, Linear, bf16, to_device
+from lycoris_cupy import BOFT, Conv1d, Conv2d, Conv3d, DiagOFT, Engine, Linear, bf16, to_device
 from lycoris_cupy.ops import product
+from tests import majorants
 from tests.bounds import assert_within, bound
 from tests.cases import KINDS, PAIRS, Kind, adapters_for, channels_last
 
+# By LyCORIS's own rule a rescale does not fade with strength: see test_what_the_rules_differ_in.
+FADING = [(kind, name) for kind, name in PAIRS if adapters_for(kind.shape)[name].rule == "base"]
 IDS = [f"{kind.name}-{name}" for kind, name in PAIRS]
 
 
@@ -23,7 +26,9 @@ def draw(kind, adapter, seed=0):
         return (rng.standard_normal(shape) * size).astype(bf16).astype(np.float64)
 
     layer = kind.build.from_torch(exact(kind.weight), exact(kind.weight[:1]), **kind.options)
-    factors = {n: exact(v.shape, 0.5) for n, v in adapter.init(rng).items()}
+    factors = {n: exact(v.shape, 0.5) for n, v in adapter.start(rng, layer.matrix).items()}
+    if "rescale" in factors:
+        factors["rescale"] = 1 + factors["rescale"] / 2
     return layer, channels_last(exact(kind.x), kind.build.__name__ == "Linear"), factors
 
 
@@ -32,7 +37,7 @@ def engine_with(layer, adapter, factors, *, device="cpu", dtype="f64", strength=
 
     engine = Engine({"layer": layer}, device=device, dtype=dtype)
     engine.attachments["a"] = Attachment(
-        {"layer": (adapter, factors)}, engine.device, engine.dtype, strength
+        {"layer": (adapter, factors)}, engine.device, engine.dtype, strength, layers=engine.layers
     )
     return engine
 
@@ -42,13 +47,21 @@ def changed_weight(layer, adapter, factors, strength):
     p = adapter.canonical(factors)
     scale = np.array([strength * adapter.scale])
     weight = layer.matrix + adapter.delta_weight(layer.matrix, p, scale)
-    db = adapter.delta_bias(p)
+    if isinstance(adapter, majorants.NONLINEAR):  # these are written a second time there
+        again = majorants.adapted(layer.matrix, adapter, factors, strength)
+        assert np.abs(weight - again).max(initial=0) < 1e-9
+        weight = again
+    db = adapter.delta_bias(p, layer.bias)
     bias = layer.bias if db is None else layer.bias + scale * db
     return weight, bias
 
 
 def absolute(layer, adapter, factors, x, strength):
     """The output over absolute values: what rounding errors are measured against."""
+    if isinstance(adapter, majorants.NONLINEAR):
+        dy = np.zeros((*x.shape[:-1], layer.shape.outputs))
+        dy = dy if layer.window.pointwise else layer.forward(x) * 0
+        return majorants.sizes(layer, adapter, factors, x, dy, strength)[0]
     engine = engine_with(
         layer.replaced(np.abs(layer.matrix), np.abs(layer.bias)),
         adapter,
@@ -103,8 +116,8 @@ def test_routes_agree(kind, name):
     p, scale = adapter.canonical(factors), np.array([adapter.scale])
     change = adapter.apply(None, layer, x, p, scale)
     built = Adapter.apply(adapter, None, layer, x, p, scale)
-    if adapter.delta_bias(p) is not None:
-        built = built + scale * adapter.delta_bias(p)
+    if adapter.delta_bias(p, layer.bias) is not None:
+        built = built + scale * adapter.delta_bias(p, layer.bias)
     depth = 40 + layer.shape.taps * layer.shape.channels * 4
     size = absolute(layer, adapter, factors, x, 1.0)
     assert_within(change, built, bound(built, size, depth, np.float64))
@@ -115,7 +128,7 @@ def test_routes_agree(kind, name):
     assert_within(both, change + before, limit)
 
 
-@pytest.mark.parametrize(("kind", "name"), PAIRS, ids=IDS)
+@pytest.mark.parametrize(("kind", "name"), FADING, ids=[f"{k.name}-{n}" for k, n in FADING])
 def test_strength_zero_is_the_identity_bit_for_bit(kind, name):
     adapter = adapters_for(kind.shape)[name]
     layer, x, factors = draw(kind, adapter, 3)
@@ -129,7 +142,7 @@ def test_strength_zero_is_the_identity_bit_for_bit(kind, name):
 def test_new_adapters_change_nothing(kind, name, device):
     adapter = adapters_for(kind.shape)[name]
     layer, x, _ = draw(kind, adapter, 4)
-    factors = adapter.init(np.random.default_rng(0))
+    factors = adapter.start(np.random.default_rng(0), layer.matrix)
     changed = engine_with(layer, adapter, factors, device=device, dtype="bf16").forward(x)
     base = Engine({"layer": layer}, device=device).forward(x)
     if device == "cpu":
@@ -138,7 +151,8 @@ def test_new_adapters_change_nothing(kind, name, device):
         size = product(np.abs(x), np.abs(layer.matrix), layer.window, bias=np.abs(layer.bias))
         value, ref = (np.asarray(to_device(a, "cpu"), np.float64) for a in (changed, base))
         assert_within(value, ref, bound(ref, size, 9 * 30, bf16))
-    assert any(np.any(v) for v in factors.values()) or name.startswith("full")
+    starts_at_nothing = ("full", "ia3", "diag-oft", "boft", "oft")
+    assert any(np.any(v) for v in factors.values()) or name.startswith(starts_at_nothing)
 
 
 @pytest.mark.parametrize(("kind", "name"), PAIRS, ids=IDS)
@@ -212,6 +226,24 @@ def test_law_for_any_geometry(kind, data):
     assert_within(y, expected, bound(expected, size, depth, np.float64), name)
 
 
+def gradient_sizes(layer, adapter, factors, x, dy):
+    """dx and the gradients of the factors over absolute values, at a strength of 0.7."""
+    if isinstance(adapter, majorants.NONLINEAR):
+        _, size_x, size_p, _ = majorants.sizes(layer, adapter, factors, x, dy, 0.7)
+        return size_x, {"a": {"layer": size_p}}
+    plain = layer.replaced(np.abs(layer.matrix), np.abs(layer.bias))
+    positive = {n: np.abs(v) for n, v in factors.items()}
+    return engine_with(plain, adapter, positive, strength=0.7).vjp(np.abs(x))[1](np.abs(dy))
+
+
+def changed_size(layer, adapter, factors):
+    """The changed weight at strength 1 over absolute values."""
+    if isinstance(adapter, majorants.NONLINEAR):
+        return majorants.weight_size(layer.matrix, adapter, factors, 1.0)
+    plain = layer.replaced(np.abs(layer.matrix), np.abs(layer.bias))
+    return changed_weight(plain, adapter, {n: np.abs(v) for n, v in factors.items()}, 1.0)[0]
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 def test_gradients_on_device(kind, device):
     """bf16 gradients against f64's, within the bound that the rules over absolute values give."""
@@ -220,11 +252,7 @@ def test_gradients_on_device(kind, device):
         y, pullback = engine_with(layer, adapter, factors, strength=0.7).vjp(x)
         dy = np.random.default_rng(8).standard_normal(y.shape).astype(bf16).astype(np.float64)
         dx, grads = pullback(dy)
-        plain = layer.replaced(np.abs(layer.matrix), np.abs(layer.bias))
-        sizes = engine_with(
-            plain, adapter, {n: np.abs(v) for n, v in factors.items()}, strength=0.7
-        )
-        size_x, size_p = sizes.vjp(np.abs(x))[1](np.abs(dy))
+        size_x, size_p = gradient_sizes(layer, adapter, factors, x, dy)
         _, pull = engine_with(
             layer, adapter, factors, device=device, dtype="bf16", strength=0.7
         ).vjp(x)
@@ -252,12 +280,7 @@ def test_merged_is_live(kind, device):
         before = to_device(engine.layers["layer"].weight, "cpu").tobytes()
         merged = engine.merged()
         weight, bias = changed_weight(layer, adapter, factors, -1.0)
-        size, _ = changed_weight(
-            layer.replaced(np.abs(layer.matrix), np.abs(layer.bias)),
-            adapter,
-            {n: np.abs(v) for n, v in factors.items()},
-            1.0,
-        )
+        size = changed_size(layer, adapter, factors)
         found = merged.layers["layer"]
         depth = 64 * max(adapter.rank, 8)
         assert_within(
@@ -268,3 +291,26 @@ def test_merged_is_live(kind, device):
         )
         assert to_device(engine.layers["layer"].weight, "cpu").tobytes() == before
         assert not merged.attachments
+
+
+@pytest.mark.parametrize("algorithm", [DiagOFT, BOFT])
+def test_what_the_rules_differ_in(algorithm):
+    """By 'reference' a rescale stays at strength 0, and every stage of a butterfly fades for
+    itself; at strength 1 and without a rescale on one stage the two rules are one.
+    """
+    kind = KINDS[0]
+    made = {
+        rule: algorithm.create(kind.shape, block_size=10, rescaled=True, rule=rule)
+        for rule in ("base", "reference")
+    }
+    layer, _, factors = draw(kind, made["base"], 11)
+
+    def weight(rule, strength):
+        return changed_weight(layer, made[rule], factors, strength)[0]
+
+    assert np.abs(weight("base", 0.0) - layer.matrix).max() == 0
+    assert np.abs(weight("reference", 0.0) - layer.matrix * factors["rescale"]).max() < 1e-12
+    assert np.abs(weight("base", 1.0) - weight("reference", 1.0)).max() < 1e-12
+    half = (layer.matrix + weight("base", 1.0)) / 2
+    assert np.abs(weight("base", 0.5) - half).max() < 1e-12
+    assert np.abs(weight("reference", 0.5) - half).max() > 1e-2

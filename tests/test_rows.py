@@ -26,6 +26,8 @@ def host(array):
 
 
 def magnitude(row, values):
+    if row.size is not None:
+        return row.size(*values)
     return row.formula(*map(np.abs, values)) if row.linear else np.abs(row.formula(*values))
 
 
@@ -92,12 +94,12 @@ def test_gradient_is_the_derivative(row_id):
         scale = float((magnitude(row, values) * np.abs(g)).sum()) + float(
             (np.abs(gradient) * np.abs(direction)).sum()
         )
-        # Every formula is of degree two at most in one argument, so the difference has no
+        # A formula without bend is of degree two at most in one argument, so the difference has no
         # truncation error; what is left is the rounding of two sums of this magnitude, divided by
         # the step.
         assert (
             abs(expected - float((gradient * direction).sum()))
-            <= 2.0**-48 * (1 + row.depth) * scale / step + 1e-300
+            <= (2.0**-48 * (1 + row.depth) / step + row.bend * step**2) * scale + 1e-300
         )
 
 
@@ -118,7 +120,10 @@ def test_gradient_on_device(row_id, dtype, device):
         _, sizes = gradients(row, on("cpu", row, [np.abs(v) for v in values], "f64"), np.abs(g))
     else:
         _, sizes = gradients(row, on("cpu", row, values, "f64"), g)
-        sizes = [np.abs(g).sum() * (1 + np.abs(values[0]).max(initial=0)) for _ in sizes]
+        largest = np.abs(values[0]).max(initial=0)
+        if row.size is not None:
+            largest += np.max(magnitude(row, values), initial=0)
+        sizes = [np.abs(g).sum() * (1 + largest) for _ in sizes]
     _, found = gradients(row, arrays, to_device(g.astype(out_dtype), device))
     depth = row.depth + int(np.prod(shape))
     for value, ref, size in zip(found, expected, sizes, strict=True):
@@ -127,5 +132,6 @@ def test_gradient_on_device(row_id, dtype, device):
             host(ref),
             np.asarray(host(size) if hasattr(size, "shape") and size.shape else size),
         )
-        limit = bound(ref, size, depth, DTYPES[dtype] if value.dtype != np.float64 else np.float64)
+        kept = DTYPES[dtype] if value.dtype != np.float64 else np.float64
+        limit = bound(ref, size, depth, kept, roundings=row.gradient_roundings)
         assert_within(host(value), ref, limit, row_id)

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lycoris_cupy.errors import DtypeError, FileFormatError
+from lycoris_cupy.io import atomic
 from lycoris_cupy.io import safetensors as ours
 from lycoris_cupy.io.header import BITS, NUMPY
 from lycoris_cupy.io.safetensors import Stored, open_file, write
@@ -449,7 +450,7 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied", "somewhere else")
 
-    monkeypatch.setattr(ours, "open", refuse, raising=False)
+    monkeypatch.setattr(atomic, "open", refuse, raising=False)
     with pytest.raises(
         PermissionError, match=r"cannot be written: Permission denied.*a\.safetensors"
     ):
@@ -481,7 +482,7 @@ def test_the_file_and_its_name_are_on_the_disk(tmp_path, monkeypatch):
 
 def test_progress_counts_bytes(tmp_path):
     seen = []
-    with ours.replacing(tmp_path / "a.safetensors") as handle:
+    with atomic.replacing(tmp_path / "a.safetensors") as handle:
         ours.dump(handle, {"a": np.ones(10), "b": np.ones(0)}, progress=lambda *at: seen.append(at))
     size = os.path.getsize(tmp_path / "a.safetensors")
     assert seen == [(size - 80, size), (size, size)]

@@ -2,25 +2,100 @@
 benchmarks iterate over it.
 """
 
-from .base import Adapter, Parameters, scale_of
+from ..errors import LycorisError
+from ..layers import LayerShape
+from .base import RULES, Adapter, Parameters, scale_of
+from .biased import Biased
+from .boft import BOFT
+from .diag_oft import DiagOFT
+from .dora import DoRA
+from .dylora import DyLoRA, draw_block, truncated
 from .factor import Factor
 from .full import Full
+from .glora import GLoRA
+from .ia3 import IA3
 from .locon import LoCon
 from .loha import LoHa
 from .lokr import LoKr, factorization
+from .norm import Norm
+from .peft_boft import PeftBOFT
+from .peft_oft import PeftOFT
+from .rows import RowPart, Rows, slice_rows
+from .tlora import TLoRA
 
 # In the order in which a file's keys are tried.
-ALGORITHMS: dict[str, type[Adapter]] = {kind.algorithm: kind for kind in (LoCon, LoHa, LoKr, Full)}
+ALGORITHMS: dict[str, type[Adapter]] = {
+    kind.algorithm: kind
+    for kind in (
+        LoCon,
+        LoHa,
+        LoKr,
+        Full,
+        IA3,
+        Norm,
+        DyLoRA,
+        GLoRA,
+        DiagOFT,
+        BOFT,
+        TLoRA,
+        PeftOFT,
+        PeftBOFT,
+    )
+}
+
+
+def takes(algorithm: str, shape: LayerShape) -> bool:
+    """Whether one of ALGORITHMS can sit on such a layer. Raises LycorisError for an unknown one."""
+    if algorithm not in ALGORITHMS:
+        raise LycorisError(
+            f"algorithm {algorithm!r} is unknown: use one of {', '.join(ALGORITHMS)}"
+        )
+    return ALGORITHMS[algorithm].takes(shape)
+
+
+def new_adapter(
+    algorithm: str, shape: LayerShape, rank: int, alpha: float | None = None, **options
+) -> Adapter:
+    """An adapter of one of ALGORITHMS with its options, and with DoRA on it for dora='output' or
+    'input' (rule: what its strength means). Raises LycorisError.
+    """
+    if not takes(algorithm, shape):
+        raise LycorisError(f"{algorithm} does not sit on {shape}")
+    axis = options.pop("dora", None)
+    if axis is None:
+        return ALGORITHMS[algorithm].create(shape, rank, alpha, **options)
+    rule = options.pop("rule", "base")
+    return DoRA.over(ALGORITHMS[algorithm].create(shape, rank, alpha, **options), axis, rule)
+
 
 __all__ = [
     "ALGORITHMS",
+    "RULES",
     "Adapter",
+    "BOFT",
+    "Biased",
+    "DiagOFT",
+    "DoRA",
+    "DyLoRA",
     "Factor",
     "Full",
+    "GLoRA",
+    "IA3",
     "LoCon",
     "LoHa",
     "LoKr",
+    "Norm",
     "Parameters",
+    "PeftBOFT",
+    "PeftOFT",
+    "RowPart",
+    "Rows",
+    "TLoRA",
+    "draw_block",
     "factorization",
+    "new_adapter",
     "scale_of",
+    "slice_rows",
+    "takes",
+    "truncated",
 ]

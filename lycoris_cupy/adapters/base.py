@@ -11,19 +11,39 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from ..arrays import Array
 from ..errors import FileFormatError, LycorisError
 from ..layers import Layer, LayerShape
+from ..norms import NormShape
 from ..ops.product import product
+from ..ops.scale_columns import spread_columns
+from ..svd import Svd
 from .factor import Factor, require
 
 Parameters = Mapping[str, Array]
+RULES = ("base", "reference")  # what a strength between 0 and 1 means, for algorithms with a `rule`
+
+
+class Share(NamedTuple):
+    """What an adapter adds to a weight that it scales: (factor - strength) * W, along one axis.
+
+    axis: 'output' or 'input', which factor, (OUT,) or (IN,) wide, runs along. strength: (1,).
+    """
+
+    axis: str
+    factor: Array
+    strength: Array
+
+
+# What an adapter makes of the layer's own output: turn(y, change) -> change plus its part. y has
+# the layer's bias in it, which is not turned.
+Turn = Callable[[Array, Array | None], Array]
 
 
 @dataclass(frozen=True)
@@ -37,6 +57,14 @@ class Adapter(ABC):
     algorithm: ClassVar[str]
     keys: ClassVar[tuple[str, ...]]  # every file key of the algorithm but `alpha`
     marks: ClassVar[tuple[str, ...]]  # a module with any of these keys is of this algorithm
+    reads_weight: ClassVar[bool] = True  # False: `delta_weight` takes None for the weight
+    rule: ClassVar[str] = "base"  # of RULES; strength 0 is the layer itself only under 'base'
+    flags: ClassVar[
+        tuple[str, ...]
+    ] = ()  # those of the keys that hold a whole number, not a factor
+    told: ClassVar[tuple[str, ...]] = ()  # keyword arguments of `read`: what the file does not say
+    conditions: ClassVar[tuple[str, ...]] = ()  # arguments of forward that are put into p
+    decomposable: ClassVar[bool] = False  # DoRA may stand on it: it has `square`, and `columns`
 
     @abstractmethod
     def factors(self) -> dict[str, Factor]:
@@ -46,11 +74,32 @@ class Adapter(ABC):
     def init(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Factors, f32 and in Flame layout, with which the layer is unchanged."""
 
+    def start(self, rng: np.random.Generator, weight: Array) -> dict[str, np.ndarray]:
+        """`init`, for algorithms that start from the frozen weight, (taps, IN, OUT)."""
+        return self.init(rng)
+
     @abstractmethod
     def delta_weight(self, weight: Array, p: Parameters, scale: Array) -> Array:
         """The change of the weight, (taps, IN, OUT), wide. scale: (1,), strength times alpha /
         rank.
         """
+
+    def square(self, weight: Array, p: Parameters, square: Array, scale: Array, axis: str) -> Array:
+        """|weight + delta_weight(weight, p, scale)|^2 of each 'output' or 'input', wide, without
+        building either. square: the same of the weight alone. Only where `decomposable`.
+        """
+        raise NotImplementedError
+
+    def kept(self, weight: Array) -> dict[str, Array]:
+        """Constants of the frozen weight that `contribute` finds beside the factors in p: made
+        once, when the adapter is attached.
+        """
+        return {}
+
+    @classmethod
+    def takes(cls, shape: LayerShape) -> bool:
+        """Whether it can sit on such a layer: by default on linear ones and convolutions."""
+        return not isinstance(shape, NormShape)
 
     @classmethod
     def create(cls, shape: LayerShape, rank: int, alpha: float | None = None, **options) -> Adapter:
@@ -83,8 +132,12 @@ class Adapter(ABC):
         """The layer that a file's tensors belong to, as far as they tell: to inspect it alone.
 
         Flat columns stay flat, groups are unknown, and what is missing or misshapen counts as 1,
-        for `read` to refuse by name.
+        for `read` to refuse by name. A side that no factor tells is 0.
         """
+
+    def with_alpha(self, alpha: float | None) -> Adapter:
+        """The same adapter with another alpha."""
+        return replace(self, alpha=alpha)
 
     @property
     def scale(self) -> float:
@@ -92,6 +145,16 @@ class Adapter(ABC):
         files.
         """
         return scale_of(self.alpha, self.rank)
+
+    @property
+    def title(self) -> str:
+        """The algorithm as people read it, with what stands on it."""
+        return self.algorithm
+
+    @property
+    def reported_scale(self) -> float:
+        """The scale that people know the adapter by: alpha / rank, wherever it is multiplied in."""
+        return self.scale
 
     @property
     def scale_reason(self) -> str:
@@ -121,8 +184,28 @@ class Adapter(ABC):
         """
         return float(self.alpha) if self.alpha else float(self.rank)
 
-    def delta_bias(self, p: Parameters) -> Array | None:
-        """The change of the bias before scaling, (OUT,), or None."""
+    @property
+    def prefix(self) -> str | None:
+        """The prefix that its modules must have in a file; None for the file's."""
+        return None
+
+    @property
+    def network_args(self) -> dict[str, object]:
+        """What readers are told of the adapter in a file's `ss_network_args`, beside `algo`."""
+        return {}
+
+    def delta_bias(self, p: Parameters, bias: Array | None = None) -> Array | None:
+        """The change of the bias (OUT,) before scaling, or None. bias: the layer's, if there is
+        one.
+        """
+        return None
+
+    def svd(self, p: Mapping[str, np.ndarray], vectors: bool = True) -> Svd | None:
+        """The decomposition of the change before scaling as a matrix (taps * IN, OUT), from the
+        factors; None where the change depends on the weight it is put on.
+
+        p: canonical, f64, on the CPU. vectors: False for the values alone.
+        """
         return None
 
     def costs(self) -> dict[str, int]:
@@ -138,16 +221,32 @@ class Adapter(ABC):
         return min(costs, key=lambda route: (costs[route], route == "delta"))
 
     def apply(
-        self, change: Array | None, layer: Layer, x: Array, p: Parameters, scale: Array
+        self,
+        change: Array | None,
+        layer: Layer,
+        x: Array,
+        p: Parameters,
+        scale: Array,
+        columns: Array | None = None,
     ) -> Array:
         """change (of earlier adapters, or None) plus this adapter's part of the layer's output.
 
         The law: layer.forward(x, apply(None, layer, x, p, s)) is what the layer gives with the
         weight W + delta_weight(W, p, s) and its changed bias, for every algorithm and layer. The
         change is rounded by itself and added in the accumulators of the layer's own product, whose
-        result is rounded once: W + delta is never rounded.
+        result is rounded once: W + delta is never rounded. columns: (OUT,) wide, what each output
+        of this adapter's part is multiplied by; only where `decomposable`.
         """
-        return product(x, self.delta_weight(layer.matrix, p, scale), layer.window, add=change)
+        delta = by_columns(self.delta_weight(layer.matrix, p, scale), columns)
+        return product(x, delta, layer.window, add=change)
+
+    def contribute(
+        self, change: Array | None, layer: Layer, x: Array, p: Parameters, scale: Array
+    ) -> tuple[Array | None, Share | Turn | None]:
+        """`apply`, and the Share or the Turn of the layer's own product if the algorithm scales or
+        mixes that too.
+        """
+        return self.apply(change, layer, x, p, scale), None
 
     def canonical(self, p: Mapping[str, Array]) -> dict[str, Array]:
         """Flame arrays as (taps, rows, columns): views."""
@@ -198,6 +297,11 @@ def zeros(shape: tuple[int, ...]) -> np.ndarray:
     return np.zeros(shape, np.float32)
 
 
+def by_columns(w: Array, columns: Array | None) -> Array:
+    """The last factor of a product whose outputs are multiplied by columns, if there are any."""
+    return w if columns is None else spread_columns(w, columns)
+
+
 def low_rank_cost(shape: LayerShape, rank: int) -> int:
     """Multiply-adds an output position of x -> down -> up: the down product in every group, then
     up's columns.
@@ -206,13 +310,20 @@ def low_rank_cost(shape: LayerShape, rank: int) -> int:
 
 
 def apply_low_rank(
-    change: Array | None, layer: Layer, x: Array, down: Array, up: Array, scale: Array
+    change: Array | None,
+    layer: Layer,
+    x: Array,
+    down: Array,
+    up: Array,
+    scale: Array,
+    columns: Array | None = None,
 ) -> Array:
-    """change + scale * ((x * down) @ up).  down: (taps, IN, R), walks like the layer. up: (1, R,
-    OUT).
+    """change + scale * ((x * down) @ up) * columns.  down: (taps, IN, R), walks like the layer. up:
+    (1, R, OUT).
 
     All groups share `down`; each has its own columns of `up`.
     """
     window = layer.window
     inner = product(x, down, window.grouped(window.groups, shared=True))
+    up = by_columns(up, columns)
     return product(inner, up, window.pointwise_like(window.groups), add=change, scale=scale)

@@ -20,7 +20,8 @@ class Factor(NamedTuple):
 
     A file holds the same numbers as (columns, rows, *kernel) under `key`. `flat` files merge
     (rows, *kernel) into one axis; `turned` files store (rows, columns), as Tucker's output-side
-    factors do; `plain` has this very shape everywhere.
+    factors do; `plain` has this very shape everywhere, but files may keep it as `stored`. `wide`
+    ones are kept in f32 beside bf16 factors: their rounding would be one of the whole weight.
     """
 
     key: str
@@ -30,6 +31,8 @@ class Factor(NamedTuple):
     flat: bool = False
     turned: bool = False
     plain: tuple[int, ...] | None = None
+    stored: tuple[int, ...] | None = None
+    wide: bool = False
 
     def canonical(self, shape: LayerShape) -> tuple[int, ...]:
         """The shape in which algorithms see it."""
@@ -43,7 +46,7 @@ class Factor(NamedTuple):
         """The shape in which LyCORIS saves it."""
         kernel = shape.window.kernel
         if self.plain or self.turned:
-            return self.plain or (self.rows, self.columns)
+            return self.stored or self.plain or (self.rows, self.columns)
         if self.flat:
             return (self.columns, self.rows * (shape.taps if self.spatial else 1))
         return (self.columns, self.rows, *(kernel if self.spatial else (1,) * len(kernel)))
@@ -71,6 +74,8 @@ class Factor(NamedTuple):
         # A 1x1 convolution and a linear layer share their files: trailing ones come and go between
         # exporters. Flat columns may also stand unfolded.
         if _squeezed(given) == _squeezed(self.in_file(shape)):
+            return True
+        if self.stored and given == self.plain:
             return True
         unfolded = (self.columns, self.rows, *shape.window.kernel)
         return self.flat and self.spatial and given == unfolded

@@ -17,43 +17,22 @@ from ..arrays import Array, wide_dtype
 from ..layers import Layer, LayerShape
 from ..ops import elementwise
 from ..ops.product import product
-from .base import Adapter, Parameters, zeros
+from ..svd import Svd, flat_rows, matrix_svd
+from .base import Parameters, zeros
 from .factor import Factor, extents, kernel_of, require_two_axes
+from .unranked import Unranked
 
 
 @dataclass(frozen=True)
-class Full(Adapter):
-    """rank: always 0. bias: whether a change of the bias is kept too."""
+class Full(Unranked):
+    """bias: whether a change of the bias is kept too."""
 
-    rank: int = 0
     bias: bool = False
 
     algorithm = "full"
+    reads_weight = False
     keys = ("diff", "diff_b")
     marks = ("diff", "diff_b")
-
-    @property
-    def scale(self) -> float:
-        return 1.0
-
-    @property
-    def scale_reason(self) -> str:
-        return "full has no alpha: scale 1"
-
-    @property
-    def has_rank(self) -> bool:
-        return False
-
-    @property
-    def saved_alpha(self) -> float | None:
-        return None
-
-    @classmethod
-    def create(
-        cls, shape: LayerShape, rank: int = 0, alpha: float | None = None, **options
-    ) -> Full:
-        """A new Full adapter; rank and alpha mean nothing to it."""
-        return cls(shape, **options)
 
     def factors(self) -> dict[str, Factor]:
         out = {"diff": Factor("diff", self.shape.inputs, self.shape.outputs, spatial=True)}
@@ -67,8 +46,11 @@ class Full(Adapter):
     def delta_weight(self, weight: Array, p: Parameters, scale: Array) -> Array:
         return elementwise.scale(elementwise.cast(p["diff"], wide_dtype(p["diff"].dtype)), scale)
 
-    def delta_bias(self, p: Parameters) -> Array | None:
+    def delta_bias(self, p: Parameters, bias: Array | None = None) -> Array | None:
         return p.get("diff_b")
+
+    def svd(self, p: Mapping[str, np.ndarray], vectors: bool = True) -> Svd | None:
+        return matrix_svd(flat_rows(p["diff"]), vectors)
 
     def apply(
         self, change: Array | None, layer: Layer, x: Array, p: Parameters, scale: Array

@@ -18,10 +18,20 @@ import numpy as np
 from ..arrays import Array
 from ..errors import FileFormatError, ShapeError
 from ..layers import Layer, LayerShape
-from ..ops.low_rank import low_rank_weight, tucker_weight
+from ..ops.low_rank import fold_core, low_rank_weight, tucker_weight
 from ..ops.product import product
 from ..ops.shapes import reshape, tap_diagonal
-from .base import Adapter, Parameters, apply_low_rank, low_rank_cost, uniform, zeros
+from ..ops.squares import low_rank_square
+from ..svd import Svd, flat_rows, product_svd
+from .base import (
+    Adapter,
+    Parameters,
+    apply_low_rank,
+    by_columns,
+    low_rank_cost,
+    uniform,
+    zeros,
+)
 from .factor import Factor, extents, kernel_of, require_two_axes
 
 
@@ -36,8 +46,10 @@ class LoCon(Adapter):
     mid_rank: int | None = None
 
     algorithm = "locon"
+    reads_weight = False
     keys = ("lora_down.weight", "lora_up.weight", "lora_mid.weight")
     marks = ("lora_down.weight", "lora_up.weight", "lora_mid.weight")
+    decomposable = True
 
     def __post_init__(self):
         if self.tucker and (self.per_tap or self.shape.taps == 1):
@@ -81,6 +93,20 @@ class LoCon(Adapter):
             return tucker_weight(down, p["mid"], up, scale)
         return low_rank_weight(p["down"], p["up"], scale)
 
+    def square(self, weight: Array, p: Parameters, square: Array, scale: Array, axis: str) -> Array:
+        down = p["down"]
+        if self.tucker:  # down and core together are the down factor of a plain pair
+            down = fold_core(reshape(down, down.shape[1:]), p["mid"])
+        return low_rank_square(down, p["up"], weight, square, scale, axis=axis)
+
+    def svd(self, p: Mapping[str, np.ndarray], vectors: bool = True) -> Svd | None:
+        down, up = p["down"], p["up"]
+        if self.tucker:
+            down = down @ p["mid"]
+        elif self.per_tap:
+            down = tap_diagonal(down)
+        return product_svd(flat_rows(down), flat_rows(up), vectors)
+
     def costs(self) -> dict[str, int]:
         shape, costs = self.shape, super().costs()
         if self.tucker:
@@ -92,20 +118,27 @@ class LoCon(Adapter):
         return {**costs, "low rank": low_rank_cost(shape, rank)}
 
     def apply(
-        self, change: Array | None, layer: Layer, x: Array, p: Parameters, scale: Array
+        self,
+        change: Array | None,
+        layer: Layer,
+        x: Array,
+        p: Parameters,
+        scale: Array,
+        columns: Array | None = None,
     ) -> Array:
         if self.route == "delta":
-            return super().apply(change, layer, x, p, scale)
+            return super().apply(change, layer, x, p, scale, columns)
         if self.per_tap:
             up = reshape(p["up"], (1, self.shape.taps * self.rank, self.shape.outputs))
-            return apply_low_rank(change, layer, x, tap_diagonal(p["down"]), up, scale)
+            return apply_low_rank(change, layer, x, tap_diagonal(p["down"]), up, scale, columns)
         if not self.tucker:
-            return apply_low_rank(change, layer, x, p["down"], p["up"], scale)
+            return apply_low_rank(change, layer, x, p["down"], p["up"], scale, columns)
         window = layer.window
         groups = window.groups
         inner = product(x, p["down"], window.pointwise_like(groups, shared=True))
         inner = product(inner, p["mid"], window.grouped(groups, shared=True))
-        return product(inner, p["up"], window.pointwise_like(groups), add=change, scale=scale)
+        up = by_columns(p["up"], columns)
+        return product(inner, up, window.pointwise_like(groups), add=change, scale=scale)
 
     @classmethod
     def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:

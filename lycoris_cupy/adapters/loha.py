@@ -22,6 +22,8 @@ from ..ops.elementwise import cast
 from ..ops.hadamard import face_split, hadamard_weight
 from ..ops.low_rank import fold_core
 from ..ops.shapes import reshape
+from ..ops.squares import low_rank_square
+from ..svd import Svd, flat_rows, product_svd
 from .base import Adapter, Parameters, apply_low_rank, low_rank_cost, normal, zeros
 from .factor import Factor, extents, kernel_of, require_two_axes
 
@@ -33,8 +35,10 @@ class LoHa(Adapter):
     tucker: bool = False
 
     algorithm = "loha"
+    reads_weight = False
     keys = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
     marks = keys
+    decomposable = True
 
     def __post_init__(self):
         if self.tucker and self.shape.taps == 1:
@@ -71,17 +75,37 @@ class LoHa(Adapter):
         first, second = self._downs(p)
         return hadamard_weight(first, p["w1_up"], second, p["w2_up"], scale)
 
+    def _pair(self, p: Parameters, dtype) -> tuple[Array, Array]:
+        """The exact factors of rank R^2: (taps, IN, R^2) and (1, R^2, OUT)."""
+        first, second = (cast(down, dtype) for down in self._downs(p))
+        return face_split(first, second, -1), face_split(p["w1_up"], p["w2_up"], -2)
+
+    def square(self, weight: Array, p: Parameters, square: Array, scale: Array, axis: str) -> Array:
+        # Asked for where rank R^2 is cheaper than the weight: then its products with W, 2 IN OUT
+        # R^2 a step on tensor cores, cost less than writing and reading a wide W-sized change.
+        down, up = self._pair(p, p["w1_up"].dtype)
+        return low_rank_square(down, up, weight, square, scale, axis=axis)
+
+    def svd(self, p: Mapping[str, np.ndarray], vectors: bool = True) -> Svd | None:
+        first, second = self._downs(p)
+        up = face_split(p["w1_up"], p["w2_up"], -2)
+        return product_svd(flat_rows(face_split(first, second, -1)), flat_rows(up), vectors)
+
     def costs(self) -> dict[str, int]:
         return {**super().costs(), "low rank": low_rank_cost(self.shape, self.rank**2)}
 
     def apply(
-        self, change: Array | None, layer: Layer, x: Array, p: Parameters, scale: Array
+        self,
+        change: Array | None,
+        layer: Layer,
+        x: Array,
+        p: Parameters,
+        scale: Array,
+        columns: Array | None = None,
     ) -> Array:
         if self.route == "delta":
-            return super().apply(change, layer, x, p, scale)
-        first, second = (cast(down, x.dtype) for down in self._downs(p))
-        up = face_split(p["w1_up"], p["w2_up"], -2)
-        return apply_low_rank(change, layer, x, face_split(first, second, -1), up, scale)
+            return super().apply(change, layer, x, p, scale, columns)
+        return apply_low_rank(change, layer, x, *self._pair(p, x.dtype), scale, columns)
 
     @classmethod
     def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:

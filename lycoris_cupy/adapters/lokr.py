@@ -23,10 +23,12 @@ from ..errors import ShapeError
 from ..layers import Layer, LayerShape
 from ..ops.elementwise import cast
 from ..ops.kron import kron_weight, mix_blocks
+from ..ops.kron_square import kron_square
 from ..ops.low_rank import low_rank_weight, tucker_weight
 from ..ops.product import product
 from ..ops.shapes import reshape
-from .base import Adapter, Parameters, uniform, zeros
+from ..svd import Svd, flat_rows, kron_svd, matrix_svd, product_svd
+from .base import Adapter, Parameters, by_columns, uniform, zeros
 from .factor import Factor, extents, kernel_of, require_two_axes
 
 
@@ -57,8 +59,10 @@ class LoKr(Adapter):
     core_rank: int | None = None  # of the core's input side; by default w2_rank
 
     algorithm = "lokr"
+    reads_weight = False
     keys = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     marks = keys
+    decomposable = True
 
     def __post_init__(self):
         rows, columns, blocks, width = self.split
@@ -181,12 +185,27 @@ class LoKr(Adapter):
             w1, w2 = (cast(w, max(w1.dtype, w2.dtype, key=lambda d: d.itemsize)) for w in (w1, w2))
         return kron_weight(w1, w2, scale)
 
+    def square(self, weight: Array, p: Parameters, square: Array, scale: Array, axis: str) -> Array:
+        return kron_square(self._w1(p), self._w2(p), weight, square, scale, axis=axis)
+
+    def svd(self, p: Mapping[str, np.ndarray], vectors: bool = True) -> Svd | None:
+        if self.w2_rank is None:
+            second = matrix_svd(flat_rows(p["w2"]), vectors)
+        else:
+            down = p["w2_down"] @ p["t2"] if self.tucker else p["w2_down"]
+            second = product_svd(flat_rows(down), flat_rows(p["w2_up"]), vectors)
+        whole = kron_svd(matrix_svd(self._w1(p).T, vectors), second)
+        if whole.left is None:
+            return whole
+        # Rows are (block, tap, row of the block): the tap goes first.
+        _, _, blocks, width = self.split
+        rows = whole.left.reshape(blocks, self.shape.taps, width, -1).swapaxes(0, 1)
+        return whole._replace(left=rows.reshape(whole.left.shape))
+
     def costs(self) -> dict[str, int]:
         costs, shape = super().costs(), self.shape
-        if shape.window.groups > 1:
-            return (
-                costs  # the group of an output depends on both of its halves: the weight is built
-            )
+        if shape.window.groups > 1:  # an output's group depends on both of its halves: it is built
+            return costs
         (rows, columns, blocks, width), taps = self.split, shape.taps
         if self.w2_rank is None:
             return {**costs, "blocks": rows * blocks * width + taps * shape.outputs * width}
@@ -196,29 +215,33 @@ class LoKr(Adapter):
         return {**costs, "blocks": inner + self.w2_rank * rows * (blocks + columns)}
 
     def apply(
-        self, change: Array | None, layer: Layer, x: Array, p: Parameters, scale: Array
+        self,
+        change: Array | None,
+        layer: Layer,
+        x: Array,
+        p: Parameters,
+        scale: Array,
+        columns: Array | None = None,
     ) -> Array:
         if self.route == "delta":
-            return super().apply(change, layer, x, p, scale)
+            return super().apply(change, layer, x, p, scale, columns)
         rows, _, blocks, _ = self.split
         window, w1 = layer.window, cast(self._w1(p), x.dtype)
-        shared = window.pointwise_like(rows, shared=True)
+        # Scaled columns are no longer those of every block: each block gets its own.
+        shared = columns is None
         if self.w2_rank is None:
             # Blocks of channels are mixed, then every block goes through the same w2.
-            return product(
-                mix_blocks(x, w1),
-                p["w2"],
-                window.grouped(rows, shared=True),
-                add=change,
-                scale=scale,
-            )
+            mixed, w2 = mix_blocks(x, w1), by_columns(p["w2"], columns)
+            blocked = window.grouped(rows, shared=shared)
+            return product(mixed, w2, blocked, add=change, scale=scale)
         if self.tucker:
             inner = product(x, p["w2_down"], window.pointwise_like(blocks, shared=True))
             inner = product(inner, p["t2"], window.grouped(blocks, shared=True))
         else:
             inner = product(x, p["w2_down"], window.grouped(blocks, shared=True))
         # The mix runs between the factors, where the blocks are only rank wide.
-        return product(mix_blocks(inner, w1), p["w2_up"], shared, add=change, scale=scale)
+        up, outer = by_columns(p["w2_up"], columns), window.pointwise_like(rows, shared=shared)
+        return product(mix_blocks(inner, w1), up, outer, add=change, scale=scale)
 
     @classmethod
     def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:

@@ -11,21 +11,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import ml_dtypes
 import numpy as np
 
-from ..adapters import Adapter
+from ..adapters import Adapter, Rows
 from ..arrays import Array, to_device
 from ..errors import DtypeError, FileFormatError, LycorisError, MatchError, ShapeError
 from ..layers import LayerShape
-from .modules import FACTOR_DTYPES, read_module, told
-from .names import PREFIXES, BaseNames, fold, foreign, split_key
+from .dialects import FOLDED_PREFIXES, OWNED
+from .modules import FACTOR_DTYPES, told
+from .names import HOMES, BaseNames, fold, part_of
+from .placing import Loaded, Placed, gather, place, survey, told_rows
 from .report import LayerReport, LoadReport, Unmatched
-from .safetensors import NUMPY, TensorFile, open_file, write
+from .safetensors import NUMPY, TensorFile, write
+from .source import Source, open_source
 
-Loaded = dict[str, tuple[Adapter, dict[str, np.ndarray]]]
 _LISTED = 20  # unmatched modules in an error; the report has all of them
 # Hashes of the bytes of another file: false from the first change on.
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -37,54 +39,62 @@ def read_adapter(
     *,
     strict: bool = True,
     dtype: np.dtype | None = None,
+    alpha_from: str | None = None,
+    rows: Mapping[str, tuple[str, int, int]] | None = None,
+    dora: str | None = None,
+    rule: str = "base",
+    dialect: str | None = None,
+    rank: int | None = None,
 ) -> tuple[Loaded, LoadReport]:
     """{layer: (adapter, factors)} and a report, for the layers named by `shapes`.
 
-    dtype: what the caller will round the factors to; only the report looks at it. Raises
-    FileFormatError, ShapeError or DtypeError for a module that is not understood, MatchError if no
-    module finds its layer, if two find one, or, when strict, if any finds none.
+    source: a file of any dialect, or PEFT's folder. dtype: what the caller will round the factors
+    to; only the report looks at it. alpha_from: 'tensor', 'metadata', 'configuration' or 'rank',
+    the one source of alpha to believe; None takes the first that is there. dora: 'output' or
+    'input', for magnitudes whose shape allows both. rule: what strength means, see `DoRA` and
+    `Rotation`. dialect: of rotations whose file allows several readings, see `Rotation`. rank: cut
+    every module to this rank; LoCon and DyLoRA only. rows: for
+    layers that the base keeps fused and no table knows, name in the file -> (layer, first output,
+    end).
+
+    Raises FileFormatError, ShapeError or DtypeError for a module that is not understood or whose
+    alpha is told in two ways, MatchError if no module finds its layer, if one could mean several,
+    if two find one, or, when strict, if any finds none.
     """
-    with _opened(source) as file:
-        modules, unmatched = _modules(file)
-        names, out, owners, layers = BaseNames(shapes), {}, {}, []
-        for module, keys in modules.items():
-            with _about(str(file.path)):
-                layer = names.resolve(module)
-            if layer is None:
-                unmatched.append(Unmatched(module, "no layer has this name", names.nearest(module)))
-                continue
-            if layer in owners:
-                raise MatchError(
-                    f"{file.path}: duplicate layer after name folding: modules {owners[layer]!r} "
-                    f"and {module!r} "
-                    f"both mean {layer!r}; remove one"
-                )
-            owners[layer] = module
-            with _about(f"{file.path}: module {module!r} on layer {layer!r}"):
-                adapter, params = read_module(file, keys, shapes[layer])
-            out[layer] = adapter, params
-            layers.append(_layer_report(file, keys, module, layer, adapter, params, dtype))
-        report = LoadReport(str(file.path), tuple(layers), tuple(unmatched), len(shapes))
+    with open_source(source, alpha_from, dora, rule, dialect) as opened:
+        names, placed, unmatched = BaseNames(shapes, rows), [], list(opened.unread)
+        with about(opened.path):
+            for module in opened.modules:
+                found = place(opened, module, names, shapes)
+                if not found:
+                    nearest = names.nearest(module.key)
+                    unmatched.append(Unmatched(module.name, "no layer has this name", nearest))
+                placed += found
+            if rank is not None:
+                placed = [one.truncated(rank) for one in placed]
+            out = gather(placed, shapes)
+        layers = [layer_report(opened, one, dtype) for one in placed]
+        report = LoadReport(
+            opened.path, tuple(layers), tuple(unmatched), len(shapes), spoken(opened)
+        )
     if not layers or (strict and unmatched):
         raise MatchError(_mismatch(report, strict))
     return out, report
 
 
-def inspect_adapter(source: str | os.PathLike | TensorFile) -> LoadReport:
+def inspect_adapter(
+    source: str | os.PathLike | TensorFile,
+    *,
+    alpha_from: str | None = None,
+    dialect: str | None = None,
+) -> LoadReport:
     """What a file holds, with no base: sizes are taken from the factors, and what is not understood
     is listed.
     """
-    with _opened(source) as file:
-        modules, unmatched = _modules(file)
-        layers = []
-        for module, keys in modules.items():
-            try:
-                adapter, params = read_module(file, keys, None)
-            except LycorisError as error:
-                unmatched.append(Unmatched(module, str(error)))
-            else:
-                layers.append(_layer_report(file, keys, module, None, adapter, params, None))
-        return LoadReport(str(file.path), tuple(layers), tuple(unmatched))
+    with open_source(source, alpha_from, dialect=dialect) as opened:
+        placed, unmatched = survey(opened)
+        layers = tuple(layer_report(opened, one, None) for one in placed)
+        return LoadReport(opened.path, layers, tuple(unmatched), dialects=spoken(opened))
 
 
 def write_adapter(
@@ -98,70 +108,87 @@ def write_adapter(
     """A LyCORIS file of {layer: (adapter, factors in Flame layout)}; `read_adapter` gives the same
     back, bit for bit.
 
-    dtype: of the factors in the file; None keeps theirs. metadata: added to what is known for
-    certain; hashes of another file's bytes are left out. Raises MatchError for layers that would
-    share a key, ShapeError or DtypeError for factors that do not fit the adapter, FileFormatError
-    for values that readers would refuse.
+    dtype: of the factors in the file; None keeps theirs, and wide ones keep it always. metadata:
+    added to what is known for certain; hashes of another file's bytes are left out. Raises
+    MatchError for layers that would share a key, ShapeError or DtypeError for factors that do not
+    fit the adapter, FileFormatError for values that readers would refuse.
     """
-    if prefix not in PREFIXES:
-        raise MatchError(
-            f"prefix {prefix!r} is none that a reader knows, expected one of {', '.join(PREFIXES)}"
-        )
+    if prefix not in FOLDED_PREFIXES:
+        known = ", ".join(FOLDED_PREFIXES)
+        raise MatchError(f"prefix {prefix!r} is none that a reader knows, expected one of {known}")
     if not adapters:
         raise MatchError("there is no adapter to write")
     tensors, layer_of = {}, {}
-    for layer, (adapter, params) in adapters.items():
-        module = prefix + fold(layer)
+    for layer, name, adapter, params in _apart(adapters):
+        module = (adapter.prefix or prefix) + fold(name)
+        if prefix in OWNED and adapter.prefix != prefix:
+            raise MatchError(
+                f"prefix {prefix!r} would be read as another dialect than {adapter.algorithm} of "
+                f"layer {layer!r} has: use another prefix"
+            )
         if module in layer_of:
             raise MatchError(
                 f"layers {layer_of[module]!r} and {layer!r} would both be saved as {module!r}: "
                 "rename one"
             )
         layer_of[module] = layer
-        with _about(f"layer {layer!r}"):
+        with about(f"layer {layer!r}"):
+            wide = {factor.key for factor in adapter.factors().values() if factor.wide}
             for key, tensor in adapter.save(_checked(adapter, params)).items():
-                tensors[f"{module}.{key}"] = _cast(tensor, key, dtype)
+                number, kept = key in adapter.flags, None if key in wide else dtype
+                tensors[f"{module}.{key}"] = tensor if number else cast_checked(tensor, key, kept)
             alpha = adapter.saved_alpha
             if alpha is not None:
-                tensors[f"{module}.alpha"] = _cast(
+                tensors[f"{module}.alpha"] = cast_checked(
                     np.asarray(alpha, np.float64), "alpha", np.dtype(np.float32)
                 )
-    kinds = sorted({adapter.algorithm for adapter, _ in adapters.values()})
-    about = {
-        "ss_network_module": "lycoris.kohya",
-        "ss_network_args": json.dumps({"algo": "+".join(kinds)}),
-    }
-    about |= {key: value for key, value in (metadata or {}).items() if key not in STALE}
-    write(path, tensors, about)
+    apart = [adapter for _, _, adapter, _ in _apart(adapters)]
+    args: dict[str, object] = {"algo": "+".join(sorted({adapter.algorithm for adapter in apart}))}
+    told = [item for adapter in apart for item in adapter.network_args.items()]
+    # What the layers do not agree on is left out: a reader would take it for all of them.
+    args |= {key: value for key, value in told if all(v == value for k, v in told if k == key)}
+    notes = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(args)}
+    notes |= {key: value for key, value in (metadata or {}).items() if key not in STALE}
+    write(path, tensors, notes)
 
 
-def _modules(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[Unmatched]]:
-    """{module: {suffix: key}}, and the keys that belong to none."""
-    modules: dict[str, dict[str, str]] = {}
-    unmatched = []
-    for key in sorted(file):
-        parts = split_key(key)
-        if parts is None:
-            unmatched.append(Unmatched(key, foreign(key)))
-        else:
-            modules.setdefault(parts[0], {})[parts[1]] = key
-    return modules, unmatched
+def _apart(adapters) -> Iterator[tuple[str, str, Adapter, Mapping[str, Array]]]:
+    """(layer, path to save under, adapter, factors): rows of a layer under their own names."""
+    for layer, (adapter, params) in adapters.items():
+        if not isinstance(adapter, Rows):
+            yield layer, layer, adapter, params
+            continue
+        part = part_of(layer)
+        home = HOMES[part] if part is not None and part.startswith("te") else ""
+        for one, own in zip(adapter.parts, adapter.split(params), strict=True):
+            yield layer, home + one.name, one.adapter, own
 
 
-def _layer_report(file, keys, module, layer, adapter: Adapter, params, dtype) -> LayerReport:
-    stored = sorted({file.dtype(key) for suffix, key in keys.items() if suffix != "alpha"})
+def spoken(source: Source) -> tuple[str, ...]:
+    """The names of a file's dialects."""
+    return tuple(dialect.name for dialect in source.dialects)
+
+
+def layer_report(source: Source, placed: Placed, dtype: np.dtype | None) -> LayerReport:
+    """What a report says of a module. dtype: what its factors will be rounded to, if at all."""
+    adapter, layer = placed.adapter, placed.share.layer or None
+    keys = placed.module.keys.items()
+    others = ("alpha", *adapter.flags)
+    stored = sorted({source.file.dtype(key) for suffix, key in keys if suffix not in others})
+    where = f", alpha from {placed.alpha_from}" if placed.alpha_from else ""
     return LayerReport(
-        module=module,
+        module=placed.module.name,
         layer=layer,
         shape=str(adapter.shape) if layer is not None else told(adapter),
-        algorithm=adapter.algorithm,
+        algorithm=adapter.title,
         rank=adapter.rank if adapter.has_rank else None,
         alpha=adapter.alpha,
-        scale=adapter.scale,
-        scale_from=adapter.scale_reason,
+        scale=adapter.reported_scale,
+        scale_from=adapter.scale_reason + where,
         dtype=", ".join(stored),
         rounded=dtype is not None and any(_rounds(NUMPY[name], dtype) for name in stored),
-        parameters=sum(array.size for array in params.values()),
+        parameters=sum(array.size for array in placed.params.values()),
+        rows=told_rows(placed.share),
     )
 
 
@@ -195,7 +222,7 @@ def _checked(adapter: Adapter, params: Mapping[str, Array]) -> dict[str, np.ndar
     return {name: to_device(params[name], "cpu") for name in forms}
 
 
-def _cast(tensor: np.ndarray, key: str, dtype: np.dtype | None) -> np.ndarray:
+def cast_checked(tensor: np.ndarray, key: str, dtype: np.dtype | None) -> np.ndarray:
     dtype = np.dtype(tensor.dtype if dtype is None else dtype)
     if dtype not in [NUMPY[name] for name in FACTOR_DTYPES]:
         raise DtypeError(f"{key} would be saved as {dtype}, expected bf16, f16, f32 or f64")
@@ -208,15 +235,9 @@ def _cast(tensor: np.ndarray, key: str, dtype: np.dtype | None) -> np.ndarray:
 
 
 @contextmanager
-def _opened(source: str | os.PathLike | TensorFile) -> Iterator[TensorFile]:
-    with nullcontext(source) if isinstance(source, TensorFile) else open_file(source) as file:
-        yield file
-
-
-@contextmanager
-def _about(what: str) -> Iterator[None]:
+def about(what: str) -> Iterator[None]:
     """Errors raised inside, with the thing they are about in front."""
     try:
         yield
-    except (FileFormatError, ShapeError, DtypeError, MatchError) as error:
+    except LycorisError as error:
         raise type(error)(f"{what}: {error}") from None

@@ -37,6 +37,19 @@ MAX_HEADER = 100_000_000  # bytes; the library's own limit
 _MAX_AXES = 64  # NumPy's
 
 
+# What people mistake for a safetensors file, by its first bytes; as the length of a header they are
+# more than any file has.
+_TORCH = "as torch.save writes: load it with torch and save it with safetensors.torch"
+_OTHERS = {
+    b"PK\x03\x04": f"a zip archive, {_TORCH}",
+    b"\x80\x02": f"a pickle, {_TORCH}",
+    b"version https://git-lfs": "a Git LFS pointer: git lfs pull gets the file itself",
+    b"<!DOCTYPE html": "a web page: the download went wrong",
+    b"<html": "a web page: the download went wrong",
+    b"GGUF": "a GGUF file, which holds no adapter",
+}
+
+
 class Entry(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
@@ -51,8 +64,13 @@ def read_header(handle: BinaryIO, path: str) -> tuple[int, dict[str, Entry], dic
         raise FileFormatError(
             f"{path}: has {size} bytes, expected at least the 8 of the header's length"
         )
-    length = int.from_bytes(handle.read(8), "little")
+    start = handle.read(8)
+    length = int.from_bytes(start, "little")
     if length > size - 8:
+        start += handle.read(24)
+        for magic, what in _OTHERS.items():
+            if start.lower().startswith(magic.lower()):
+                raise FileFormatError(f"{path}: is {what}; expected a safetensors file")
         raise FileFormatError(
             f"{path}: the header claims {length} bytes, but only {size - 8} follow: truncated, or "
             "no safetensors file"

@@ -8,16 +8,24 @@ reads it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 
 import numpy as np
 
-from ..adapters import ALGORITHMS, Adapter
+from ..adapters import ALGORITHMS, BOFT, Adapter, Biased, DiagOFT, DoRA, DyLoRA, LoCon
+from ..adapters.biased import BIAS
+from ..adapters.biased import KEYS as BIASES
+from ..adapters.dora import KEY as DORA
+from ..adapters.dora import axis_of
+from ..adapters.dylora import is_dylora
+from ..adapters.oft import BLOCKS
 from ..errors import DtypeError, FileFormatError, ShapeError
 from ..layers import LayerShape
 from .safetensors import TensorFile
 
+PEFT_MAGNITUDE = "lora_magnitude_vector"
 FACTOR_DTYPES = ("BF16", "F16", "F32", "F64")
 
 _F32_MAX = float(np.finfo(np.float32).max)
@@ -25,22 +33,10 @@ _F32_MAX = float(np.finfo(np.float32).max)
 # Keys that mean something that is not built: to merge the rest of their module would be silently
 # wrong.
 _UNBUILT = {
-    "DoRA (a magnitude beside the factors)": ("dora_scale", "lora_magnitude_vector"),
-    "diag-OFT or BOFT": ("oft_blocks", "rescale", "oft_R.weight", "boft_R", "boft_s"),
-    "(IA)^3": ("on_input", "weight", "ia3_l"),
-    "Norm": ("w_norm", "b_norm"),
-    "GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
-    "T-LoRA": ("lambda_layer", "q_layer.weight", "p_layer.weight"),
+    "a Tucker core of GLoRA, which LyCORIS never writes": ("bm.weight",),
     "a trained scalar that was not folded into a factor": ("scalar",),
-    "PEFT's names for the factors": (
-        "lora_A.weight",
-        "lora_B.weight",
-        "lora_A",
-        "lora_B",
-        "lora_embedding_A",
-    ),
+    "a LoRA of an embedding": ("lora_embedding_A", "lora_embedding_B"),
     "a tensor that replaces or reshapes the weight": ("set_weight", "reshape_weight"),
-    "a change of the bias beside factors": ("lora_B.bias", "lora_up.bias"),
 }
 
 
@@ -59,29 +55,73 @@ def algorithm_of(suffixes: set[str]) -> type[Adapter]:
             f"{k.algorithm} ({', '.join(sorted(suffixes & set(k.marks)))})" for k in kinds
         )
         raise FileFormatError(f"has keys of several algorithms, expected one: {owned}")
-    unknown = sorted(suffixes - {"alpha"} - {key for kind in kinds for key in kind.keys})
+    unknown = sorted(suffixes - {"alpha", DORA} - {key for kind in kinds for key in kind.keys})
     if unknown or not kinds:
         known = ", ".join(key for kind in ALGORITHMS.values() for key in kind.keys)
         what = f"unknown key {unknown[0]!r}" if unknown else "no factors beside alpha"
         raise FileFormatError(f"{what}, expected keys among {known}")
+    if DORA in suffixes and not kinds[0].decomposable:
+        able = ", ".join(kind.algorithm for kind in ALGORITHMS.values() if kind.decomposable)
+        raise FileFormatError(f"{DORA} stands beside {kinds[0].algorithm}, expected one of {able}")
     return kinds[0]
 
 
 def read_module(
-    file: TensorFile, keys: Mapping[str, str], shape: LayerShape | None
+    file: TensorFile,
+    keys: Mapping[str, str],
+    shape: LayerShape | None,
+    dora: str | None = None,
+    rule: str = "base",
+    dialect: str | None = None,
+    prefix: str = "lycoris_",
+    options: Mapping[str, object] | None = None,
 ) -> tuple[Adapter, dict[str, np.ndarray]]:
     """The adapter and its factors in Flame layout, dtype as in the file.
 
     keys: suffix to key. shape: of the layer it sits on, or None to take it from the factors as far
-    as they tell.
+    as they tell. dora: the axis of magnitudes whose shape allows both; by default what the metadata
+    says. rule: what strength means, see `DoRA` and `Rotation`. dialect: of a rotation whose file
+    allows several readings. prefix: of its keys. options: PEFT's configuration, if there is one.
     """
+    bias = next((key for key in BIASES if key in keys), None)
+    if bias is not None and "diff" not in keys and len(keys) > 1:
+        # A change of the bias beside factors of the weight: `diff` has one of its own.
+        rest = {suffix: key for suffix, key in keys.items() if suffix != bias}
+        on, params = read_module(file, rest, shape, dora, rule, dialect, prefix)
+        if not on.decomposable and not isinstance(on, DoRA):
+            raise FileFormatError(f"{bias} stands beside {on.algorithm}, which it does not change")
+        adapter = Biased.over(on, BIASES[bias])
+        tensor = read_factor(file, keys[bias], bias)
+        return adapter, {**params, BIAS: adapter.factors()[BIAS].read(tensor, adapter.shape)}
     kind = algorithm_of(set(keys))
     tensors = {
-        suffix: _factor(file, key, suffix) for suffix, key in keys.items() if suffix != "alpha"
+        suffix: _number(file, key, suffix)
+        if suffix in kind.flags
+        else read_factor(file, key, suffix)
+        for suffix, key in keys.items()
+        if suffix != "alpha"
     }
+    args = _arguments(file.metadata)
+    kind = _refined(kind, tensors, str(args.get("algo", "")).split("+"))
     alpha = _alpha(file, keys["alpha"]) if "alpha" in keys else None
-    adapter = kind.read(kind.guess_shape(tensors) if shape is None else shape, tensors, alpha)
-    used = {factor.key for factor in adapter.factors().values()}
+    if shape is not None and not kind.takes(shape):
+        raise ShapeError(f"{kind.algorithm} does not sit on {shape}")
+    given = {
+        "dialect": dialect,
+        "rule": rule,
+        "prefix": prefix,
+        "options": args if options is None else options,
+        "maker": file.metadata.get("ss_network_module", ""),
+    }
+    shape = kind.guess_shape(tensors) if shape is None else shape
+    adapter = kind.read(shape, tensors, alpha, **{name: given[name] for name in kind.told})
+    if DORA in tensors:
+        # PEFT's magnitudes are per output, whatever their shape could mean.
+        peft = keys[DORA].endswith(PEFT_MAGNITUDE)
+        axis = "output" if peft else dora or _told_axis(args)
+        axis = axis_of(tensors[DORA].shape, adapter.shape, axis)
+        adapter = DoRA.over(adapter, axis, rule)
+    used = {factor.key for factor in adapter.factors().values()} | set(kind.flags)
     if used != set(tensors):
         odd, what = (
             (set(tensors) - used, "has no place")
@@ -94,12 +134,46 @@ def read_module(
     params = adapter.load(tensors)
     if alpha is not None and not math.isfinite(alpha) and not adapter.ignores_alpha:
         raise FileFormatError(f"alpha is {alpha}, expected a finite number")
-    if not abs(adapter.scale) <= _F32_MAX:
-        raise FileFormatError(f"alpha / rank = {alpha:g} / {adapter.rank} is more than f32 holds")
-    return adapter, params
+    return checked_scale(adapter), params
 
 
-def _factor(file: TensorFile, key: str, suffix: str) -> np.ndarray:
+def checked_scale(adapter: Adapter) -> Adapter:
+    """The adapter, if f32 holds its scale; FileFormatError otherwise."""
+    if not abs(adapter.reported_scale) <= _F32_MAX:
+        raise FileFormatError(
+            f"alpha / rank = {adapter.alpha:g} / {adapter.rank} is more than f32 holds"
+        )
+    return adapter
+
+
+def _refined(
+    kind: type[Adapter], tensors: Mapping[str, np.ndarray], trained: list[str]
+) -> type[Adapter]:
+    """The algorithm, of those that share its keys. trained: what the metadata names."""
+    if kind is DiagOFT and BLOCKS in tensors and tensors[BLOCKS].ndim == 4:
+        return BOFT
+    plain = kind is LoCon and set(tensors) == set(DyLoRA.keys)
+    # Either reading computes the same; only a DyLoRA can be trained on at random ranks.
+    return DyLoRA if plain and (is_dylora(tensors) or trained == [DyLoRA.algorithm]) else kind
+
+
+def _arguments(metadata: Mapping[str, str]) -> dict[str, object]:
+    """The trainer's arguments, empty if there are none that can be read."""
+    try:
+        args = json.loads(metadata.get("ss_network_args", "{}"))
+    except ValueError:
+        return {}
+    return args if isinstance(args, dict) else {}
+
+
+def _told_axis(args: Mapping[str, object]) -> str | None:
+    """The axis of magnitudes that the trainer's arguments name, None if they do not."""
+    value = str(args.get("wd_on_output")).lower()
+    return {"true": "output", "false": "input"}.get(value)
+
+
+def read_factor(file: TensorFile, key: str, suffix: str) -> np.ndarray:
+    """One tensor of a file. Raises DtypeError or FileFormatError unless it holds finite floats."""
     if file.dtype(key) not in FACTOR_DTYPES:
         raise DtypeError(
             f"{suffix} has dtype {file.dtype(key)}, expected one of {', '.join(FACTOR_DTYPES)}: "
@@ -116,16 +190,26 @@ def _factor(file: TensorFile, key: str, suffix: str) -> np.ndarray:
 
 
 def _alpha(file: TensorFile, key: str) -> float:
+    return float(_number(file, key, "alpha").reshape(()).astype(np.float64))
+
+
+def _number(file: TensorFile, key: str, suffix: str) -> np.ndarray:
     tensor = file[key]
     if tensor.size != 1:
-        raise ShapeError(f"alpha has shape {tensor.shape}, expected one number")
+        raise ShapeError(f"{suffix} has shape {tensor.shape}, expected one number")
     if tensor.dtype.kind in "bc":
-        raise DtypeError(f"alpha has dtype {file.dtype(key)}, expected a float or an integer")
-    return float(tensor.reshape(()).astype(np.float64))
+        raise DtypeError(f"{suffix} has dtype {file.dtype(key)}, expected a float or an integer")
+    return tensor
 
 
 def told(adapter: Adapter) -> str:
-    """What `Adapter.guess_shape` could tell of the layer: flat columns may hold a kernel."""
+    """What `Adapter.guess_shape` could tell of the layer: flat columns may hold a kernel, and a
+    side of 0 is unknown.
+    """
+    if not adapter.shape.inputs:
+        return f"{adapter.shape.outputs} outputs"
+    if not adapter.shape.outputs:
+        return f"{adapter.shape.inputs} inputs"
     flat = any(factor.flat and factor.spatial for factor in adapter.factors().values())
     if flat and not adapter.shape.window.axes:
         return f"{adapter.shape.inputs} (taps included) -> {adapter.shape.outputs}"

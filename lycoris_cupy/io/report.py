@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from typing import Any
 @dataclass(frozen=True)
 class LayerReport:
     """One module of the file. layer: None where there is no base. rank, alpha: None where the
-    algorithm has none.
+    algorithm has none. rows: of the layer, 'begin:end', where it is not all of them.
     """
 
     module: str
@@ -25,6 +26,7 @@ class LayerReport:
     dtype: str
     rounded: bool
     parameters: int
+    rows: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class LoadReport:
     layers: tuple[LayerReport, ...]
     unmatched: tuple[Unmatched, ...] = ()
     base_layers: int | None = None
+    dialects: tuple[str, ...] = ()
 
     @property
     def coverage(self) -> float:
@@ -71,13 +74,14 @@ class LoadReport:
         line = f"{self.path}: {len(self.layers)} of {modules} modules read{what}"
         if self.base_layers is not None:
             line += f", on {len(self.layers)} of {self.base_layers} layers"
-        return f"{line}; {self.parameters:,} parameters"
+        names = f"; names as by {', '.join(self.dialects)}" if self.dialects else ""
+        return f"{line}; {self.parameters:,} parameters{names}"
 
     def text(self) -> str:
         """The summary, a table of the layers, and what was not read."""
         out = [self.summary()]
         if self.layers:
-            out += ["", *_table(self.layers)]
+            out += ["", *self.table({})]
         if self.unmatched:
             out += ["", "not read:", *(f"  {entry}" for entry in self.unmatched)]
         return "\n".join(out)
@@ -86,10 +90,16 @@ class LoadReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values for JSON, which has no infinity: a LoKr's alpha may be 'inf'."""
-        return _plain(asdict(self) | {"coverage": self.coverage, "parameters": self.parameters})
+        return plain(asdict(self) | {"coverage": self.coverage, "parameters": self.parameters})
+
+    def table(self, more: Mapping[str, Sequence[str]]) -> list[str]:
+        """Lines of a table of the layers. more: heading -> a cell a layer; empty columns are left
+        out.
+        """
+        return _table(self.layers, more)
 
 
-def _table(layers: tuple[LayerReport, ...]) -> list[str]:
+def _table(layers: tuple[LayerReport, ...], more: Mapping[str, Sequence[str]]) -> list[str]:
     head = ["module", "layer", "shape", "algorithm", "rank", "scale", "from", "dtype", "parameters"]
     rows = [head]
     for one in layers:
@@ -98,7 +108,7 @@ def _table(layers: tuple[LayerReport, ...]) -> list[str]:
         rows.append(
             [
                 one.module,
-                one.layer or "",
+                (one.layer or "") + (f" rows {one.rows}" if one.rows else ""),
                 one.shape,
                 one.algorithm,
                 rank,
@@ -108,7 +118,8 @@ def _table(layers: tuple[LayerReport, ...]) -> list[str]:
             ]
             + [f"{one.parameters:,}"]
         )
-    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    columns = [*zip(*rows, strict=True), *((name, *cells) for name, cells in more.items())]
+    columns = [column for column in columns if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
     return [
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
@@ -116,9 +127,10 @@ def _table(layers: tuple[LayerReport, ...]) -> list[str]:
     ]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """value for JSON: infinities and NaN as text."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

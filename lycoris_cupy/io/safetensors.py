@@ -8,35 +8,38 @@ library's NumPy side knows no 8-bit floats.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import DtypeError, FileFormatError
+from .atomic import replacing
 from .header import BITS, MAX_HEADER, NUMPY, read_header, short
+from .output import Output, made_ahead, require_room
 
 _NAMES = {dtype: name for name, dtype in NUMPY.items()}
-_CHUNK = 16 << 20  # bytes a write: progress and Ctrl-C are noticed in between
 
 
 class Stored(NamedTuple):
     """A tensor for `write` that is made when its turn comes: its bytes, or an array of them, from
     `read()`.
+
+    span: an open file and the offset in it where these very bytes stand, so that the system can
+    copy them without our reading them.
     """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    span: tuple[BinaryIO, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -53,6 +56,7 @@ class TensorFile(Mapping[str, np.ndarray]):
         if self.path.exists() and not self.path.is_file():
             raise FileFormatError(f"{path}: is not a regular file")
         self._handle = open(self.path, "rb")
+        self._lock = Lock()  # several threads may read: the position is the file's
         try:
             self._data, self._entries, self.metadata = read_header(self._handle, str(path))
             with safe_open(self.path, "np"):
@@ -76,8 +80,9 @@ class TensorFile(Mapping[str, np.ndarray]):
     def raw(self, name: str) -> np.ndarray:
         """The tensor's bytes, (nbytes,) uint8, whatever its dtype."""
         entry = self._entries[name]
-        self._handle.seek(self._data + entry.begin)
-        out = np.fromfile(self._handle, np.uint8, entry.end - entry.begin)
+        with self._lock:
+            self._handle.seek(self._data + entry.begin)
+            out = np.fromfile(self._handle, np.uint8, entry.end - entry.begin)
         if out.size != entry.end - entry.begin:
             raise FileFormatError(
                 f"{self.path}: tensor {name!r} has {entry.end - entry.begin} bytes, the file ends "
@@ -87,7 +92,8 @@ class TensorFile(Mapping[str, np.ndarray]):
 
     def stored(self, name: str) -> Stored:
         """The tensor as `write` takes it, to pass it on bit for bit."""
-        return Stored(self.dtype(name), self.shape(name), lambda: self.raw(name))
+        span = (self._handle, self._data + self._entries[name].begin)
+        return Stored(self.dtype(name), self.shape(name), lambda: self.raw(name), span)
 
     def dtype(self, name: str) -> str:
         """The dtype as the file names it: 'BF16', 'F32', 'F8_E4M3', ..."""
@@ -120,40 +126,6 @@ def open_file(path: str | os.PathLike) -> TensorFile:
     return TensorFile(path)
 
 
-@contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A new file beside `path` that takes its place when the block ends well, and is gone when it
-    does not.
-
-    A crash, a full disk or a kill leaves the old file whole, or no file. Raises OSError before the
-    block where it must.
-    """
-    target = Path(os.path.realpath(path))  # a link goes on pointing to the file
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "cannot be written: is a directory", str(path))
-    beside = target.with_name(f".lycoris-{secrets.token_hex(6)}.tmp")
-    try:
-        handle = open(beside, "xb", buffering=0)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from None
-    try:
-        with handle:
-            yield handle
-            os.fsync(handle.fileno())
-        if target.exists():
-            shutil.copymode(target, beside)
-        os.replace(beside, target)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the new name is safe only when the directory is on the disk
-        directory = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
 def write(
     path: str | os.PathLike,
     tensors: Mapping[str, np.ndarray | Stored],
@@ -171,14 +143,35 @@ def dump(
     tensors: Mapping[str, np.ndarray | Stored],
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    workers: int = 0,
 ) -> None:
     """The bytes of a file, tensor after tensor. progress: called with the bytes written so far and
-    in all.
+    in all. workers: threads that make the next tensors while one is written.
     """
     stored = {name: _stored(name, tensor) for name, tensor in tensors.items()}
     # Wide dtypes first, otherwise in the order given: every tensor then starts at a multiple of its
     # item size.
     order = sorted(stored, key=lambda name: -BITS[stored[name].dtype])
+    header = _header(stored, order, metadata)
+    total = len(header) + sum(one.nbytes for one in stored.values())
+    require_room(os.path.dirname(handle.name), total)
+    out = Output(handle, total, progress)
+    out.write(header)
+    made = [stored[name] for name in order if stored[name].span is None]
+    with closing(
+        made_ahead([one.read for one in made], [one.nbytes for one in made], workers)
+    ) as m:
+        for name in order:
+            one = stored[name]
+            if one.span is not None and out.copy(*one.span, one.nbytes):
+                continue
+            array = one.read() if one.span is not None else next(m)
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            assert data.size == one.nbytes
+            out.write(data)
+
+
+def _header(stored, order, metadata) -> bytes:
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
         raise FileFormatError(f"metadata is {short(metadata)}, expected a mapping from str to str")
@@ -197,28 +190,7 @@ def dump(
             f"the header would have {len(text)} bytes, expected at most {MAX_HEADER}: shorten the "
             "metadata"
         )
-    total, done = 8 + len(text) + end, 0
-    free = shutil.disk_usage(os.path.dirname(handle.name)).free
-    if free < total:
-        raise OSError(
-            errno.ENOSPC,
-            f"cannot be written: {total} bytes are needed, {free} are free",
-            os.path.dirname(handle.name),
-        )
-    for part in (len(text).to_bytes(8, "little") + text, *(stored[name] for name in order)):
-        left = memoryview(part if isinstance(part, bytes) else _bytes(part).data)
-        while left:
-            try:
-                count = handle.write(left[:_CHUNK])
-            except OSError as error:
-                raise OSError(
-                    error.errno,
-                    f"cannot be written, {done} of {total} bytes done: {error.strerror}",
-                    handle.name,
-                ) from None
-            left, done = left[count:], done + count
-            if progress is not None:
-                progress(done, total)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _stored(name: str, tensor: np.ndarray | Stored) -> Stored:
@@ -233,9 +205,3 @@ def _stored(name: str, tensor: np.ndarray | Stored) -> Stored:
             f"{', '.join(map(str, _NAMES))}"
         )
     return Stored(_NAMES[little], tensor.shape, lambda: tensor.astype(little, copy=False))
-
-
-def _bytes(stored: Stored) -> np.ndarray:
-    array = np.ascontiguousarray(stored.read()).reshape(-1).view(np.uint8)
-    assert array.size == stored.nbytes
-    return array

@@ -1,12 +1,21 @@
 """Differentiable operations on arrays, and on arrays that a tape watches, for NumPy and CuPy."""
 
+from .cayley import cayley, rotation_columns
 from .columns import column_sum, expand_rows
 from .elementwise import add, cast, multiply, prelu, scale
 from .hadamard import face_split, hadamard_weight
+from .join import join_columns, take_columns
 from .kron import kron_weight, mix_blocks
+from .kron_square import kron_square
 from .low_rank import fold_core, low_rank_weight, tucker_weight
+from .magnitude import magnitude, shifted
+from .norm import group_norm, layer_norm
 from .product import convolution, product, product_dw, product_dx
+from .ranks import interleave, mask_ranks, take_rows
+from .scale_columns import scale_columns, spread_columns
 from .shapes import pixel_shuffle, reshape, resize_nearest, tap_diagonal, transpose
+from .skew import cayley_series, skew_blocks
+from .squares import changed_square, low_rank_square
 from .tucker2 import tucker_decompose
 from .window import Window
 
@@ -14,14 +23,25 @@ __all__ = [
     "Window",
     "add",
     "cast",
+    "cayley",
+    "changed_square",
+    "cayley_series",
     "column_sum",
     "convolution",
     "expand_rows",
     "face_split",
     "fold_core",
+    "group_norm",
     "hadamard_weight",
+    "join_columns",
+    "interleave",
+    "kron_square",
     "kron_weight",
+    "layer_norm",
+    "low_rank_square",
     "low_rank_weight",
+    "magnitude",
+    "mask_ranks",
     "mix_blocks",
     "multiply",
     "pixel_shuffle",
@@ -31,7 +51,14 @@ __all__ = [
     "product_dx",
     "reshape",
     "resize_nearest",
+    "rotation_columns",
     "scale",
+    "scale_columns",
+    "shifted",
+    "spread_columns",
+    "skew_blocks",
+    "take_columns",
+    "take_rows",
     "tap_diagonal",
     "transpose",
     "tucker_decompose",

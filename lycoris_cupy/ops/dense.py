@@ -32,4 +32,6 @@ def matmul(
     out = np.matmul(
         a.swapaxes(-1, -2) if transpose_a else a, b.swapaxes(-1, -2) if transpose_b else b
     )
-    return out if scale is None else out * scale.astype(out.dtype)
+    if scale is not None:
+        out *= scale.astype(out.dtype)  # in place: out may be as large as a layer's weight
+    return out

@@ -1,0 +1,56 @@
+"""A layer with all its adapters: x * (W + sum of the changes) + bias, with one product by W.
+
+An adapter that scales W too gives the Share (k - strength) * W of its change, and those sum to one
+scale of the layer's own product:
+
+    per output   y = (x * W) * C + changes + bias      C = 1 + sum of (k - strength)
+    per input    y = (x * C) * W + changes + bias
+
+so W + sum of strength_i * (W'_i - W) is exact for any number of adapters. One that mixes outputs
+gives a Turn, which makes its change of x * W, before any scale. Only where a scale of the inputs
+meets one of these on one layer is a second product by W made: W * (C_in + C_out - 1) is no product
+of two scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..arrays import Array
+from ..layers import Layer
+from ..ops.elementwise import add
+from ..ops.magnitude import shifted
+from ..ops.product import product
+from ..ops.scale_columns import scale_columns
+from .base import Adapter, Parameters, Share
+from .dora import nothing, over_groups
+
+
+def forward(layer: Layer, x: Array, parts: Iterable[tuple[Adapter, Parameters, Array]]) -> Array:
+    """The layer's output with these adapters, each (adapter, its parameters, its scale)."""
+    change, shares, turns = None, [], []
+    for adapter, p, scale in parts:
+        change, more = adapter.contribute(change, layer, x, p, scale)
+        if more is not None:
+            (shares if isinstance(more, Share) else turns).append(more)
+    inputs = [share for share in shares if share.axis == "input"]
+    outputs = [share for share in shares if share.axis == "output"]
+    if not outputs and not turns:
+        scaled = scale_columns(x, over_groups(_total(inputs), layer)) if inputs else x
+        return layer.forward(scaled, change)
+    y = layer.forward(x)
+    for turn in turns:
+        change = turn(y, change)
+    if inputs:
+        rest = over_groups(_total(inputs, nothing(inputs[0].factor)), layer)
+        change = product(scale_columns(x, rest), layer.matrix, layer.window, add=change)
+    if outputs:
+        return scale_columns(y, _total(outputs), bias=layer.bias, add=change)
+    return y if change is None else add(y, change)
+
+
+def _total(shares: list[Share], total: Array | None = None) -> Array:
+    """(total or 1) + sum of (factor - strength)."""
+    for share in shares:
+        total = shifted(share.factor, share.strength, total)
+    return total

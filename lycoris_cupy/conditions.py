@@ -1,0 +1,96 @@
+"""Conditions: what a forward is given beside its inputs, for the algorithms that read it.
+
+noise_level   T-LoRA: an array of one level a sample, or one for all, 0 clean to 1 pure noise
+ranks         DyLoRA: (first, last), the block of ranks that is trained, see `draw_block`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+
+from .arrays import Array, to_device
+from .errors import LycorisError, ShapeError
+from .graph import capture
+
+ARRAYS = ("noise_level",)  # conditions that are arrays, and so inputs of a captured graph
+
+
+def checked(
+    conditions: Mapping[str, Any], read: Set[str], device: str, dtype: np.dtype
+) -> dict[str, Any]:
+    """The conditions as algorithms take them. read: those that the attached algorithms know.
+
+    Raises LycorisError for one that none reads, or that is out of range; values on a GPU are not
+    looked at.
+    """
+    out: dict[str, Any] = {}
+    for name, value in conditions.items():
+        if name not in read:
+            raise LycorisError(
+                f"forward was given {name}, which no attached adapter reads "
+                f"(they read: {', '.join(sorted(read)) or 'nothing'})"
+            )
+        if name in ARRAYS:
+            out[name] = _levels(value, device, dtype)
+        elif len(value) != 2 or not all(isinstance(v, (int, np.integer)) for v in value):
+            raise LycorisError(f"{name} is {value!r}, expected two whole numbers (first, last)")
+        else:
+            out[name] = tuple(int(v) for v in value)
+    return out
+
+
+def _levels(value: Any, device: str, dtype: np.dtype) -> Array:
+    if not hasattr(value, "dtype"):
+        value = np.asarray(value, np.float64)
+    if value.ndim > 1:
+        raise ShapeError(f"noise_level has shape {tuple(value.shape)}, expected (N,) or one number")
+    if isinstance(value, np.ndarray):
+        wide = value.astype(np.float64)
+        if not ((wide >= 0) & (wide <= 1)).all():
+            raise LycorisError(
+                f"noise_level reaches from {wide.min():g} to {wide.max():g}, expected 0 (clean) to "
+                "1 (pure noise): divide the timestep by the number of timesteps"
+            )
+    return to_device(value.reshape(-1), device).astype(dtype)
+
+
+class _Conditioned:
+    """An engine whose array conditions are inputs, behind its own: what `graph.capture` takes."""
+
+    def __init__(self, engine, names: Sequence[str], fixed: Mapping[str, Any]):
+        self.engine, self.names, self.fixed = engine, names, fixed
+        self.device = engine.device
+
+    def _inputs(self, given: Sequence[Array]) -> list[Array]:
+        split = len(given) - len(self.names)
+        conditions = self.engine._conditions(dict(zip(self.names, given[split:], strict=True)))
+        return [*self.engine._inputs(given[:split]), *conditions.values()]
+
+    def forward(self, *arrays: Array) -> Any:
+        split = len(arrays) - len(self.names)
+        conditions = dict(zip(self.names, arrays[split:], strict=True))
+        return self.engine.forward(*arrays[:split], **conditions, **self.fixed)
+
+
+def captured(engine, inputs: Sequence[Array], conditions: Mapping[str, Any]) -> Callable[..., Any]:
+    """See Engine.capture."""
+    names = [name for name in conditions if name in ARRAYS]
+    if not conditions:
+        return capture(engine, inputs)
+    fixed = {name: value for name, value in conditions.items() if name not in ARRAYS}
+    step = capture(
+        _Conditioned(engine, names, fixed), [*inputs, *(conditions[name] for name in names)]
+    )
+
+    def run(*given: Array, **levels: Array) -> Any:
+        if set(levels) != set(names):
+            raise LycorisError(
+                f"captured with {', '.join(names) or 'no arrays'}, called with "
+                f"{', '.join(levels) or 'none'}"
+            )
+        return step(*given, *(levels[name] for name in names))
+
+    return run

@@ -1,0 +1,112 @@
+"""The arithmetic of a merge, one layer at a time: W + sum of strength * scale * change, summed in
+f32 (f64 for an f64 base) and rounded once.
+
+A weight stays in the file's order, (OUT, IN, *kernel); changes are (taps, IN, OUT). They meet in
+blocks of outputs small enough to stay in the cache, each of which is widened, added to, rounded and
+measured before the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from ..adapters import Adapter
+from ..arrays import device_context, on_gpu, to_device
+from ..errors import FileFormatError
+from .header import NUMPY
+from .rounding import Survival, rounded, sum_dtype, widened
+
+_BLOCK = 192 << 10  # numbers a block: f32, it and its temporaries stay in the caches
+_NAMES = {dtype: name for name, dtype in NUMPY.items()}
+# One block in so many tells what survives rounding well enough; measuring costs as much as merging.
+_MEASURED = 8
+
+
+class Part(NamedTuple):
+    """One adapter's part in one layer. params: factors in Flame layout, as in the file."""
+
+    adapter: Adapter
+    params: Mapping[str, np.ndarray]
+    strength: float
+
+
+@np.errstate(over="ignore", invalid="ignore")  # `_rounded_block` says it
+def merged_weight(
+    name: str, old: np.ndarray, parts: Sequence[Part], device: str = "cpu"
+) -> tuple[np.ndarray, Survival]:
+    """The changed weight, in the shape and dtype of the old one, and what survived the rounding
+    (of an eighth of the blocks of a large one).
+
+    device: where the changes are computed. Raises FileFormatError for a sum that the dtype cannot
+    hold; name: of the tensor, for that message.
+    """
+    outputs, inputs = (*old.shape, 1)[:2]  # a norm's weight has one axis
+    before = old.reshape(outputs, inputs, -1)
+    change = _change(before, parts, device)
+    out, survival = np.empty_like(before), Survival()
+    step = max(_BLOCK // max(before[0].size, 1), 16) if len(before) else 1
+    for i, at in enumerate(range(0, len(before), step)):
+        rows = slice(at, at + step)
+        wide, part = widened(before[rows]), change[rows]
+        if not part.flags.c_contiguous:  # turned in the cache, where strides cost little
+            part = np.ascontiguousarray(part.T).T
+        out[rows] = _rounded_block(name, before[rows], wide + part)
+        if i % _MEASURED == 0:
+            survival = survival.plus(_survival(part, widened(out[rows]) - wide))
+    return out.reshape(old.shape), survival
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def merged_bias(name: str, old: np.ndarray, parts: Sequence[Part], new: bool = False) -> np.ndarray:
+    """The changed bias, (OUT,), in the dtype of the old one. new: the layer has none, old is zero.
+    Raises as `merged_weight` does.
+    """
+    kept = sum_dtype(old.dtype)
+    total = widened(old).astype(kept)
+    before = None if new else total.copy()
+    for adapter, params, strength in parts:
+        change = adapter.delta_bias(params, before)
+        if change is not None:
+            total += np.asarray(strength * adapter.scale, kept) * change.astype(kept)
+    return _rounded_block(name, old, total)
+
+
+def _change(before: np.ndarray, parts: Sequence[Part], device: str) -> np.ndarray:
+    """The sum of all changes of a weight (OUT, IN, taps), in that order, wide, on the CPU."""
+    kept = sum_dtype(before.dtype)
+    with device_context(device):
+        total = base = None
+        if any(part.adapter.reads_weight for part in parts):
+            base = to_device(to_device(widened(before), device).transpose(2, 1, 0), device)
+        for adapter, params, strength in parts:
+            wide = adapter.canonical(
+                {key: to_device(value.astype(kept), device) for key, value in params.items()}
+            )
+            scale = to_device(np.array([strength * adapter.scale], kept), device)
+            change = adapter.delta_weight(base, wide, scale)
+            total = change if total is None else total + change
+        assert total is not None, "a layer is merged for the sake of a part"
+        turned = total.transpose(2, 1, 0)
+        return to_device(turned, "cpu") if on_gpu(turned) else turned
+
+
+def _rounded_block(name: str, old: np.ndarray, total: np.ndarray) -> np.ndarray:
+    out = rounded(total, old.dtype)
+    largest = max(total.max(initial=0), -total.min(initial=0))
+    if not largest <= float(ml_dtypes.finfo(old.dtype).max):  # NaN too
+        if (np.isfinite(widened(old)) & ~np.isfinite(widened(out))).any():
+            raise FileFormatError(
+                f"the merged {name!r} has values that {_NAMES[old.dtype]} cannot hold: lower the "
+                "strength, or merge into a base of a wider dtype"
+            )
+    return out
+
+
+def _survival(asked: np.ndarray, got: np.ndarray) -> Survival:
+    asked, got = np.ascontiguousarray(asked).reshape(-1), got.reshape(-1)
+    lost = got - asked
+    return Survival(*(float(np.dot(a, b)) for a, b in ((asked, asked), (asked, got), (lost, lost))))
