@@ -147,8 +147,15 @@ def define_sets(source: str) -> dict[str, list[dict[str, str]]]:
     }
 
 
+def architectures(source: str) -> list[str]:
+    """The only targets that a source compiles for, of its `// only sm_90a` line; empty for all."""
+    return [
+        a for line in re.findall(r"^// only (sm_.*)$", source, re.MULTILINE) for a in line.split()
+    ]
+
+
 def variants() -> list[tuple[str, str, dict[str, str]]]:
-    """Every (file, dtype, defines) that the package can compile."""
+    """Every (file, dtype, defines) that the package can compile, on some architecture."""
     out = []
     for path in sorted(source_folder().glob("*.cu")):
         for dtype, sets in define_sets(expand(path.name)).items():

@@ -11,6 +11,7 @@ import numpy as np
 
 from .arrays import Array, require_float, require_same, to_device
 from .errors import ShapeError
+from .ops.extended import Pending, extended
 from .ops.product import product
 from .ops.window import Window
 
@@ -104,8 +105,10 @@ class Layer:
         """The weight as every algorithm sees it: (taps, IN / groups, OUT)."""
         return self.weight.reshape(self.window.taps, *self.weight.shape[-2:])
 
-    def forward(self, x: Array, change: Array | None = None) -> Array:
+    def forward(self, x: Array, change: Array | Pending | None = None) -> Array:
         """x * weight + bias + change, one rounding. change: what adapters add, (..., OUT)."""
+        if isinstance(change, Pending):
+            return extended(x, self.matrix, self.window, change, bias=self.bias)
         return product(x, self.matrix, self.window, bias=self.bias, add=change)
 
     def to(self, device: str, dtype=None) -> Layer:

@@ -23,13 +23,14 @@ class Deferred:
     once.
 
     Contributions to one variable are chained through the accumulators of their products, so that a
-    sum of several is not written and read again for each.
+    sum of several is not written and read again for each. One that `extends` takes the `term` of
+    the one before it too, run(add, term), and computes both in one sum.
     """
 
-    __slots__ = ("run",)
+    __slots__ = ("extends", "run", "term")
 
-    def __init__(self, run: Callable[[Array | None], Array]):
-        self.run = run
+    def __init__(self, run: Callable[..., Array], term: Any = None, extends: bool = False):
+        self.run, self.term, self.extends = run, term, extends
 
 
 class Var:
@@ -147,8 +148,13 @@ def _total(parts: list[Array | Deferred], dtype) -> Array:
     deferred = [part for part in reversed(parts) if isinstance(part, Deferred)]
     if deferred and total is not None:
         total = _as(total, dtype)
-    for part in deferred:
-        total = part.run(total)
+    term = None
+    for i, part in enumerate(deferred):
+        following = deferred[i + 1] if i + 1 < len(deferred) else None
+        if term is None and part.term is not None and following is not None and following.extends:
+            term = part.term
+        else:
+            total, term = part.run(total) if term is None else part.run(total, term), None
     return total
 
 

@@ -1,8 +1,9 @@
-"""Tensor maps: what Hopper's copy engine is told of an array, as a 128-byte value that kernels take by value.
+"""Tensor maps: what Hopper's copy engine is told of an array, as a 128-byte value that kernels take
+by value.
 
-A matrix map copies boxes of rows, a pixel map the pixels that output positions read at one tap of a convolution (im2col).
-Both write bf16 in rows of 64 values (128 bytes), swizzled, with zeros for what lies outside. Through the driver's own
-library; nothing is read from the device.
+A matrix map copies boxes of rows, a pixel map the pixels that output positions read at one tap of a
+convolution (im2col). Both write bf16 in rows of 64 values (128 bytes), swizzled, with zeros for
+what lies outside. Through the driver's own library; nothing is read from the device.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ NOTHING = np.zeros((), TENSOR_MAP)  # for a term that is not there
 
 @functools.lru_cache(maxsize=4096)
 def matrix_map(address: int, shape: tuple[int, ...], box: tuple[int, ...]) -> np.ndarray:
-    """Boxes of a C-contiguous bf16 array (stack, rows, columns) or (rows, columns) at a device address.
+    """Boxes of a C-contiguous bf16 array (stack, rows, columns) or (rows, columns) at a device
+    address.
 
-    shape, box: slowest axis first; a box is (1, rows, 64) or (rows, 64) with at most 256 rows. A row is a multiple of 16
-    bytes and the address too. Raises KernelError with what the driver was told.
+    shape, box: slowest axis first; a box is (1, rows, 64) or (rows, 64) with at most 256 rows. A
+    row is a multiple of 16 bytes and the address too. Raises KernelError with what the driver was
+    told.
     """
     dims = shape[::-1]
     strides = [2 * int(np.prod(dims[: i + 1], dtype=np.int64)) for i in range(len(dims) - 1)]
@@ -52,10 +55,11 @@ def pixel_map(
     upper: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> np.ndarray:
-    """Columns of `pixels` pixels by 64 channels of a C-contiguous bf16 image (N, *space, C), two or three axes of space.
+    """Columns of `pixels` pixels by 64 channels of a C-contiguous bf16 image (N, *space, C), two or
+    three axes of space.
 
-    lower, upper: the first position of a window, and the last relative to the last pixel, per axis of space; stride: from
-    position to position. Raises KernelError with what the driver was told.
+    lower, upper: the first position of a window, and the last relative to the last pixel, per axis
+    of space; stride: from position to position. Raises KernelError with what the driver was told.
     """
     dims = shape[::-1]
     strides = [2 * int(np.prod(dims[: i + 1], dtype=np.int64)) for i in range(len(dims) - 1)]

@@ -108,6 +108,38 @@ GEOMETRIES = {
 }
 
 
+def _extended_rows():
+    """(window, x, w; the second window, x2, w2) whose sum is one result."""
+    flat, square = _window(), _window((3, 3), padding=1)
+    cases = {
+        "linear": (flat, (5, 24), (1, 24, 40), flat, (5, 8), (1, 8, 40)),
+        "linear, odd": (flat, (2, 3, 7), (1, 7, 11), flat, (2, 3, 5), (1, 5, 11)),
+        "linear, blocks": (flat, (9, 16), (1, 16, 128), _window(groups=2, shared=True), (9, 48), (1, 24, 64)),
+        "conv, rows": (square, (2, 4, 5, 8), (9, 8, 24), _window((1, 1)), (2, 4, 5, 16), (1, 16, 24)),
+        "conv, taps": (square, (1, 5, 4, 16), (9, 16, 80), _window((3, 3), padding=1, groups=2, shared=True), (1, 5, 4, 16), (9, 8, 40)),
+        "conv, stride": (_window((3, 2), stride=2, padding=1), (2, 6, 5, 8), (6, 8, 16), _window((1, 1)), (2, 3, 3, 8), (1, 8, 16)),
+        "conv, groups": (_window((3,), padding=1, groups=2), (2, 7, 6), (3, 3, 8), _window((1,), groups=2), (2, 7, 4), (1, 2, 8)),
+        "empty": (flat, (0, 8), (1, 8, 16), flat, (0, 8), (1, 8, 16)),
+    }  # fmt: skip
+    for name, (window, x, w, other, x2, w2) in cases.items():
+        y = np.shape(naive.product(np.zeros(x), np.zeros(w), window))
+        yield Row(
+            "extended",
+            name,
+            lambda x, w, b, a, x2, w2, s, window=window, other=other: ops.extended(
+                x, w, window, ops.pending(x2, w2, other, add=a, scale=s), bias=b
+            ),
+            lambda x, w, b, a, x2, w2, s, window=window, other=other: (
+                a + b + naive.product(x, w, window) + s * naive.product(x2, w2, other)
+            ),
+            (x, w, (y[-1],), y, x2, w2, FACTOR),
+            w[0] * w[1] + w2[0] * w2[1] + 4,
+            wide=(6,),
+            fixed=(6,),
+            roundings=2.0,  # where the second sum is written by itself, it is rounded by itself
+        )
+
+
 def _product_rows():
     for name, (window, x, outputs) in GEOMETRIES.items():
         inputs = x[-1] // window.groups
@@ -640,6 +672,7 @@ def _magnitude_rows():
 
 ROWS = [
     *_product_rows(),
+    *_extended_rows(),
     *_kron_rows(),
     *_weight_rows(),
     *_elementwise_rows(),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lycoris_cupy import BOFT, Conv1d, Conv2d, Conv3d, DiagOFT, Engine, Linear, bf16, to_device
-from lycoris_cupy.ops import product
+from lycoris_cupy.ops import product, ready
 from tests import majorants
 from tests.bounds import assert_within, bound
 from tests.cases import KINDS, PAIRS, Kind, adapters_for, channels_last
@@ -114,7 +114,7 @@ def test_routes_agree(kind, name):
     adapter = adapters_for(kind.shape)[name]
     layer, x, factors = draw(kind, adapter, 2)
     p, scale = adapter.canonical(factors), np.array([adapter.scale])
-    change = adapter.apply(None, layer, x, p, scale)
+    change = ready(adapter.apply(None, layer, x, p, scale))
     built = Adapter.apply(adapter, None, layer, x, p, scale)
     if adapter.delta_bias(p, layer.bias) is not None:
         built = built + scale * adapter.delta_bias(p, layer.bias)
@@ -123,7 +123,7 @@ def test_routes_agree(kind, name):
     assert_within(change, built, bound(built, size, depth, np.float64))
     # A change that is there already is added to.
     before = np.random.default_rng(0).standard_normal(change.shape)
-    both = adapter.apply(before, layer, x, p, scale)
+    both = ready(adapter.apply(before, layer, x, p, scale))
     limit = bound(both, size + np.abs(before), depth, np.float64)
     assert_within(both, change + before, limit)
 

@@ -24,6 +24,8 @@ LEVELS = [
         "tucker",
         "nearest_kron",
         "tape",
+        "plan",
+        "tensor_map",
         "io.header",
         "io.atomic",
         "io.output",

@@ -21,6 +21,7 @@ from ..arrays import Array
 from ..errors import FileFormatError, LycorisError
 from ..layers import Layer, LayerShape
 from ..norms import NormShape
+from ..ops.extended import Pending, pending
 from ..ops.product import product
 from ..ops.scale_columns import spread_columns
 from ..svd import Svd
@@ -228,14 +229,15 @@ class Adapter(ABC):
         p: Parameters,
         scale: Array,
         columns: Array | None = None,
-    ) -> Array:
+    ) -> Array | Pending:
         """change (of earlier adapters, or None) plus this adapter's part of the layer's output.
 
         The law: layer.forward(x, apply(None, layer, x, p, s)) is what the layer gives with the
         weight W + delta_weight(W, p, s) and its changed bias, for every algorithm and layer. The
         change is rounded by itself and added in the accumulators of the layer's own product, whose
         result is rounded once: W + delta is never rounded. columns: (OUT,) wide, what each output
-        of this adapter's part is multiplied by; only where `decomposable`.
+        of this adapter's part is multiplied by; only where `decomposable`. A last product may be
+        returned as a Pending, for the layer's own to take in.
         """
         delta = by_columns(self.delta_weight(layer.matrix, p, scale), columns)
         return product(x, delta, layer.window, add=change)
@@ -326,4 +328,4 @@ def apply_low_rank(
     window = layer.window
     inner = product(x, down, window.grouped(window.groups, shared=True))
     up = by_columns(up, columns)
-    return product(inner, up, window.pointwise_like(window.groups), add=change, scale=scale)
+    return pending(inner, up, window.pointwise_like(window.groups), add=change, scale=scale)

@@ -20,6 +20,7 @@ from ..layers import Layer, LayerShape
 from ..ops import elementwise
 from ..ops.columns import expand_rows
 from ..ops.elementwise import add, cast
+from ..ops.extended import ready
 from ..svd import Svd
 from .base import Adapter, Parameters, Share, Turn, zeros
 from .factor import Factor
@@ -119,7 +120,7 @@ class Biased(Adapter):
         columns: Array | None = None,
     ) -> Array:
         own = self.on.apply(change, layer, x, without_bias(p), scale * self.on.scale, columns)
-        return self._with_bias(own, p, scale)
+        return self._with_bias(ready(own), p, scale)
 
     def contribute(
         self, change: Array | None, layer: Layer, x: Array, p: Parameters, scale: Array
@@ -127,7 +128,7 @@ class Biased(Adapter):
         inner = without_bias(p)
         own, more = self.on.contribute(change, layer, x, inner, scale * self.on.scale)
         assert own is not None  # what it stands on has factors
-        return self._with_bias(own, p, scale), more
+        return self._with_bias(ready(own), p, scale), more
 
     def _with_bias(self, change: Array, p: Parameters, scale: Array) -> Array:
         factor = scale * self.on.reported_scale if self.scaled else scale

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from ..arrays import Array
 from ..layers import Layer
 from ..ops.elementwise import add
+from ..ops.extended import ready
 from ..ops.magnitude import shifted
 from ..ops.product import product
 from ..ops.scale_columns import scale_columns
@@ -30,7 +31,7 @@ def forward(layer: Layer, x: Array, parts: Iterable[tuple[Adapter, Parameters, A
     """The layer's output with these adapters, each (adapter, its parameters, its scale)."""
     change, shares, turns = None, [], []
     for adapter, p, scale in parts:
-        change, more = adapter.contribute(change, layer, x, p, scale)
+        change, more = adapter.contribute(ready(change), layer, x, p, scale)
         if more is not None:
             (shares if isinstance(more, Share) else turns).append(more)
     inputs = [share for share in shares if share.axis == "input"]
@@ -38,7 +39,7 @@ def forward(layer: Layer, x: Array, parts: Iterable[tuple[Adapter, Parameters, A
     if not outputs and not turns:
         scaled = scale_columns(x, over_groups(_total(inputs), layer)) if inputs else x
         return layer.forward(scaled, change)
-    y = layer.forward(x)
+    y, change = layer.forward(x), ready(change)
     for turn in turns:
         change = turn(y, change)
     if inputs:

@@ -18,6 +18,7 @@ import numpy as np
 from ..arrays import Array
 from ..errors import FileFormatError, ShapeError
 from ..layers import Layer, LayerShape
+from ..ops.extended import pending
 from ..ops.low_rank import fold_core, low_rank_weight, tucker_weight
 from ..ops.product import product
 from ..ops.shapes import reshape, tap_diagonal
@@ -138,7 +139,7 @@ class LoCon(Adapter):
         inner = product(x, p["down"], window.pointwise_like(groups, shared=True))
         inner = product(inner, p["mid"], window.grouped(groups, shared=True))
         up = by_columns(p["up"], columns)
-        return product(inner, up, window.pointwise_like(groups), add=change, scale=scale)
+        return pending(inner, up, window.pointwise_like(groups), add=change, scale=scale)
 
     @classmethod
     def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:

@@ -22,6 +22,7 @@ from ..arrays import Array
 from ..errors import ShapeError
 from ..layers import Layer, LayerShape
 from ..ops.elementwise import cast
+from ..ops.extended import pending
 from ..ops.kron import kron_weight, mix_blocks
 from ..ops.kron_square import kron_square
 from ..ops.low_rank import low_rank_weight, tucker_weight
@@ -233,7 +234,7 @@ class LoKr(Adapter):
             # Blocks of channels are mixed, then every block goes through the same w2.
             mixed, w2 = mix_blocks(x, w1), by_columns(p["w2"], columns)
             blocked = window.grouped(rows, shared=shared)
-            return product(mixed, w2, blocked, add=change, scale=scale)
+            return pending(mixed, w2, blocked, add=change, scale=scale)
         if self.tucker:
             inner = product(x, p["w2_down"], window.pointwise_like(blocks, shared=True))
             inner = product(inner, p["t2"], window.grouped(blocks, shared=True))
@@ -241,7 +242,7 @@ class LoKr(Adapter):
             inner = product(x, p["w2_down"], window.grouped(blocks, shared=True))
         # The mix runs between the factors, where the blocks are only rank wide.
         up, outer = by_columns(p["w2_up"], columns), window.pointwise_like(rows, shared=shared)
-        return product(mix_blocks(inner, w1), up, outer, add=change, scale=scale)
+        return pending(mix_blocks(inner, w1), up, outer, add=change, scale=scale)
 
     @classmethod
     def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:

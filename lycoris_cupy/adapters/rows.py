@@ -19,6 +19,7 @@ from ..arrays import Array
 from ..errors import ShapeError
 from ..layers import Layer, LayerShape
 from ..ops.elementwise import add
+from ..ops.extended import ready
 from ..ops.join import Ranges, join_columns, take_columns
 from ..svd import Svd, product_svd
 from .base import Adapter, Parameters
@@ -140,7 +141,7 @@ class Rows(Adapter):
         self, change: Array | None, layer: Layer, x: Array, p: Parameters, scale: Array
     ) -> Array:
         own = self._joined_columns(
-            part.adapter.apply(None, _RowsOf(layer, part), x, q, scale * part.adapter.scale)
+            ready(part.adapter.apply(None, _RowsOf(layer, part), x, q, scale * part.adapter.scale))
             for part, q in zip(self.parts, self.split(p), strict=True)
         )
         return own if change is None else add(change, own)

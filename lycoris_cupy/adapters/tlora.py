@@ -22,6 +22,7 @@ from ..arrays import Array, to_device, wide_dtype
 from ..errors import LycorisError, ShapeError
 from ..layers import Layer, LayerShape
 from ..ops.elementwise import add
+from ..ops.extended import pending
 from ..ops.low_rank import low_rank_weight
 from ..ops.product import product
 from ..ops.ranks import interleave, mask_ranks
@@ -132,7 +133,7 @@ class TLoRA(Adapter):
             options = {"least": self.least_rank, "exponent": self.exponent, "width": 2}
             inner = mask_ranks(inner, level, **options)
         both = interleave(up, first_up, -2)
-        return product(inner, both, layer.window.pointwise_like(), add=change, scale=scale)
+        return pending(inner, both, layer.window.pointwise_like(), add=change, scale=scale)
 
     @classmethod
     def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:

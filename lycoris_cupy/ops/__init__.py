@@ -3,6 +3,7 @@
 from .cayley import cayley, rotation_columns
 from .columns import column_sum, expand_rows
 from .elementwise import add, cast, multiply, prelu, scale
+from .extended import Pending, extended, pending, ready
 from .hadamard import face_split, hadamard_weight
 from .join import join_columns, take_columns
 from .kron import kron_weight, mix_blocks
@@ -28,7 +29,9 @@ __all__ = [
     "cayley_series",
     "column_sum",
     "convolution",
+    "Pending",
     "expand_rows",
+    "extended",
     "face_split",
     "fold_core",
     "group_norm",
@@ -45,10 +48,12 @@ __all__ = [
     "mix_blocks",
     "multiply",
     "pixel_shuffle",
+    "pending",
     "prelu",
     "product",
     "product_dw",
     "product_dx",
+    "ready",
     "reshape",
     "resize_nearest",
     "rotation_columns",

@@ -1,8 +1,9 @@
-"""The launch of the extended product on Hopper: x * w + scale * (x2 * w2) + add + bias, one rounding.
+"""The launch of the extended product on Hopper: x * w + scale * (x2 * w2) + add + bias, one
+rounding.
 
-A plan (tile, band, numbers) is made once for shapes; `plan_forward` and `plan_dx` give None for what the kernel does not
-take: other chips and dtypes, rows that are no multiple of 16 bytes, groups of the base weight, input gradients with a
-stride, blocks of x2 that no tile fits.
+A plan (tile, band, numbers) is made once for shapes; `plan_forward` and `plan_dx` give None for
+what the kernel does not take: other chips and dtypes, rows that are no multiple of 16 bytes, groups
+of the base weight, input gradients with a stride, blocks of x2 that no tile fits.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from .window import Window
 _TERM = np.dtype([(name, np.int32) for name in ("taps", "width", "axes", "block", "flip")])
 _TILE_M, _THREADS = 256, 384
 _SHARED = 226 * 1024  # sm_90 has 227 KiB for a block; the barriers stand in the rest
-# TILE_N of the variants. 144 is for w whose rows run along the inner axis: along the columns it was 18 % slower than its
-# size says (H100).
+# TILE_N of the variants. 144 is for w whose rows run along the inner axis: along the columns it was
+# 18 % slower than its size says (H100).
 _TILES = {False: (64, 96, 128, 144, 160), True: (64, 96, 128, 160)}
 _NARROW_BLOCKS = (40, 80)  # EXT_N of the variants whose tile of 160 holds several blocks
 _L2_BYTES = 52  # a multiprocessor's share of L2 a cycle; 64 is the port's width
@@ -34,7 +35,8 @@ _ALL = 1 << 30  # columns of a block where all columns share one
 
 
 class Extra(NamedTuple):
-    """The second sum: scale[0] * (x * w). shared: x holds a block of channels for each block of w's columns."""
+    """The second sum: scale[0] * (x * w). shared: x holds a block of channels for each block of w's
+    columns."""
 
     x: Array
     w: Array
@@ -44,7 +46,8 @@ class Extra(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A launch but for its arrays. image: (shape of x, lower, upper, stride) of its pixel map; None for a matrix."""
+    """A launch but for its arrays. image: (shape of x, lower, upper, stride) of its pixel map; None
+    for a matrix."""
 
     launch: Kernel
     grid: tuple[int]
@@ -55,6 +58,7 @@ class Plan:
     image: tuple | None
     other_image: tuple | None
     boxes: tuple[tuple[int, int, int], tuple[int, int, int]]  # of w and w2
+    cycles: float  # estimated
 
 
 def run(plan: Plan, x, w, out, *, extra: Extra | None, add, bias) -> Array:
@@ -80,7 +84,8 @@ def _map_x(x, image):
 
 
 def takes(*arrays) -> bool:
-    """Whether the copy engine can read these: bf16 on Hopper, rows and addresses multiples of 16 bytes."""
+    """Whether the copy engine can read these: bf16 on Hopper, rows and addresses multiples of 16
+    bytes."""
     return (
         all(
             a is None
@@ -107,7 +112,8 @@ def _hopper(device: int) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def plan_forward(x_shape, w_shape, window: Window, extra, count: int) -> Plan | None:
-    """The plan of x * w + x2 * w2.  extra: (shape of w2, its window) or None.  count: multiprocessors."""
+    """The plan of x * w + x2 * w2.  extra: (shape of w2, its window) or None.  count:
+    multiprocessors."""
     if window.groups != 1:
         return None
     space = x_shape[1:-1] if not window.pointwise else ()
@@ -132,19 +138,20 @@ def plan_forward(x_shape, w_shape, window: Window, extra, count: int) -> Plan | 
     choice = _choose(True, positions, columns, steps, count, block)
     if choice is None:
         return None
-    tile_n, ext_n = choice
+    tile_n, ext_n, cycles = choice
     defines = {"TILE_N": tile_n, "B_ROWS": 1} | ({"EXT_N": ext_n} if ext_n != tile_n else {})
     return Plan(
         kernel("extended.cu", "extended", bf16, **defines),
         _grid(positions, columns, tile_n, count), geometry, own, other,
         (positions, columns, _band(tile_n, count)), image, other_image,
-        ((1, ROW, ROW), (1, ROW, ROW)),
+        ((1, ROW, ROW), (1, ROW, ROW)), cycles,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
 def plan_dx(g_shape, w_shape, window: Window, in_space, extra, count: int) -> Plan | None:
-    """The plan of the input's gradient, g * w^T + g2 @ w2^T.  extra: the shape of w2, (1, inputs, width), or None."""
+    """The plan of the input's gradient, g * w^T + g2 @ w2^T.  extra: the shape of w2, (1, inputs,
+    width), or None."""
     if window.groups != 1 or any(s != 1 for s in window.stride):
         return None
     space = g_shape[1:-1] if not window.pointwise else ()
@@ -165,17 +172,18 @@ def plan_dx(g_shape, w_shape, window: Window, in_space, extra, count: int) -> Pl
         steps += _ceil(extra[2], ROW)
     choice = _choose(False, positions, columns, steps, count, _ALL)
     assert choice is not None  # any tile serves where there are no blocks
-    tile_n = choice[0]
+    tile_n, _, cycles = choice
     return Plan(
         kernel("extended.cu", "extended", bf16, TILE_N=tile_n, B_ROWS=0),
         _grid(positions, columns, tile_n, count), geometry, own, other,
         (positions, columns, _band(tile_n, count)), image, None,
-        ((1, tile_n, ROW), (1, tile_n, ROW)),
+        ((1, tile_n, ROW), (1, tile_n, ROW)), cycles,
     )  # fmt: skip
 
 
 def _walk(window: Window, images: int, space, to, padding, stride):
-    """(what a pixel map needs, Geometry), or (None, None) for a walk that the copy engine does not know."""
+    """(what a pixel map needs, Geometry), or (None, None) for a walk that the copy engine does not
+    know."""
     if not space:
         flat = Window()
         return None, geometry_of(flat, (), ())
@@ -207,19 +215,20 @@ def _term(taps: int, width: int, image, block: int = _ALL, flip: int = 0) -> np.
     return out
 
 
-def _choose(b_rows, positions, columns, steps, count, block) -> tuple[int, int] | None:
-    """(TILE_N, EXT_N) with the least time on the busiest multiprocessor; None if the blocks fit no tile."""
+def _choose(b_rows, positions, columns, steps, count, block) -> tuple[int, int, float] | None:
+    """(TILE_N, EXT_N, cycles) with the least time on the busiest multiprocessor; None if the blocks
+    fit no tile."""
     choices = [(t, t) for t in _TILES[b_rows] if block == _ALL or block % t == 0]
     if block in _NARROW_BLOCKS:
         choices = [(160, block)]
 
-    def cycles(choice):
-        tile = choice[0]
+    def cycles(tile):
         waves = _ceil(_ceil(positions, _TILE_M) * _ceil(columns, tile), count)
-        fetched = (_TILE_M + _ceil(tile, ROW) * ROW) * ROW * 2
+        wide = _ceil(tile, ROW) * ROW if b_rows else tile  # columns that are fetched
+        fetched = (_TILE_M + wide) * ROW * 2
         return waves * (steps * max(8 * tile, fetched / _L2_BYTES) + tile * _END)
 
-    return min(choices, key=cycles, default=None)
+    return min(((*c, cycles(c[0])) for c in choices), key=lambda c: c[2], default=None)
 
 
 def _grid(positions, columns, tile, count) -> tuple[int]:
@@ -235,35 +244,27 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def extended_forward(x, w, window: Window, *, extra: Extra | None, add, bias) -> Array | None:
-    """x * w + extra + add + bias, in the dtype of x; None where the kernel does not take it."""
+def extended_forward(x, w, window: Window, *, extra: Extra | None, add, bias) -> Array:
+    """x * w + extra + add + bias, in the dtype of x.  Only where `takes` and `plan_forward` say
+    so."""
     import cupy
 
-    second = (extra.x, extra.w) if extra else ()
-    if not takes(x, w, add, bias, *second):
-        return None
     shapes = None if extra is None else (tuple(extra.w.shape), extra.window)
     plan = plan_forward(tuple(x.shape), tuple(w.shape), window, shapes, processors())
-    if plan is None:
-        return None
+    assert plan is not None
     space = window.out_space(x.shape[1:-1]) if window.axes else x.shape[1:-1]
     shape = (*x.shape[:1], *space, w.shape[2]) if x.ndim > 1 else (w.shape[2],)
     return run(plan, x, w, cupy.empty(shape, x.dtype), extra=extra, add=add, bias=bias)
 
 
-def extended_dx(g, w, window: Window, in_space, *, extra: Extra | None, add) -> Array | None:
-    """g * w^T + extra + add, (N, *in_space, C); None where the kernel does not take it. extra: x (positions, R) and w
-    (1, C, R).
-    """
+def extended_dx(g, w, window: Window, in_space, *, extra: Extra | None, add) -> Array:
+    """g * w^T + extra + add, (N, *in_space, C). extra: x (positions, R) and w (1, C, R). As above,
+    by `plan_dx`."""
     import cupy
 
-    second = (extra.x, extra.w) if extra else ()
-    if not takes(g, w, add, *second):
-        return None
     shape = None if extra is None else tuple(extra.w.shape)
     plan = plan_dx(tuple(g.shape), tuple(w.shape), window, tuple(in_space), shape, processors())
-    if plan is None:
-        return None
+    assert plan is not None
     space = tuple(in_space) if window.axes else g.shape[1:-1]
     out = (*g.shape[:1], *space, w.shape[1]) if g.ndim > 1 else (w.shape[1],)
     return run(plan, g, w, cupy.empty(out, g.dtype), extra=extra, add=add, bias=None)

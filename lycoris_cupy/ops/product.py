@@ -9,14 +9,12 @@ the other two.
 
 from __future__ import annotations
 
-from ..arrays import Array, like, require_float, require_same, wide_dtype
+from ..arrays import Array, like, on_gpu, require_float, require_same, wide_dtype
 from ..errors import LycorisError, ShapeError
 from ..tape import Deferred, Primitive, Var, value_of
-from . import conv_cpu
+from . import conv_cpu, product_gpu
 from .columns import column_sum, rows_of
-from .conv_gpu import conv, conv_dw, conv_dx
 from .elementwise import cast, require_factor
-from .pointwise_gpu import pointwise, pointwise_dw, pointwise_dx
 from .shapes import reshape
 from .window import Window
 
@@ -127,7 +125,7 @@ def product_dw(x: Array, g: Array, window: Window, *, scale: Array | None = None
     return _product_dw(x, g, scale, window=window)
 
 
-def _finished(total, scale, add, bias, x):
+def finished(total, scale, add, bias, x):
     """The wide sum with all that is added to it, rounded once. CPU."""
     total = total if scale is None else total * scale
     total = total if add is None else add.astype(total.dtype, copy=False) + total
@@ -135,29 +133,30 @@ def _finished(total, scale, add, bias, x):
     return like(total, x)
 
 
-def _product_cpu(x, w, bias, add, scale, *, window):
+def wide_product(x, w, window):
     total = conv_cpu.conv(rows_of(x) if window.pointwise else x, w, window)
-    return _finished(total.reshape(out_shape(x.shape, w.shape, window)), scale, add, bias, x)
+    return total.reshape(out_shape(x.shape, w.shape, window))
+
+
+def _product_cpu(x, w, bias, add, scale, *, window):
+    return finished(wide_product(x, w, window), scale, add, bias, x)
 
 
 def _product_gpu(x, w, bias, add, scale, *, window):
-    if not window.pointwise:
-        return conv(x, w, window, scale=scale, add=add, bias=bias)
-    return pointwise(x, w, window, scale=scale, add=add, bias=bias)
+    return product_gpu.forward(x, w, window, scale=scale, add=add, bias=bias)
 
 
-def _in_space(x, window):
+def in_space_of(x, window):
     return x.shape[1:-1] if window.axes else x.shape[:-1]
 
 
 def _product_vjp(needs, out, x, w, bias, add, scale, *, window):
-    in_space = _in_space(x, window)
+    in_space = in_space_of(x, window)
     x, w = (x if needs[1] else None), (w if needs[0] else None)
 
     def pull(g):
-        dx = Deferred(lambda a: _product_dx(g, w, a, scale, window=window, in_space=in_space))
         return (
-            dx if needs[0] else None,
+            deferred_dx(g, w, scale, window, in_space) if needs[0] else None,
             _product_dw(x, g, scale, window=window) if needs[1] else None,
             column_sum(g) if needs[2] else None,
             g if needs[3] else None,
@@ -170,19 +169,37 @@ def _product_vjp(needs, out, x, w, bias, add, scale, *, window):
 _product = Primitive("product", _product_cpu, _product_gpu, _product_vjp)
 
 
+def deferred_dx(g, w, scale, window, in_space) -> Deferred:
+    """The gradient of a product's x, which waits for other contributions to add to it."""
+
+    def run(add, term=None):
+        if term is None:
+            return _product_dx(g, w, add, scale, window=window, in_space=in_space)
+        if on_gpu(g):
+            extra = product_gpu.Extra(*term)
+            return product_gpu.dx(g, w, window, in_space, scale=None, add=add, extra=extra)
+        more, more_w, more_window, more_scale = term
+        total = _dx_wide(more, more_w, more_window, in_space) * (
+            1 if more_scale is None else more_scale
+        )
+        return finished(total + _dx_wide(g, w, window, in_space), None, add, None, g)
+
+    return Deferred(run, term=(g, w, window, scale), extends=scale is None and window.groups == 1)
+
+
+def _dx_wide(g, w, window, in_space):
+    if not window.pointwise:
+        return conv_cpu.conv_dx(g, w, window, in_space)
+    shape = (*g.shape[:-1], w.shape[1] * window.groups)
+    return conv_cpu.conv_dx(rows_of(g), w, window, ()).reshape(shape)
+
+
 def _product_dx_cpu(g, w, add, scale, *, window, in_space):
-    if window.pointwise:
-        shape = (*g.shape[:-1], w.shape[1] * window.groups)
-        total = conv_cpu.conv_dx(rows_of(g), w, window, ()).reshape(shape)
-    else:
-        total = conv_cpu.conv_dx(g, w, window, in_space)
-    return _finished(total, scale, add, None, g)
+    return finished(_dx_wide(g, w, window, in_space), scale, add, None, g)
 
 
 def _product_dx_gpu(g, w, add, scale, *, window, in_space):
-    if not window.pointwise:
-        return conv_dx(g, w, window, in_space, scale=scale, add=add)
-    return pointwise_dx(g, w, window, scale=scale, add=add)
+    return product_gpu.dx(g, w, window, in_space, scale=scale, add=add)
 
 
 def _product_dx_vjp(needs, out, g, w, add, scale, *, window, in_space):
@@ -205,13 +222,11 @@ def _product_dw_cpu(x, g, scale, *, window):
 
 
 def _product_dw_gpu(x, g, scale, *, window):
-    if not window.pointwise:
-        return conv_dw(x, g, window, scale=scale)
-    return pointwise_dw(x, g, window, scale=scale)
+    return product_gpu.dw(x, g, window, scale=scale)
 
 
 def _product_dw_vjp(needs, out, x, g, scale, *, window):
-    in_space, dtype = _in_space(x, window), x.dtype
+    in_space, dtype = in_space_of(x, window), x.dtype
     x, g = (x if needs[1] else None), (g if needs[0] else None)
 
     def pull(c):

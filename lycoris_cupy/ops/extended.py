@@ -1,0 +1,120 @@
+"""extended: a layer's product and an adapter's in one sum, and `Pending`, a product that waits to
+be part of one.
+
+    y = add + x * w + scale * (x2 * w2) + bias          one sum, rounded once
+
+An adapter's last product is not carried out by itself: it waits until the layer's own, which takes
+it into its accumulators where that is cheaper (see `plan`), and else adds its rounded result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..arrays import Array, require_same
+from ..errors import ShapeError
+from ..tape import Primitive, value_of
+from . import product_gpu
+from .columns import column_sum
+from .elementwise import cast
+from .product import (
+    LINEAR,
+    deferred_dx,
+    finished,
+    in_space_of,
+    out_shape,
+    product,
+    product_dw,
+    wide_product,
+)
+from .window import Window
+
+
+@dataclass(frozen=True)
+class Pending:
+    """add + scale * (x * w), not computed yet; the arguments are those of `product`."""
+
+    x: Array
+    w: Array
+    window: Window
+    add: Array | None
+    scale: Array | None
+
+
+def pending(
+    x: Array,
+    w: Array,
+    window: Window = LINEAR,
+    *,
+    add: Array | Pending | None = None,
+    scale: Array | None = None,
+) -> Pending:
+    """A product for `extended` to take in; one that `add` still waits for is computed now."""
+    return Pending(x, w, window, ready(add), scale)
+
+
+def ready(change: Array | Pending | None) -> Array | None:
+    """The array that a pending product stands for; anything else as it is."""
+    if not isinstance(change, Pending):
+        return change
+    p = change
+    return product(p.x, p.w, p.window, add=p.add, scale=p.scale)
+
+
+def extended(
+    x: Array, w: Array, window: Window, change: Pending, *, bias: Array | None = None
+) -> Array:
+    """x * w + change + bias, summed wide, rounded once: `product(x, w, window, add=ready(change),
+    bias=bias)` in one sum.
+
+    x, w, bias: as for `product`. Returns (..., columns) in the dtype of x. Raises ShapeError,
+    DtypeError.
+    """
+    x2, w2, add = change.x, cast(change.w, x.dtype), change.add
+    shape = out_shape(x.shape, w.shape, window)
+    for name, array in (("w", w), ("x2", x2), ("bias", bias), ("add", add)):
+        if array is not None:
+            require_same("x", value_of(x), name, value_of(array))
+    if out_shape(x2.shape, w2.shape, change.window) != shape:
+        given = out_shape(x2.shape, w2.shape, change.window)
+        raise ShapeError(f"x2 * w2 has shape {given}, expected that of x * w, {shape}")
+    if bias is not None and tuple(bias.shape) != shape[-1:]:
+        raise ShapeError(f"bias has shape {tuple(bias.shape)}, expected {shape[-1:]}")
+    if add is not None and tuple(add.shape) != shape:
+        raise ShapeError(f"add has shape {tuple(add.shape)}, expected {shape}")
+    return _extended(x, w, bias, add, x2, w2, change.scale, window=window, other=change.window)
+
+
+def _cpu(x, w, bias, add, x2, w2, scale, *, window, other):
+    more = wide_product(x2, w2, other)
+    if scale is not None:
+        more *= scale
+    more += wide_product(x, w, window)
+    return finished(more, None, add, bias, x)
+
+
+def _gpu(x, w, bias, add, x2, w2, scale, *, window, other):
+    extra = product_gpu.Extra(x2, w2, other, scale)
+    return product_gpu.forward(x, w, window, scale=None, add=add, bias=bias, extra=extra)
+
+
+def _vjp(needs, out, x, w, bias, add, x2, w2, scale, *, window, other):
+    space, other_space = in_space_of(x, window), in_space_of(x2, other)
+    x, w = (x if needs[1] else None), (w if needs[0] else None)
+    x2, w2 = (x2 if needs[5] else None), (w2 if needs[4] else None)
+
+    def pull(g):
+        return (
+            deferred_dx(g, w, None, window, space) if needs[0] else None,
+            product_dw(x, g, window) if needs[1] else None,
+            column_sum(g) if needs[2] else None,
+            g if needs[3] else None,
+            deferred_dx(g, w2, scale, other, other_space) if needs[4] else None,
+            product_dw(x2, g, other, scale=scale) if needs[5] else None,
+            None,
+        )
+
+    return pull
+
+
+_extended = Primitive("extended", _cpu, _gpu, _vjp)

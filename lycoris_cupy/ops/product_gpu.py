@@ -1,0 +1,135 @@
+"""Products on a GPU: which kernel computes x * w (+ x2 * w2), its input gradient and its weight
+gradient.
+
+    library    cuBLASLt, where each output position reads one input position
+    extended   one kernel for both sums, linear or convolution; on Hopper
+    portable   a convolution by mma.sync or, for groups of a few channels, a thread an output
+    narrow     a convolution to a few columns: all taps side by side, and a shifted sum
+
+All but `extended` write x2 * w2 by itself first and add it. `plan` estimates the time of each way
+that is possible.
+"""
+
+from __future__ import annotations
+
+import functools
+from math import prod
+
+from .. import plan
+from ..arrays import Array
+from .conv_gpu import conv, conv_dw, conv_dx, processors
+from .extended_gpu import Extra, extended_dx, extended_forward, plan_dx, plan_forward, takes
+from .narrow_gpu import narrow_conv, narrow_dw, narrow_dx, narrow_extra, suits
+from .pointwise_gpu import pointwise, pointwise_dw, pointwise_dx
+from .window import Window
+
+__all__ = ["Extra", "dw", "dx", "forward"]
+
+
+def forward(x, w, window: Window, *, scale, add, bias, extra: Extra | None = None) -> Array:
+    """add + scale * (x * w) + bias + extra.  Both a scale and an extra are never there."""
+    second = () if extra is None else (extra.x, extra.w)
+    sizes = None if extra is None else (tuple(extra.w.shape), extra.window)
+    hopper = scale is None and x.size > 0 and takes(x, w, add, bias, *second)
+    ways = _forward_ways(
+        tuple(x.shape), tuple(w.shape), window, sizes, hopper, x.dtype, processors()
+    )
+    way = plan.choose(*ways)
+    if way == "extended":
+        return extended_forward(x, w, window, extra=extra, add=add, bias=bias)
+    if extra is not None:
+        add = forward(extra.x, extra.w, extra.window, scale=extra.scale, add=add, bias=None)
+    run = {"library": pointwise, "portable": conv, "narrow": narrow_conv}[way]
+    return run(x, w, window, scale=scale, add=add, bias=bias)
+
+
+def dx(g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None) -> Array:
+    """add + scale * g * w^T + extra: the gradient of x.  Both a scale and an extra are never
+    there."""
+    if extra is not None and suits(extra.w.shape[1], extra.w.shape[2], extra.window, extra.x.dtype):
+        extra = narrow_extra(extra, in_space)
+    plain = extra is None or (extra.window.pointwise and extra.window.groups == 1)
+    second = () if extra is None else (extra.x, extra.w)
+    sizes = None if extra is None else tuple(extra.w.shape)
+    hopper = plain and scale is None and g.size > 0 and takes(g, w, add, *second)
+    ways = _dx_ways(
+        tuple(g.shape), tuple(w.shape), window, tuple(in_space), sizes, hopper, g.dtype,
+        processors(),
+    )  # fmt: skip
+    way = plan.choose(*ways)
+    if way == "extended":
+        return extended_dx(g, w, window, in_space, extra=extra, add=add)
+    if extra is not None:
+        add = _extra_dx(extra, in_space, add, window)
+    if way == "library":
+        return pointwise_dx(g, w, window, scale=scale, add=add)
+    run = narrow_dx if way == "narrow" else conv_dx
+    return run(g, w, window, in_space, scale=scale, add=add)
+
+
+def _extra_dx(extra: Extra, in_space, add, window: Window) -> Array:
+    rows = None if add is None or not extra.window.pointwise else add.reshape(-1, add.shape[-1])
+    if extra.x.ndim == 2 and window.axes:  # `narrow_extra` has made rows of it
+        out = dx(extra.x, extra.w, extra.window, (), scale=extra.scale, add=rows)
+        return out.reshape(-1, *in_space, out.shape[-1])
+    return dx(extra.x, extra.w, extra.window, in_space, scale=extra.scale, add=add)
+
+
+def dw(x, g, window: Window, *, scale) -> Array:
+    """scale * x^T * g: the gradient of w, wide."""
+    if window.pointwise:
+        return pointwise_dw(x, g, window, scale=scale)
+    if x.size and g.size and suits(x.shape[-1], g.shape[-1], window, x.dtype):
+        return narrow_dw(x, g, window, scale=scale)
+    return conv_dw(x, g, window, scale=scale)
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int):
+    """(what, seconds of each way, operations, bytes) of a forward product, from shapes alone."""
+    space = window.out_space(x[1:-1]) if window.axes else x[1:-1]
+    positions = prod((x[0], *space)) if len(x) > 1 else 1
+    columns = w[2] * (window.groups if window.shared else 1)
+    result = positions * columns * dtype.itemsize
+    operations = 2 * positions * w[0] * w[1] * columns
+    more = 2 * positions * extra[0][0] * extra[0][1] * columns if extra else 0
+    moved = prod(x) * dtype.itemsize + prod(w) * dtype.itemsize + result
+    later = plan.apart(result, more) if extra else 0.0
+    ways = _ways(window, operations, x[-1], w[2], dtype, moved, positions, prod(x[:-1]))
+    ways = {name: seconds + later for name, seconds in ways.items()}
+    planned = plan_forward(x, w, window, extra, count) if hopper else None
+    if planned is not None:
+        ways["extended"] = plan.extended(planned.cycles)
+    what = f"x {x} * w {w}" + (f" + x2 * w2 {extra[0]}" if extra else "")
+    return what, ways, operations + more, moved
+
+
+@functools.lru_cache(maxsize=4096)
+def _dx_ways(g, w, window: Window, in_space, extra, hopper: bool, dtype, count: int):
+    """As `_forward_ways`, for the gradient of the input."""
+    positions = g[0] * prod(in_space) if window.axes else prod(g[:-1])
+    inputs = w[1] * window.groups
+    result = positions * inputs * dtype.itemsize
+    operations = 2 * prod(g) * w[0] * w[1]
+    more = 2 * positions * extra[0] * extra[2] * inputs if extra else 0
+    moved = prod(g) * dtype.itemsize + prod(w) * dtype.itemsize + result
+    later = plan.apart(result, more) if extra else 0.0
+    ways = _ways(window, operations, inputs, w[2], dtype, moved, prod(g[:-1]), positions)
+    ways = {name: seconds + later for name, seconds in ways.items()}
+    planned = plan_dx(g, w, window, in_space, extra, count) if hopper else None
+    if planned is not None:
+        ways["extended"] = plan.extended(planned.cycles)
+    what = f"g {g} * w {w} turned" + (f" + g2 * w2 {extra} turned" if extra else "")
+    return what, ways, operations + more, moved
+
+
+def _ways(window: Window, operations, channels, columns, dtype, moved, positions, pixels):
+    """Seconds of the ways that are not for Hopper alone."""
+    if window.pointwise:
+        return {"library": max(plan.library(operations), plan.moving(moved))}
+    reads = window.taps * pixels * channels * dtype.itemsize * -(-columns // 128)
+    ways = {"portable": max(plan.portable(operations), plan.moving(moved), plan.rereading(reads))}
+    if suits(channels, columns, window, dtype):
+        parts = 2 * pixels * window.taps * columns * 4
+        ways["narrow"] = plan.moving(moved) + plan.moving(parts)
+    return ways

@@ -1,0 +1,312 @@
+"""The kernel of the extended product, tile by tile and term by term, and what the planner chooses.
+
+The kernel is called itself, whatever the planner would take, on a GPU of its kind.
+"""
+
+import numpy as np
+import pytest
+
+from lycoris_cupy import bf16, ops, plan, to_device
+from lycoris_cupy.arrays import gpu_missing
+from lycoris_cupy.errors import DtypeError, ShapeError
+from lycoris_cupy.ops import conv_cpu, extended_gpu, narrow_gpu, product_gpu
+from lycoris_cupy.ops.extended_gpu import Extra
+from lycoris_cupy.ops.window import Window
+from tests.bounds import assert_within, bound
+
+FLAT = Window()
+SCALE = np.array([0.703125], np.float32)
+
+
+def square(**options):
+    return Window.of((3, 3), **options)
+
+
+def blocks(window, count):
+    return window.grouped(count, shared=True)
+
+
+# x, w, window; x2, w2, its window; extra terms. Tails in rows, columns and channels; several tiles a
+# block; one, several and a part of a block of x2 in a tile.
+FORWARD = {
+    "one tile": ((200, 64), (1, 64, 128), FLAT, None, ""),
+    "tails": ((300, 200), (1, 200, 184), FLAT, None, "add bias"),
+    "rank 16": ((300, 200), (1, 200, 184), FLAT, ((300, 16), (1, 16, 184), FLAT), "bias"),
+    "rank 72": ((520, 328), (1, 328, 648), FLAT, ((520, 72), (1, 72, 648), FLAT), ""),
+    "many tiles": ((5120, 72), (1, 72, 1600), FLAT, ((5120, 24), (1, 24, 1600), FLAT), "add bias"),
+    "blocks": ((600, 256), (1, 256, 512), FLAT, ((600, 224), (1, 56, 128), blocks(FLAT, 4)), ""),
+    "image": ((2, 20, 24, 64), (9, 64, 160), square(padding=1), None, ""),
+    "image, tails": ((3, 13, 17, 40), (9, 40, 72), square(padding=1), None, "add bias"),
+    "stride": ((3, 13, 17, 40), (9, 40, 72), square(padding=1, stride=2), None, ""),
+    "dilation": ((3, 13, 17, 72), (9, 72, 72), square(padding=2, dilation=2), None, ""),
+    "no padding": ((3, 13, 17, 72), (9, 72, 72), square(), None, ""),
+    "a line": ((3, 57, 40), (4, 40, 72), Window.of((4,), 2, 3), None, "bias"),
+    "a volume": (
+        (2, 5, 6, 7, 24), (12, 24, 40), Window.of((2, 3, 2), 1, (1, 1, 0)), None, "bias",
+    ),
+    "image, rank 16": (
+        (2, 13, 17, 72), (9, 72, 72), square(padding=1),
+        ((2, 13, 17, 16), (1, 16, 72), Window.of((1, 1))), "",
+    ),
+    "image, blocks of 40": (
+        (2, 13, 17, 160), (9, 160, 320), square(padding=1),
+        ((2, 13, 17, 320), (9, 40, 40), blocks(square(padding=1), 8)), "",
+    ),
+    "image, blocks of 80": (
+        (2, 13, 17, 80), (9, 80, 320), square(padding=1),
+        ((2, 13, 17, 96), (9, 24, 80), blocks(square(padding=1), 4)), "bias",
+    ),
+    "image, blocks of 160": (
+        (2, 13, 17, 80), (9, 80, 320), square(padding=1),
+        ((2, 13, 17, 160), (9, 80, 160), blocks(square(padding=1), 2)), "",
+    ),
+}  # fmt: skip
+
+# x, w, window, width of the second term.
+BACKWARD = {
+    "linear": ((300, 200), (1, 200, 184), FLAT, 0),
+    "linear, rank 16": ((300, 200), (1, 200, 184), FLAT, 16),
+    "linear, many tiles": ((5120, 1600), (1, 1600, 72), FLAT, 24),
+    "image": ((2, 20, 24, 160), (9, 160, 64), square(padding=1), 0),
+    "image, taps aside": ((3, 13, 17, 40), (9, 40, 72), square(padding=1), 144),
+    "dilation": ((3, 13, 17, 40), (9, 40, 72), square(dilation=2), 8),
+    "a line": ((3, 57, 40), (4, 40, 72), Window.of((4,), 1, 3), 16),
+    "a volume": ((2, 5, 6, 7, 24), (12, 24, 40), Window.of((2, 3, 2), 1, (1, 1, 0)), 16),
+}
+
+
+def draw(rng, shape):
+    return rng.standard_normal(shape, np.float32).astype(bf16).astype(np.float64)
+
+
+def wide_conv(x, w, window):
+    """x * w in f64 on the CPU, which tests/test_rows.py holds against plain loops."""
+    y = conv_cpu.conv(x.reshape(-1, x.shape[-1]) if window.pointwise else x, w, window)
+    space = window.out_space(x.shape[1:-1]) if window.axes else x.shape[1:-1]
+    return y.reshape(*x.shape[:1], *space, y.shape[-1])
+
+
+def on_gpu(*arrays):
+    return [None if a is None else to_device(a.astype(bf16), "cuda:0") for a in arrays]
+
+
+def need_hopper():
+    if not extended_gpu.hopper():
+        pytest.skip("not a Hopper GPU")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [None, 64, 96, 128, 160])
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward(name, tile, monkeypatch):
+    need_hopper()
+    x_shape, w_shape, window, second, terms = FORWARD[name]
+    rng = np.random.default_rng([*name.encode()])
+    x, w = draw(rng, x_shape), draw(rng, w_shape)
+    y, size = wide_conv(x, w, window), wide_conv(abs(x), abs(w), window)
+    add = draw(rng, y.shape) if "add" in terms else None
+    bias = draw(rng, y.shape[-1:]) if "bias" in terms else None
+    extra, depth = None, w_shape[0] * w_shape[1]
+    if second is not None:
+        x2, w2 = draw(rng, second[0]), draw(rng, second[1])
+        y = y + SCALE * wide_conv(x2, w2, second[2]).reshape(y.shape)
+        size = size + wide_conv(abs(x2), abs(w2), second[2]).reshape(y.shape)
+        extra = Extra(*on_gpu(x2, w2), second[2], to_device(SCALE, "cuda:0"))
+        depth += second[1][0] * second[1][1]
+    for more in (add, bias):
+        if more is not None:
+            y, size = y + more, size + abs(more)
+    if tile is not None:
+        block = second[1][2] if second is not None and second[2].groups > 1 else tile
+        if block % tile:
+            pytest.skip("the tile does not fit the blocks")
+        monkeypatch.setattr(extended_gpu, "_choose", lambda *args: (tile, tile, 0.0))
+        extended_gpu.plan_forward.cache_clear()
+    add, bias = on_gpu(add, bias)
+    x, w = on_gpu(x, w)
+    assert extended_gpu.takes(x, w, add, bias)
+    out = [
+        to_device(
+            extended_gpu.extended_forward(x, w, window, extra=extra, add=add, bias=bias), "cpu"
+        )
+        for _ in range(2)
+    ]
+    extended_gpu.plan_forward.cache_clear()
+    assert (out[0] == out[1]).all()
+    assert_within(out[0].astype(np.float64), y, bound(y, size, depth, bf16), name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [None, 64, 96, 128, 144, 160])
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward(name, tile, monkeypatch):
+    need_hopper()
+    x_shape, w_shape, window, width = BACKWARD[name]
+    rng = np.random.default_rng([*name.encode()])
+    space = x_shape[1:-1] if window.axes else ()
+    out_space = window.out_space(space) if window.axes else ()
+    g, w, add = (
+        draw(rng, (x_shape[0], *out_space, w_shape[2])),
+        draw(rng, w_shape),
+        draw(rng, x_shape),
+    )
+    dx = conv_cpu.conv_dx(g, w, window, space).reshape(x_shape) + add
+    size = conv_cpu.conv_dx(abs(g), abs(w), window, space).reshape(x_shape) + abs(add)
+    extra = None
+    if width:
+        g2, w2 = draw(rng, (int(np.prod(x_shape[:-1])), width)), draw(rng, (1, x_shape[-1], width))
+        dx = dx + SCALE * (g2 @ w2[0].T).reshape(x_shape)
+        size = size + (abs(g2) @ abs(w2[0]).T).reshape(x_shape)
+        extra = Extra(*on_gpu(g2, w2), FLAT, to_device(SCALE, "cuda:0"))
+    if tile is not None:
+        monkeypatch.setattr(extended_gpu, "_choose", lambda *args: (tile, tile, 0.0))
+        extended_gpu.plan_dx.cache_clear()
+    g, w, add = on_gpu(g, w, add)
+    assert extended_gpu.takes(g, w, add)
+    out = to_device(extended_gpu.extended_dx(g, w, window, space, extra=extra, add=add), "cpu")
+    extended_gpu.plan_dx.cache_clear()
+    depth = w_shape[0] * w_shape[2] + width
+    assert_within(out.astype(np.float64), dx, bound(dx, size, depth, bf16), name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [3, 8, 16])
+@pytest.mark.parametrize(
+    ("x_shape", "window"),
+    [
+        ((2, 9, 11, 32), square(padding=1)),
+        ((2, 9, 11, 40), square(padding=2, dilation=2)),
+        ((2, 9, 12, 40), square(padding=1, stride=2)),
+        ((2, 33, 48), Window.of((5,), 1, 2)),
+    ],
+    ids=str,
+)
+def test_narrow(x_shape, window, columns):
+    """A convolution to a few columns, and its two gradients, by one product and a shifted sum."""
+    rng = np.random.default_rng(columns)
+    w = draw(rng, (window.taps, x_shape[-1], columns))
+    x = draw(rng, x_shape)
+    y, size = wide_conv(x, w, window), wide_conv(abs(x), abs(w), window)
+    g, add = draw(rng, y.shape), draw(rng, y.shape)
+    on = on_gpu(x, w, g, add)
+    scale = to_device(SCALE, "cuda:0")
+    out = to_device(
+        narrow_gpu.narrow_conv(*on[:2], window, scale=scale, add=on[3], bias=None), "cpu"
+    )
+    expected = add + SCALE * y
+    limit = bound(expected, abs(add) + size, w.shape[0] * w.shape[1], bf16)
+    assert_within(out.astype(np.float64), expected, limit)
+    space = x_shape[1:-1]
+    dx = to_device(narrow_gpu.narrow_dx(on[2], on[1], window, space, scale=None, add=None), "cpu")
+    expected = conv_cpu.conv_dx(g, w, window, space)
+    size = conv_cpu.conv_dx(abs(g), abs(w), window, space)
+    assert_within(dx.astype(np.float64), expected, bound(expected, size, w[..., 0].size, bf16))
+    dw = to_device(narrow_gpu.narrow_dw(on[0], on[2], window, scale=None), "cpu")
+    expected, size = conv_cpu.conv_dw(x, g, window), conv_cpu.conv_dw(abs(x), abs(g), window)
+    assert_within(dw, expected, bound(expected, size, g[..., 0].size, np.float32))
+
+
+# -- the planner, which needs no GPU ----------------------------------------------------------------
+
+SHAPES = {
+    "a wide linear layer": ((4608, 3072), (1, 3072, 12288), FLAT),
+    "a convolution": ((4, 64, 64, 640), (9, 640, 640), square(padding=1)),
+    "few rows": ((64, 3072), (1, 3072, 3072), FLAT),
+}
+
+
+def ways(name, hopper, extra=((1, 16, None), FLAT)):
+    x, w, window = SHAPES[name]
+    second = ((extra[0][0], extra[0][1], w[2]), window.pointwise_like())
+    return product_gpu._forward_ways(x, w, window, second, hopper, bf16, 132)
+
+
+def test_the_term_is_taken_in_where_that_saves_a_pass():
+    assert plan.choose(*ways("a wide linear layer", True)) == "extended"
+    assert plan.choose(*ways("a convolution", True)) == "extended"
+    assert plan.choose(*ways("few rows", True)) == "library"
+
+
+def test_no_way_needs_a_hopper():
+    for name in SHAPES:
+        what, seconds, operations, moved = ways(name, False)
+        assert "extended" not in seconds and seconds and operations > 0 and moved > 0
+        assert plan.choose(what, seconds, operations, moved) in ("library", "portable")
+
+
+def test_choices_are_recorded_and_readable():
+    with plan.recording() as choices:
+        plan.choose(*ways("a wide linear layer", True))
+    (choice,) = choices
+    assert choice.way == "extended" and set(choice.times) == {"extended", "library"}
+    text = str(choice)
+    assert "extended" in text and "library" in text and "GFLOP" in text and "us" in text
+    with plan.recording() as nothing:
+        pass
+    assert nothing == []
+
+
+def test_a_narrow_convolution_is_one():
+    x, w, window = (4, 64, 64, 640), (9, 640, 16), square(padding=1)
+    what = product_gpu._forward_ways(x, w, window, None, True, bf16, 132)
+    assert plan.choose(*what) == "narrow"
+
+
+@pytest.mark.parametrize("name", [n for n in FORWARD if FORWARD[n][3] is not None])
+def test_a_plan_covers_its_result(name):
+    """Tiles and boxes of a plan, from shapes alone: whole, and within what the copy engine takes."""
+    x, w, window, (_, w2, other), _ = FORWARD[name]
+    found = extended_gpu.plan_forward(x, w, window, (w2, other), 132)
+    tile = int(found.launch.defines["TILE_N"])
+    positions, columns, band = found.numbers
+    assert 1 <= found.grid[0] <= 132 and band >= 1
+    assert found.grid[0] == min(132, -(-positions // 256) * -(-columns // tile))
+    assert found.own["taps"] == w[0] and found.other["taps"] == w2[0]
+    if other.groups > 1:
+        assert found.other["block"] == w2[2]
+
+
+def test_what_no_plan_takes():
+    strided = square(padding=1, stride=2)
+    assert extended_gpu.plan_dx((2, 7, 9, 40), (9, 32, 40), strided, (13, 17), None, 132) is None
+    grouped = square(padding=1, groups=2)
+    assert extended_gpu.plan_forward((2, 7, 9, 32), (9, 16, 40), grouped, None, 132) is None
+    wide = Window.of((3, 3), 1, 300)
+    assert extended_gpu.plan_forward((2, 7, 9, 32), (9, 32, 40), wide, None, 132) is None
+    odd = ((1, 8, 24), blocks(FLAT, 3))
+    assert extended_gpu.plan_forward((9, 32), (1, 32, 72), FLAT, odd, 132) is None
+
+
+def test_a_pending_product_is_what_it_stands_for():
+    rng = np.random.default_rng(0)
+    x, w, h, up = (rng.standard_normal(s) for s in ((5, 6), (1, 6, 7), (5, 2), (1, 2, 7)))
+    first = ops.pending(h, up, scale=np.array([0.5]))
+    both = ops.pending(h, up, add=first)  # the first is computed, and added to
+    assert np.allclose(ops.ready(first), 0.5 * h @ up[0])
+    assert np.allclose(ops.ready(both), 1.5 * h @ up[0])
+    assert np.allclose(ops.extended(x, w, FLAT, both), x @ w[0] + 1.5 * h @ up[0])
+    assert ops.ready(None) is None and ops.ready(x) is x
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h, up: ops.pending(h, up[..., :3]), "x2 \\* w2 has shape"),
+        (lambda h, up: ops.pending(h.astype(np.float32), up), "cast one of them"),
+        (lambda h, up: ops.pending(h, up, add=h), "add has shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    x, w, h, up = (np.zeros(s) for s in ((5, 6), (1, 6, 7), (5, 2), (1, 2, 7)))
+    with pytest.raises((ShapeError, DtypeError), match=message):
+        ops.extended(x, w, FLAT, change(h, up))
+
+
+if not gpu_missing():
+
+    @pytest.fixture(autouse=True)
+    def _free():
+        yield
+        import cupy
+
+        cupy.get_default_memory_pool().free_all_blocks()
