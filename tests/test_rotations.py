@@ -21,7 +21,7 @@ from lycoris_cupy import (
 from lycoris_cupy.adapters import PeftOFT
 from lycoris_cupy.adapters.boft import power2_factorization
 from lycoris_cupy.attachment import Attachment
-from lycoris_cupy.errors import FileFormatError, LycorisError, MatchError, ShapeError
+from lycoris_cupy.errors import DtypeError, FileFormatError, LycorisError, MatchError, ShapeError
 from lycoris_cupy.io.adapter_file import inspect_adapter, read_adapter, write_adapter
 from lycoris_cupy.io.safetensors import open_file, write
 from tests.cases import KINDS
@@ -192,6 +192,12 @@ def test_power_of_two_blocks(size, factor, block):
         (lambda: ops.cayley(np.zeros((2, 3, 4))), ShapeError, "expected square blocks"),
         (lambda: ops.cayley(np.zeros((1, 2, 2)), limit=-1.0), ShapeError, "limit is -1.0"),
         (lambda: ops.rotation_columns(np.zeros((2, 3, 3)), np.zeros(5)), ShapeError, "rescale has"),
+        (lambda: ops.turn_blocks(np.zeros((2, 6)), np.zeros((1, 4, 6))), ShapeError, "divisor of"),
+        (
+            lambda: ops.turn_blocks(np.zeros((2, 6), bf16), np.zeros((1, 2, 6))),
+            DtypeError,
+            "matrices are float64, expected float32",
+        ),
         (lambda: ops.skew_blocks(np.zeros((2, 4))), ShapeError, "4 entries are not those above"),
     ],
 )

@@ -21,9 +21,9 @@ from ..ops import elementwise
 from ..ops.cayley import cayley, rotation_columns
 from ..ops.elementwise import add, cast
 from ..ops.magnitude import shifted
-from ..ops.product import product
 from ..ops.scale_columns import spread_columns
 from ..ops.shapes import reshape, transpose
+from ..ops.turn import turn_blocks
 from ..ops.window import Window
 from .base import Parameters
 from .dora import nothing
@@ -65,7 +65,7 @@ class PeftBOFT(Rotation):
         assert c is not None
         rows = reshape(transpose(cast(weight, e.dtype), (2, 1, 0)), (outputs, inputs * taps))
         by = scale if self.rule == "reference" else None
-        turned = product(rows, rotation_columns(e), Window(groups=self.blocks), scale=by)
+        turned = turn_blocks(rows, rotation_columns(e), scale=by)
         turned = transpose(reshape(turned, (outputs, inputs, taps)), (2, 1, 0))
         # c (W + turned) - W
         rest = spread_columns(cast(weight, e.dtype), shifted(c, nothing(scale) + 1, nothing(c)))

@@ -21,10 +21,12 @@ from ..arrays import Array, module_of
 from ..errors import FileFormatError, LycorisError, ShapeError
 from ..layers import Layer, LayerShape
 from ..ops.cayley import cayley, rotation_columns
+from ..ops.columns import expand_rows
 from ..ops.elementwise import cast
 from ..ops.product import product, product_dx
 from ..ops.shapes import reshape, transpose
 from ..ops.skew import block_size_of, cayley_series, skew_blocks
+from ..ops.turn import turn_blocks
 from ..ops.window import Window
 from ..tape import value_of
 from .base import Adapter, Parameters
@@ -89,12 +91,12 @@ class PeftOFT(Rotation):
     def _rotation(self, p: Parameters) -> Array:
         """R - I of each block, wide."""
         q = skew_blocks(p["blocks"])
-        return cayley_series(q) if self.series else cayley(q, factor=-0.5)
-
-    def _turned(self, x: Array, p: Parameters, window: Window, add: Array | None = None) -> Array:
-        """add + x (R - I), blocks of channels being groups."""
-        window = window.grouped(self.blocks, shared=self.shared)
-        return product(x, rotation_columns(self._rotation(p)), window, add=add)
+        e = cayley_series(q) if self.series else cayley(q, factor=-0.5)
+        if not self.shared:
+            return e
+        one = reshape(e, (self.block_size**2,))
+        every = expand_rows(one, (self.blocks, self.block_size**2))
+        return reshape(every, (self.blocks, self.block_size, self.block_size))
 
     def delta_weight(self, weight: Array, p: Parameters, scale: Array) -> Array:
         if self.shape.taps > 1:
@@ -103,9 +105,8 @@ class PeftOFT(Rotation):
                 "weight, and cannot be merged"
             )
         e = self._rotation(p)
-        window = Window(groups=self.blocks, shared=self.shared)
         rows = transpose(cast(weight, e.dtype), (0, 2, 1))  # W' = R W turns the inputs of each row
-        turned = product(rows, rotation_columns(e, turned=True), window, scale=scale)
+        turned = turn_blocks(rows, rotation_columns(e, turned=True), scale=scale)
         return transpose(turned, (0, 2, 1))
 
     def costs(self) -> dict[str, int]:
@@ -123,7 +124,7 @@ class PeftOFT(Rotation):
     ) -> Array:
         window = layer.window
         if self.shape.taps == 1:
-            turned = self._turned(x, p, window.pointwise_like())
+            turned = turn_blocks(x, rotation_columns(self._rotation(p)))
             return product(turned, layer.matrix, window, add=change, scale=scale)
         folded = self._folded(x, p)
         change = product(x, layer.matrix, window, add=change, scale=-scale)
@@ -139,7 +140,7 @@ class PeftOFT(Rotation):
         apart = cast(xp.ascontiguousarray(apart.transpose(1, 0, 2)), x.dtype)
         seen = product(x, apart, patches)
         flat = reshape(seen, (prod(seen.shape[:-1]), seen.shape[-1]))
-        flat = self._turned(flat, p, Window(), add=flat)
+        flat = turn_blocks(flat, rotation_columns(self._rotation(p)), add=flat)
         samples, positions = x.shape[0], flat.shape[0] // max(x.shape[0], 1)
         mixed = transpose(reshape(flat, (samples, positions, inputs, taps)), (0, 2, 1, 3))
         mixed = reshape(mixed, (samples, inputs, taps, positions))
