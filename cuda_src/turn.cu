@@ -3,9 +3,12 @@
 // A thread owns one column of ROWS rows at a time: an entry of the matrices is read once for all of them, and the rows wait in
 // shared memory. Columns of a thread block are whole blocks (several where they are narrow), or a part of one wide block,
 // whose inputs then pass in chunks.
+//
+// variants bf16 f32: ROWS=16 NEAR=16
+// variants f64: ROWS=4 NEAR=8
 #include "types.cuh"
 
-constexpr int LANES = 256, ROWS = sizeof(T) == 8 ? 8 : 16;
+constexpr int LANES = 256;
 
 // Columns of one thread block: `tile` of them, from `first`. tile is a multiple of B, or less than B and within one block.
 struct Tile {
@@ -66,8 +69,6 @@ extern "C" __global__ void __launch_bounds__(LANES) NAME(turn_blocks)(const T* y
 
 // partial[part][n][k * B + m] = sum over the rows r of one part of (y - bias)[r][k * B + n] * g[r][k * B + m], for NEAR rows n
 // of each matrix. Grid (tiles, parts, B / NEAR).
-constexpr int NEAR = 16;
-
 extern "C" __global__ void __launch_bounds__(LANES) NAME(turn_blocks_d)(const T* g, const T* y,  // (rows, columns)
                                                                         const T* bias,           // (columns) or null
                                                                         const A* scale,          // (1) or null

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..arrays import (
     Array,
+    f64,
     like,
     on_gpu,
     require_axes,
@@ -24,7 +25,7 @@ from ..tape import Primitive, Var, value_of
 from .columns import column_sum, rows_of
 from .elementwise import require_factor
 
-_LANES, _ROWS, _NEAR = 256, 16, 16  # as in turn.cu
+_LANES = 256  # as in turn.cu
 
 
 def turn_blocks(
@@ -91,6 +92,11 @@ def _turn_cpu(y, matrices, bias, add, scale):
     return like(total if add is None else total + wide(add), y)
 
 
+def _sizes(dtype):
+    """Rows at a time, and rows of each matrix at a time in the gradient: as registers allow."""
+    return {"ROWS": 4, "NEAR": 8} if dtype == f64 else {"ROWS": 16, "NEAR": 16}
+
+
 def _tile(size):
     """Columns of a thread block: whole blocks where they are narrow."""
     return _LANES // size * size if size <= _LANES else _LANES
@@ -109,8 +115,9 @@ def _launch_turn(y, matrices, bias, add, scale, turned):
     out = cupy.empty(y.shape, y.dtype)
     if out.size:
         (rows, columns), size = rows_of(y).shape, matrices.shape[1]
-        grid = (_tiles(columns, size), min((rows + _ROWS - 1) // _ROWS, 65535))
-        kernel("turn.cu", "turn_blocks", y.dtype)(
+        sizes = _sizes(y.dtype)
+        grid = (_tiles(columns, size), min((rows + sizes["ROWS"] - 1) // sizes["ROWS"], 65535))
+        kernel("turn.cu", "turn_blocks", y.dtype, **sizes)(
             grid, (_LANES,), y, matrices, bias, add, scale, out, rows, columns, size, _tile(size),
             turned,
         )  # fmt: skip
@@ -127,11 +134,12 @@ def _dmatrices_gpu(g, y, bias, scale, matrices):
     if not y.size:
         return cupy.zeros(matrices.shape, matrices.dtype)
     (rows, columns), size = rows_of(y).shape, matrices.shape[1]
-    tiles, near = _tiles(columns, size), (size + _NEAR - 1) // _NEAR
+    sizes = _sizes(y.dtype)
+    tiles, near = _tiles(columns, size), (size + sizes["NEAR"] - 1) // sizes["NEAR"]
     # Some eight blocks on each of 132 multiprocessors, each with 64 rows or more.
     parts = max(min(rows // 64, 1056 // (tiles * near)), 1)
     partial = cupy.empty((parts, size * columns), matrices.dtype)
-    kernel("turn.cu", "turn_blocks_d", y.dtype)(
+    kernel("turn.cu", "turn_blocks_d", y.dtype, **sizes)(
         (tiles, parts, near), (_LANES,), g, y, bias, scale, partial, rows, columns, size,
         _tile(size),
     )  # fmt: skip
