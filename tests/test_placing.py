@@ -297,7 +297,7 @@ def test_sdxl_text_encoder_two(tmp_path):
         "conditioner.embedders.1.model.transformer.resblocks.3.mlp.c_fc": LayerShape.of_file(
             (20, 6)
         ),
-        "conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj": LayerShape.of_file(
+        "conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_weight": LayerShape.of_file(
             (18, 6)
         ),
         "conditioner.embedders.0.transformer.text_model.encoder.layers.3.mlp.fc1": LayerShape.of_file(

@@ -55,6 +55,17 @@ def fold(name: str) -> str:
     return name.removesuffix(".weight").replace(".", "_")
 
 
+# torch's MultiheadAttention, and OpenCLIP with it, keeps q, k and v in a parameter of its own name.
+FUSED = ".in_proj_weight"
+
+
+def tensors_of(layer: str) -> tuple[str, str]:
+    """The names of a layer's weight and bias in a checkpoint."""
+    if layer.endswith(FUSED):
+        return layer, layer.removesuffix("weight") + "bias"
+    return f"{layer}.weight", f"{layer}.bias"
+
+
 def container_of(name: str) -> str:
     """The longest entry of CONTAINERS that the name starts with; empty if none."""
     return max((c for c in CONTAINERS if name.startswith(c)), key=len, default="")
