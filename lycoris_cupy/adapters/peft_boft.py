@@ -3,8 +3,8 @@
     W' = s * (W R),  R = (I + Q) (I - Q)^-1,  Q = (A - A^T) / 2
 
 in torch's order, (OUT, IN) with the taps of a kernel behind their input. The bias is not rescaled.
-Files of one butterfly factor, which is PEFT's default; more of them mix inputs in an order that no
-saved case of PEFT shows, and are refused. File keys: boft_R (1, blocks, B, B), boft_s (O, 1).
+Files of one butterfly factor: PEFT makes more of them only where its CUDA extension is compiled, and
+those are refused. File keys: boft_R (1, blocks, B, B), boft_s (O, 1).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class PeftBOFT(Rotation):
             raise ShapeError(f"boft_R has shape {blocks}, expected (1, blocks, B, B)")
         if blocks[0] != 1:
             raise ShapeError(
-                f"boft_R has {blocks[0]} butterfly factors, and only files of one are understood: "
-                "merge it with PEFT and take the difference of the weights"
+                f"boft_R has {blocks[0]} butterfly factors, expected 1: PEFT makes more only with "
+                "its CUDA extension; merge it there and take the difference of the weights"
             )
         return cls(shape, block_size=blocks[2], rule=rule)
