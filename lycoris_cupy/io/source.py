@@ -13,7 +13,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FileFormatError
+from ..adapters import RULES
+from ..adapters.oft import READINGS
+from ..errors import FileFormatError, LycorisError
+from ..ops.squares import AXES
 from .alpha import CONFIGURATION, Alphas, Configuration
 from .dialects import Dialect, Key, parse_key, unread
 from .peft_options import check_options
@@ -70,8 +73,17 @@ def open_source(
     """The modules of a file, or of PEFT's folder. alpha_from: the one source of alpha to believe.
     dora, rule, dialect: kept for `read_module`.
 
-    Raises FileFormatError where two keys are the same factor of a module.
+    Raises FileFormatError where two keys are the same factor of a module, LycorisError for a dora,
+    rule or dialect that there is not.
     """
+    for what, value, known in (
+        ("dora", dora, (None, *AXES)),
+        ("rule", rule, RULES),
+        ("dialect", dialect, (None, *READINGS)),
+    ):
+        if value not in known:
+            names = ", ".join(name for name in known if name is not None)
+            raise LycorisError(f"{what} is {value!r}, expected one of {names}")
     beside = None
     if not isinstance(path, TensorFile):
         path = Path(path)
