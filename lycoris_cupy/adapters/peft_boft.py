@@ -3,8 +3,8 @@
     W' = s * (W R),  R = (I + Q) (I - Q)^-1,  Q = (A - A^T) / 2
 
 in torch's order, (OUT, IN) with the taps of a kernel behind their input. The bias is not rescaled.
-Files of one butterfly factor: PEFT makes more of them only where its CUDA extension is compiled, and
-those are refused. File keys: boft_R (1, blocks, B, B), boft_s (O, 1).
+Files of one butterfly factor: PEFT makes more of them only where its CUDA extension is compiled,
+and those are refused. File keys: boft_R (1, blocks, B, B), boft_s (O, 1).
 """
 
 from __future__ import annotations
