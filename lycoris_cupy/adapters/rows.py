@@ -69,6 +69,10 @@ class Rows(Adapter):
         return 1.0
 
     @property
+    def reads_weight(self) -> bool:  # pyright: ignore
+        return any(part.adapter.reads_weight for part in self.parts)
+
+    @property
     def scale_reason(self) -> str:
         return "each part has its own"
 

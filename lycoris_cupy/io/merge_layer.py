@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from ..adapters import Adapter
-from ..arrays import device_context, on_gpu, to_device
+from ..arrays import device_context, f64, on_gpu, to_device
 from ..errors import FileFormatError
 from .header import NUMPY
 from .rounding import Survival, rounded, sum_dtype, widened
@@ -41,8 +41,8 @@ def merged_weight(
     """The changed weight, in the shape and dtype of the old one, and what survived the rounding
     (of an eighth of the blocks of a large one).
 
-    device: where the changes are computed. Raises FileFormatError for a sum that the dtype cannot
-    hold; name: of the tensor, for that message.
+    device: where the changes are computed; those of an f64 weight on the CPU always. Raises
+    FileFormatError for a sum that the dtype cannot hold; name: of the tensor, for that message.
     """
     outputs, inputs = (*old.shape, 1)[:2]  # a norm's weight has one axis
     before = old.reshape(outputs, inputs, -1)
@@ -78,6 +78,8 @@ def merged_bias(name: str, old: np.ndarray, parts: Sequence[Part], new: bool = F
 def _change(before: np.ndarray, parts: Sequence[Part], device: str) -> np.ndarray:
     """The sum of all changes of a weight (OUT, IN, taps), in that order, wide, on the CPU."""
     kept = sum_dtype(before.dtype)
+    if kept == f64:
+        device = "cpu"  # the kernels know bf16 and f32
     with device_context(device):
         total = base = None
         if any(part.adapter.reads_weight for part in parts):
