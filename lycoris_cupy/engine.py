@@ -109,6 +109,7 @@ class Engine:
         name: str | None = None,
         strict: bool = True,
         alpha_from: str | None = None,
+        rows: Mapping[str, tuple[str, int, int]] | None = None,
         dora: str | None = None,
         rule: str = "base",
         dialect: str | None = None,
@@ -123,7 +124,9 @@ class Engine:
         where several disagree. dora: 'output' or 'input', the axis of magnitudes whose shape allows
         both. rule: 'base', strength blends from the layer, or 'reference', as LyCORIS does, where
         the two differ (DoRA, rescale, BOFT). dialect: of rotations whose file allows several
-        readings, such as 'oft:kohya'. rank: cut LoCon and DyLoRA to this rank.
+        readings, such as 'oft:kohya'. rank: cut LoCon and DyLoRA to this rank. rows: for
+        layers that are fused here and apart in the file, name there -> (layer, first output, end);
+        those of Flux and CLIP-G are known.
         """
         name = name if name is not None else Path(path).stem
         self._require_new(name)
@@ -133,6 +136,7 @@ class Engine:
             strict=strict,
             dtype=self.dtype,
             alpha_from=alpha_from,
+            rows=rows,
             dora=dora,
             rule=rule,
             dialect=dialect,

@@ -100,7 +100,8 @@ def product_svd(down: np.ndarray, up: np.ndarray, vectors: bool = True) -> Svd:
     """
     down, up = np.asarray(down, np.float64), np.asarray(up, np.float64)
     if not vectors:
-        return matrix_svd(np.linalg.qr(down, "r") @ np.linalg.qr(up.T, "r").T, False)
+        first, second = (np.asarray(np.linalg.qr(side, "r")) for side in (down, up.T))
+        return matrix_svd(first @ second.T, False)
     left, first = np.linalg.qr(down)
     right, second = np.linalg.qr(up.T)
     core = matrix_svd(first @ second.T)

@@ -15,6 +15,8 @@ from lycoris_cupy import LayerShape
 from lycoris_cupy.io.adapter_file import read_adapter
 from lycoris_cupy.io.convert import convert_file
 from lycoris_cupy.io.dialects import DIALECTS
+from lycoris_cupy.io.merge import merge_files
+from lycoris_cupy.io.names import tensors_of
 from lycoris_cupy.io.safetensors import write
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -53,7 +55,7 @@ def test_converted_it_does_the_same(tmp_path, case, to):
     base = CASES[case]["base"]
     write(
         tmp_path / "m.safetensors",
-        {f"{n}.weight": np.zeros(s, np.float32) for n, s in base.items()},
+        {tensors_of(n)[0]: np.zeros(s, np.float32) for n, s in base.items()},
     )
     expected = load_file(GOLDEN / "expect" / f"{case}.safetensors")
     options = {"base": tmp_path / "m.safetensors", "algorithm": "lora"}
@@ -90,3 +92,20 @@ def test_the_script_makes_these_files(tmp_path):
         if p.is_file() and "__pycache__" not in p.parts
     }
     assert kept == set(made)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_into_a_checkpoint(tmp_path, case):
+    """The file of the model, fused weights included, gets the change and nothing else."""
+    base, paths = CASES[case]["base"], (tmp_path / "m.safetensors", tmp_path / "out.safetensors")
+    rng = np.random.default_rng(0)
+    weights = {tensors_of(n)[0]: rng.standard_normal(s) for n, s in base.items()}
+    write(paths[0], weights)
+    merge_files(paths[0], [(GOLDEN / CASES[case]["file"], 0.5)], paths[1])
+    expected = load_file(GOLDEN / "expect" / f"{case}.safetensors")
+    merged = load_file(paths[1])
+    assert merged.keys() == weights.keys()
+    for layer in base:
+        name = tensors_of(layer)[0]
+        change = 0.5 * expected[layer] if layer in expected else 0.0
+        assert np.abs(merged[name] - weights[name] - change).max() < 1e-12

@@ -297,7 +297,7 @@ def test_sdxl_text_encoder_two(tmp_path):
         "conditioner.embedders.1.model.transformer.resblocks.3.mlp.c_fc": LayerShape.of_file(
             (20, 6)
         ),
-        "conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj": LayerShape.of_file(
+        "conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_weight": LayerShape.of_file(
             (18, 6)
         ),
         "conditioner.embedders.0.transformer.text_model.encoder.layers.3.mlp.fc1": LayerShape.of_file(
@@ -323,3 +323,27 @@ def test_convolutions_have_rows_too():
     x = np.ones((1, 4, 4, 2))
     out = rows.apply(None, layer, x, rows.canonical(params), np.ones(1))
     assert not out[..., :4].any() and out[0, 1, 1, 4] == 18
+
+
+def test_rows_that_the_caller_tells(tmp_path):
+    """Grouped-query attention of a language model: q, k and v of different sizes in one weight."""
+    path, q, v = (
+        "model.layers.0.self_attn",
+        "base_model.model.model.layers.0.self_attn.q_proj",
+        "lora_unet_v",
+    )
+    tensors = lora(q, 8) | lora(v, 4)
+    write(tmp_path / "a.safetensors", tensors)
+    net = engine({f"{path}.qkv_proj": (16, D)})
+    rows = {f"{path}.q_proj": (f"{path}.qkv_proj", 0, 8), "v": (f"{path}.qkv_proj", 12, 16)}
+    report = net.attach(tmp_path / "a.safetensors", rows=rows)
+    assert [layer.rows for layer in report.layers] == ["0:8", "12:16"]
+    expected = np.concatenate([delta(tensors, q), np.zeros((4, D)), delta(tensors, v)])
+    assert np.allclose(change(net, f"{path}.qkv_proj"), expected, atol=1e-12)
+    net = engine({f"{path}.qkv_proj": (16, D)})
+    for wrong, match in (
+        ((f"{path}.qkv_proj", 8, 17), r"rows 8:17 of layer '.*': it is Linear\(12 -> 16\)"),
+        (("x", 0, 1), "there is no such layer"),
+    ):
+        with pytest.raises(MatchError, match=match):
+            net.attach(tmp_path / "a.safetensors", rows={"v": wrong})

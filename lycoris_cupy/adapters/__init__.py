@@ -5,6 +5,7 @@ benchmarks iterate over it.
 from ..errors import LycorisError
 from ..layers import LayerShape
 from .base import RULES, Adapter, Parameters, scale_of
+from .biased import Biased
 from .boft import BOFT
 from .diag_oft import DiagOFT
 from .dora import DoRA
@@ -68,6 +69,7 @@ __all__ = [
     "RULES",
     "Adapter",
     "BOFT",
+    "Biased",
     "DiagOFT",
     "DoRA",
     "DyLoRA",

@@ -22,6 +22,7 @@ from ..ops.elementwise import add
 from ..ops.join import Ranges, join_columns, take_columns
 from ..svd import Svd, product_svd
 from .base import Adapter, Parameters
+from .biased import BIAS, Biased, without_bias
 from .dora import KEY, DoRA
 from .factor import Factor
 from .full import Full
@@ -163,6 +164,9 @@ class Rows(Adapter):
 class _RowsOf(Layer):
     """Some rows of a layer, as an adapter sees them; the weight is copied only when asked for."""
 
+    _layer: Layer
+    _part: RowPart
+
     def __init__(self, layer: Layer, part: RowPart):
         # A frozen dataclass that computes what its parent stores.
         self.__dict__ |= {"_layer": layer, "_part": part, "window": layer.window}
@@ -210,6 +214,10 @@ def slice_rows(
             out[name] = params[name][begin // columns : stop // columns]
             split = ((stop - begin) // columns, columns, blocks, width)
             return replace(adapter, shape=shape, split=split), out
+    if isinstance(adapter, Biased):
+        own, out = slice_rows(adapter.on, without_bias(params), begin, stop)
+        out[BIAS] = np.ascontiguousarray(params[BIAS][begin:stop])
+        return Biased.over(own, adapter.scaled), out
     if isinstance(adapter, DoRA) and adapter.axis == "output":
         # The norm of an output is of its own row; one of an input couples all of them.
         own, out = slice_rows(

@@ -40,6 +40,7 @@ def read_adapter(
     strict: bool = True,
     dtype: np.dtype | None = None,
     alpha_from: str | None = None,
+    rows: Mapping[str, tuple[str, int, int]] | None = None,
     dora: str | None = None,
     rule: str = "base",
     dialect: str | None = None,
@@ -52,14 +53,16 @@ def read_adapter(
     the one source of alpha to believe; None takes the first that is there. dora: 'output' or
     'input', for magnitudes whose shape allows both. rule: what strength means, see `DoRA` and
     `Rotation`. dialect: of rotations whose file allows several readings, see `Rotation`. rank: cut
-    every module to this rank; LoCon and DyLoRA only.
+    every module to this rank; LoCon and DyLoRA only. rows: for
+    layers that the base keeps fused and no table knows, name in the file -> (layer, first output,
+    end).
 
     Raises FileFormatError, ShapeError or DtypeError for a module that is not understood or whose
     alpha is told in two ways, MatchError if no module finds its layer, if one could mean several,
     if two find one, or, when strict, if any finds none.
     """
     with open_source(source, alpha_from, dora, rule, dialect) as opened:
-        names, placed, unmatched = BaseNames(shapes), [], list(opened.unread)
+        names, placed, unmatched = BaseNames(shapes, rows), [], list(opened.unread)
         with _about(opened.path):
             for module in opened.modules:
                 found = place(opened, module, names, shapes)

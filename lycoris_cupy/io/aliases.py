@@ -74,7 +74,7 @@ _FUSED: dict[str, tuple[tuple[str, tuple | None], ...]] = {
     "final_layer_linear": (("proj_out", _ALL),),
     "final_layer_adaLN_modulation_1": (("norm_out_linear", _SWAPPED),),
     # CLIP-G: OpenCLIP -> transformers
-    "transformer_resblocks_#_attn_in_proj": (
+    "transformer_resblocks_#_attn_in_proj_weight": (
         ("text_model_encoder_layers_#_self_attn_q_proj", _Q),
         ("text_model_encoder_layers_#_self_attn_k_proj", _K),
         ("text_model_encoder_layers_#_self_attn_v_proj", _V),

@@ -105,8 +105,10 @@ class Alphas:
                 found["configuration"] = (alpha, self.configuration.name)
         if self.only is not None:
             found = {source: said for source, said in found.items() if source == self.only}
-        (first, *others) = (*found.values(), (None, ""))
-        for alpha, where in others[:-1]:
+        if not found:
+            return None, ""
+        first, *others = found.values()
+        for alpha, where in others:
             if abs(alpha - first[0]) > _CLOSE * abs(first[0]):
                 raise FileFormatError(
                     f"alpha is {first[0]:g} by {first[1]} and {alpha:g} by {where}: say which one "

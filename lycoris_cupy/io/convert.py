@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from ..adapters import Adapter, Full, LoCon, Rows
+from ..adapters import Adapter, Biased, LoCon, Rows
+from ..adapters.biased import without_bias
 from ..errors import FileFormatError, MatchError
 from .adapter_file import STALE, cast_checked, spoken
 from .alpha import METADATA
@@ -43,8 +44,8 @@ class _Item:
 
     module: Module
     name: Name
-    before: tuple[Adapter, Params]
-    after: tuple[Adapter, Params]
+    before: tuple[Adapter, Mapping[str, np.ndarray]]
+    after: tuple[Adapter, Mapping[str, np.ndarray]]
     alpha: np.ndarray | None = None
     needed: int = 0
     notes: list[str] = field(default_factory=list)
@@ -91,13 +92,14 @@ def convert_file(
             items = [item for item in items if item.name.part == only]
         if not items:
             raise MatchError(f"{source}: no module is left to convert")
-        names = module_names(dialect, {str(i): item.name for i, item in enumerate(items)})
+        labels = _labels(items)
+        names = module_names(dialect, dict(zip(labels, (i.name for i in items), strict=True)))
         for i, item in enumerate(items):
             _rewrite(item, dialect, algorithm, rank, dtype)
             if progress is not None:
                 progress(i + 1, len(items))
         _require_lossless(opened.path, items, lossy)
-        written = [names[str(i)] for i in range(len(items))]
+        written = [names[label] for label in labels]
         _write(out, dialect, written, items, _metadata(opened, dialect, items))
         return Conversion(
             opened.path,
@@ -121,6 +123,15 @@ def convert_file(
         )
 
 
+def _labels(items: list[_Item]) -> list[str]:
+    """What errors call the modules: a fused one that is taken apart stands for several layers."""
+    named = [item.module.name for item in items]
+    return [
+        name if named.count(name) == 1 else f"{name} on {item.name.path}"
+        for name, item in zip(named, items, strict=True)
+    ]
+
+
 def _require_new(dialect: Dialect, source, out) -> None:
     if dialect.alpha == "configuration" and os.path.lexists(out):
         raise FileFormatError(
@@ -132,10 +143,9 @@ def _require_new(dialect: Dialect, source, out) -> None:
 
 def _left_out(source: Source, lossy: bool) -> list[str]:
     if source.unread and not lossy:
-        more = f" and {len(source.unread) - 1} more" if len(source.unread) > 1 else ""
-        raise FileFormatError(
-            f"{source.path}: {source.unread[0]}{more}; --lossy leaves what is not read out"
-        )
+        first, *others = source.unread
+        more = f" and {len(others)} more" if others else ""
+        raise FileFormatError(f"{source.path}: {first}{more}; --lossy leaves what is not read out")
     return [entry.name for entry in source.unread]
 
 
@@ -195,13 +205,13 @@ def _rewrite(item: _Item, dialect: Dialect, algorithm, rank, dtype) -> None:
             "layer: --algorithm lora makes them one plain LoRA"
         )
     if algorithm or fused:
-        if isinstance(adapter, Full) and adapter.bias:
-            item.notes.append("the change of its bias is left out")
-            item.loss = float("inf")
-            adapter, params = replace(adapter, bias=False), {"diff": params["diff"]}
         _require_known_kernel(item)
         adapter, params, item.needed = as_lora(adapter, params, rank)
         _note_size(item, adapter)
+    if isinstance(adapter, Biased) and dialect.algorithms is not None:
+        item.notes.append(f"the change of its bias has no place in {dialect.name}")
+        item.loss = float("inf")
+        adapter, params = adapter.on, without_bias(params)
     require_expressible(dialect, adapter, item.module.name)
     if dialect.alpha == "folded":
         adapter, params = fold_scale(adapter, params)

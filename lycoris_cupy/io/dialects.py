@@ -29,6 +29,8 @@ _READ = {  # factors that are understood wherever they stand
     "lora_linear_layer.down.weight": "lora_down.weight",
     "lora_linear_layer.up.weight": "lora_up.weight",
     "lora_magnitude_vector": "dora_scale",
+    "lora_B.bias": "lora_up.bias",
+    "lora_B.default.bias": "lora_up.bias",
 }
 
 

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..adapters import Adapter, DoRA, Full, LoCon, LoHa, LoKr
+from ..adapters import Adapter, Biased, DoRA, Full, LoCon, LoHa, LoKr
+from ..adapters.biased import BIAS, without_bias
 from ..adapters.dora import KEY
 from ..spectrum import locon_of, spectrum_of
 from ..svd import product_svd
@@ -31,6 +32,13 @@ def as_lora(adapter: Adapter, params: Params, rank: int | None) -> tuple[Adapter
     Its factors are f32 (f64 from f64). A plain LoRA within the rank stays as it is. Raises
     LycorisError for an algorithm whose change depends on the layer's weight.
     """
+    if isinstance(adapter, Biased):
+        on, own, needed = as_lora(adapter.on, without_bias(params), rank)
+        return Biased.over(on, adapter.scaled), {**own, BIAS: params[BIAS]}, needed
+    if isinstance(adapter, Full) and adapter.bias:
+        diff = {"diff": params["diff"]}
+        on, own, needed = as_lora(replace(adapter, bias=False), diff, rank)
+        return Biased.over(on), {**own, BIAS: params["diff_b"]}, needed
     if isinstance(adapter, DoRA):  # the change inside the norm is rewritten, the magnitudes stay
         on, own, needed = as_lora(adapter.on, _without_magnitude(params), rank)
         return DoRA.over(on, adapter.axis, adapter.rule), {**own, KEY: params[KEY]}, needed
@@ -98,8 +106,12 @@ def _without_magnitude(params: Params) -> Params:
 
 
 def _inside(side: tuple[Adapter, Params]) -> tuple[Adapter, Params]:
-    """Of DoRA the change whose norm it takes: its magnitudes pass as they are."""
+    """Of DoRA the change whose norm it takes: its magnitudes pass as they are, as do biases."""
     adapter, params = side
+    if isinstance(adapter, Biased):
+        return _inside((adapter.on, without_bias(params)))
+    if isinstance(adapter, Full) and adapter.bias:
+        return replace(adapter, bias=False), {"diff": params["diff"]}
     return (adapter.on, _without_magnitude(params)) if isinstance(adapter, DoRA) else side
 
 

@@ -26,7 +26,7 @@ from .atomic import require_place
 from .change_report import ChangeReport, LayerChange
 from .checkpoint import Checkpoint, open_checkpoint
 from .merge import layer_shapes
-from .names import container_of, part_of
+from .names import container_of, part_of, tensors_of
 from .placing import Params
 from .rounding import MERGED_DTYPES, widened
 from .safetensors import NUMPY, write
@@ -99,7 +99,7 @@ def _common(base: Checkpoint, tuned: Checkpoint, exclude) -> tuple[dict[str, Lay
     """The layers of both, and why others are not among them."""
     shapes, left_out = {}, []
     for layer, shape in layer_shapes(base).items():
-        weight = f"{layer}.weight"
+        weight, _ = tensors_of(layer)
         if any(fnmatchcase(layer, pattern) for pattern in exclude):
             continue
         if weight not in tuned:
@@ -144,7 +144,7 @@ def _layer(
 ) -> tuple[tuple[Adapter, Params], LayerChange] | None:
     """((adapter, factors), report) of a layer; None where it is equal."""
     with device_context(device):
-        change = _change(base, tuned, f"{layer}.weight", shape, tolerance, device)
+        change = _change(base, tuned, tensors_of(layer)[0], shape, tolerance, device)
         if change is None:
             return None
         adapter, wide = extract(shape, change, form)
@@ -198,8 +198,8 @@ def _bias(base: Checkpoint, tuned: Checkpoint, layer: str, found, dtype) -> list
 
 def _rest(base: Checkpoint, tuned: Checkpoint, shapes, exclude) -> list[tuple[str, str]]:
     """Changed tensors that are of no layer: embeddings of other names, buffers."""
-    seen = {f"{layer}.{kind}" for layer in shapes for kind in ("weight", "bias")}
-    weights = {f"{layer}.weight" for layer in layer_shapes(base)}
+    seen = {name for layer in shapes for name in tensors_of(layer)}
+    weights = {tensors_of(layer)[0] for layer in layer_shapes(base)}
     return [
         _unplaced(base, tuned, name)
         for name in base

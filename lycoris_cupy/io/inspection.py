@@ -22,7 +22,7 @@ from .adapter_file import layer_report, spoken
 from .aliases import Rows
 from .checkpoint import Checkpoint, open_checkpoint
 from .merge import layer_shapes
-from .names import BaseNames, fold
+from .names import BaseNames, fold, tensors_of
 from .placing import Placed, survey
 from .report import LayerReport, LoadReport, plain
 from .safetensors import TensorFile
@@ -173,7 +173,7 @@ def _dense(adapter: Adapter, weight: np.ndarray, p: Mapping[str, np.ndarray]) ->
 
 def _weight(base: Checkpoint, one: Placed) -> np.ndarray:
     """(taps, IN, OUT) in f64: the rows that the adapter changes."""
-    array = base[f"{one.share.layer}.weight"].astype(np.float64)
+    array = base[tensors_of(one.share.layer)[0]].astype(np.float64)
     if one.share.rows is not None:
         array = np.concatenate([array[begin:stop] for begin, stop in one.share.rows])
     return np.ascontiguousarray(array.reshape(*array.shape[:2], -1).transpose(2, 1, 0))

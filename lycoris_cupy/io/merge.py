@@ -27,6 +27,7 @@ from .atomic import new_folder, replacing, require_place
 from .checkpoint import Checkpoint, open_checkpoint
 from .merge_layer import Part, merged_bias, merged_weight
 from .merge_report import MergeReport
+from .names import FUSED, tensors_of
 from .output import require_room
 from .report import LoadReport
 from .rounding import MERGED_DTYPES, Survival
@@ -114,10 +115,12 @@ def merge_files(
 
 def layer_shapes(base: Checkpoint) -> dict[str, LayerShape]:
     """The layers of a checkpoint: each `<name>.weight` of two to five axes, groups unknown; one
-    axis is taken for a norm's.
+    axis is taken for a norm's. A fused `in_proj_weight` is a layer of its own name.
     """
     weights = (
-        name for name in base if name.endswith(".weight") and 1 <= len(base.shape(name)) <= 5
+        name
+        for name in base
+        if name.endswith((".weight", FUSED)) and 1 <= len(base.shape(name)) <= 5
     )
     # An axis of no extent makes no kernel; no adapter fits it either.
     return {
@@ -159,7 +162,7 @@ def _parts(base: Checkpoint, read: Read, rules: Sequence[LayerStrength]) -> dict
     parts: dict[str, list[Part]] = {}
     for path, own, found, _ in read:
         for layer, (adapter, params) in found.items():
-            _require_float(base, f"{layer}.weight", layer)
+            _require_float(base, tensors_of(layer)[0], layer)
             strength = strength_on(layer, path, own, rules)
             if not abs(strength * adapter.scale) <= float(np.finfo(np.float32).max):
                 raise FileFormatError(
@@ -175,7 +178,7 @@ def _merged(
     base: Checkpoint, layer: str, parts: list[Part], survival: dict[str, Survival], device: str
 ) -> dict[str, Stored]:
     """The changed tensors of a layer, made when they are written."""
-    weight, bias = f"{layer}.weight", f"{layer}.bias"
+    weight, bias = tensors_of(layer)
 
     def make_weight() -> np.ndarray:
         out, survival[weight] = merged_weight(weight, base[weight], parts, device)

@@ -14,7 +14,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..adapters import ALGORITHMS, BOFT, Adapter, DiagOFT, DoRA, DyLoRA, LoCon
+from ..adapters import ALGORITHMS, BOFT, Adapter, Biased, DiagOFT, DoRA, DyLoRA, LoCon
+from ..adapters.biased import BIAS
+from ..adapters.biased import KEYS as BIASES
 from ..adapters.dora import KEY as DORA
 from ..adapters.dora import axis_of
 from ..adapters.dylora import is_dylora
@@ -36,7 +38,6 @@ _UNBUILT = {
     "a trained scalar that was not folded into a factor": ("scalar",),
     "a LoRA of an embedding": ("lora_embedding_A", "lora_embedding_B"),
     "a tensor that replaces or reshapes the weight": ("set_weight", "reshape_weight"),
-    "a change of the bias beside factors": ("lora_B.bias", "lora_up.bias"),
 }
 
 
@@ -82,6 +83,16 @@ def read_module(
     says. rule: what strength means, see `DoRA` and `Rotation`. dialect: of a rotation whose file
     allows several readings. prefix: of its keys.
     """
+    bias = next((key for key in BIASES if key in keys), None)
+    if bias is not None and "diff" not in keys and len(keys) > 1:
+        # A change of the bias beside factors of the weight: `diff` has one of its own.
+        rest = {suffix: key for suffix, key in keys.items() if suffix != bias}
+        on, params = read_module(file, rest, shape, dora, rule, dialect, prefix)
+        if not on.decomposable and not isinstance(on, DoRA):
+            raise FileFormatError(f"{bias} stands beside {on.algorithm}, which it does not change")
+        adapter = Biased.over(on, BIASES[bias])
+        tensor = read_factor(file, keys[bias], bias)
+        return adapter, {**params, BIAS: adapter.factors()[BIAS].read(tensor, adapter.shape)}
     kind = algorithm_of(set(keys))
     tensors = {
         suffix: _number(file, key, suffix)
@@ -141,7 +152,7 @@ def _refined(
         return BOFT
     plain = kind is LoCon and set(tensors) == set(DyLoRA.keys)
     # Either reading computes the same; only a DyLoRA can be trained on at random ranks.
-    return DyLoRA if plain and (is_dylora(tensors) or DyLoRA.algorithm in trained) else kind
+    return DyLoRA if plain and (is_dylora(tensors) or trained == [DyLoRA.algorithm]) else kind
 
 
 def _arguments(metadata: Mapping[str, str]) -> dict[str, object]:

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 
+from ..errors import MatchError
 from ..layers import LayerShape
 from .aliases import Share, aliases
 from .dialects import Key, Parts
@@ -54,6 +55,17 @@ def fold(name: str) -> str:
     return name.removesuffix(".weight").replace(".", "_")
 
 
+# torch's MultiheadAttention, and OpenCLIP with it, keeps q, k and v in a parameter of its own name.
+FUSED = ".in_proj_weight"
+
+
+def tensors_of(layer: str) -> tuple[str, str]:
+    """The names of a layer's weight and bias in a checkpoint."""
+    if layer.endswith(FUSED):
+        return layer, layer.removesuffix("weight") + "bias"
+    return f"{layer}.weight", f"{layer}.bias"
+
+
 def container_of(name: str) -> str:
     """The longest entry of CONTAINERS that the name starts with; empty if none."""
     return max((c for c in CONTAINERS if name.startswith(c)), key=len, default="")
@@ -73,10 +85,16 @@ def split_folded(path: str) -> tuple[str | None, str]:
 class BaseNames:
     """The layers of an engine or a checkpoint, by folded name.
 
-    shapes: layer -> LayerShape. Names alone serve too, but for the rows of fused layers.
+    shapes: layer -> LayerShape. Names alone serve too, but for the rows of fused layers. rows:
+    what no table knows, name in the file -> (layer, first output, end). Raises MatchError for rows
+    of no layer.
     """
 
-    def __init__(self, shapes: Mapping[str, LayerShape] | Iterable[str]):
+    def __init__(
+        self,
+        shapes: Mapping[str, LayerShape] | Iterable[str],
+        rows: Mapping[str, tuple[str, int, int]] | None = None,
+    ):
         known = shapes if isinstance(shapes, Mapping) else {}
         self._whole: dict[str, list[str]] = {}
         self._inner: dict[str, list[str]] = {}
@@ -89,6 +107,7 @@ class BaseNames:
             if container:
                 self._inner.setdefault(inner, []).append(name)
         self._aliases = {part: aliases(layers, known) for part, layers in by_part.items()}
+        self._told = {fold(name): _share(known, *told) for name, told in (rows or {}).items()}
         self._folded = self._inner | self._whole
         self._sorted = {
             False: sorted(self._folded),
@@ -97,10 +116,12 @@ class BaseNames:
         self._lookups = 200  # of `nearest`: about 1 ms each, and nobody reads more
 
     def candidates(self, key: Key) -> list[list[list[Share]]]:
-        """What a module could mean, the better guesses first: a name in full, one without its
-        container, another program's name. Each guess is a list of readings, each reading the
-        layers that it changes.
+        """What a module could mean, the better guesses first: the rows that the caller told, a name
+        in full, one without its container, another program's name. Each guess is a list of
+        readings, each reading the layers that it changes.
         """
+        if fold(key.path) in self._told:
+            return [[[self._told[fold(key.path)]]]]
         out = []
         for parts, path in self._readings(key):
             for table in (self._whole, self._inner):
@@ -144,6 +165,13 @@ class BaseNames:
         part, rest = split_folded(path)
         if part and rest and (key.parts is None or part in key.parts):
             yield (part,), rest
+
+
+def _share(shapes: Mapping[str, LayerShape], layer: str, begin: int, end: int) -> Share:
+    if layer not in shapes or not 0 <= begin < end <= shapes[layer].outputs:
+        what = f"it is {shapes[layer]}" if layer in shapes else "there is no such layer"
+        raise MatchError(f"rows {begin}:{end} of layer {layer!r}: {what}")
+    return Share(layer, ((begin, end),))
 
 
 def _speaks_of(parts: Parts, name: str) -> bool:

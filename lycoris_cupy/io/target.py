@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..adapters import Adapter, DoRA, LoCon
+from ..adapters import Adapter, Biased, DoRA, LoCon
 from ..errors import FileFormatError, MatchError
 from .aliases import original_name
 from .dialects import DIALECTS, Dialect
@@ -112,7 +112,7 @@ def _prefix(dialect: Dialect, name: Name, key: str, parts: set[str | None]) -> s
         if dialect.alpha == "configuration":
             raise MatchError(
                 f"{dialect.name} keeps one part of a model a folder, and the file has "
-                f"{', '.join(sorted(known, key=str))}: convert one (--only)"
+                f"{', '.join(sorted(map(str, known)))}: convert one (--only)"
             )
         home = HOMES[name.part] if name.part not in (None, "unet") else ""
         return prefix + (home if dialect.dotted else home.replace(".", "_"))
@@ -133,6 +133,8 @@ def _is_unet(names: Iterable[Name]) -> bool:
 def require_expressible(dialect: Dialect, adapter: Adapter, module: str) -> None:
     """Raise FileFormatError for an adapter that the dialect's readers do not know."""
     known = dialect.algorithms
+    if isinstance(adapter, Biased):
+        adapter = adapter.on
     if isinstance(adapter, DoRA):
         if known is not None and not isinstance(adapter.on, LoCon):
             raise FileFormatError(

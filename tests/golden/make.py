@@ -119,7 +119,7 @@ def main() -> None:
         "model.diffusion_model.middle_block.1.proj_out": [6, 6],
         "conditioner.embedders.0.transformer.text_model.encoder.layers.2.mlp.fc1": [8, 5],
         "conditioner.embedders.1.model.transformer.resblocks.2.mlp.c_fc": [9, 6],
-        "conditioner.embedders.1.model.transformer.resblocks.2.attn.in_proj": [18, 6],
+        "conditioner.embedders.1.model.transformer.resblocks.2.attn.in_proj_weight": [18, 6],
     }
     names = list(sdxl)
     parts = []
