@@ -147,6 +147,30 @@ extern "C" __global__ void __launch_bounds__(WIDE) NAME(skew_norm_d)(const T* a,
   }
 }
 
+// q = U - U^T of each block, U strictly above the diagonal and given row by row. One element a thread.
+extern "C" __global__ void NAME(skew_blocks)(const T* v,  // (batch, B (B - 1) / 2)
+                                             A* q,        // (batch, B, B)
+                                             int batch, int B) {
+  const long long at = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+  if (at >= (long long)batch * B * B) return;
+  const int i = at / B % B, j = at % B, low = i < j ? i : j, high = i < j ? j : i;
+  const long long from = at / (B * B) * (B * (B - 1) / 2) + low * (2 * B - low - 1) / 2 + high - low - 1;
+  q[at] = i == j ? A(0) : i < j ? widen(v[from]) : -widen(v[from]);
+}
+
+// The gradient: dv of the entry (i, j), i < j, is g[i][j] - g[j][i].
+extern "C" __global__ void NAME(skew_blocks_d)(const A* g,  // (batch, B, B)
+                                               A* dv,       // (batch, B (B - 1) / 2)
+                                               int batch, int B) {
+  const long long at = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+  if (at >= (long long)batch * B * B) return;
+  const int i = at / B % B, j = at % B;
+  if (i >= j) return;
+  const long long block = at / (B * B);
+  const A* mine = g + block * B * B;
+  dv[block * (B * (B - 1) / 2) + i * (2 * B - i - 1) / 2 + j - i - 1] = mine[i * B + j] - mine[j * B + i];
+}
+
 // out[n][k * B + m] = s c e[k][n][m] + (n == m) (c - 1), c = rescale[k * B + m] or 1, s = scale[0] or 1; with e[k][m][n] when
 // turned. One element a thread.
 extern "C" __global__ void NAME(rotation_columns)(const A* e,        // (batch, B, B)

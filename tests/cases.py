@@ -28,7 +28,7 @@ from lycoris_cupy import (
     LoKr,
     TLoRA,
 )
-from lycoris_cupy.adapters import Adapter
+from lycoris_cupy.adapters import Adapter, PeftBOFT, PeftOFT
 from lycoris_cupy.ops.window import Window
 
 PEER = Path(__file__).parent / "peer" / "lycoris-4.1.3"
@@ -116,6 +116,12 @@ def adapters_for(shape: LayerShape) -> dict[str, Adapter]:
             options = {"block_size": block, "rescaled": True}
             out["boft rescaled"] = BOFT.create(shape, constraint=0.02, **options)
             out["boft reference"] = BOFT.create(shape, rule="reference", **options)
+    if shape.taps == shape.window.groups == 1 and shape.inputs % 6 == 0:
+        out["oft-peft"] = PeftOFT.create(shape, 3)
+        out["oft-peft exact"] = PeftOFT.create(shape, 6, series=False)
+        out["oft-peft shared"] = PeftOFT.create(shape, 3, shared=True, rule="reference")
+        out["boft-peft"] = PeftBOFT(shape, block_size=3)
+        out["boft-peft reference"] = PeftBOFT(shape, block_size=6, rule="reference")
     if shape.taps == shape.window.groups == 1:
         out["tlora"] = TLoRA(shape, 3, 2.0)
         out["tlora more ranks"] = TLoRA(shape, 40, 1.0)

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from lycoris_cupy.adapters import BOFT, DiagOFT, TLoRA
+from lycoris_cupy.adapters import BOFT, DiagOFT, PeftBOFT, PeftOFT, TLoRA
 from lycoris_cupy.ops import product, product_dw, product_dx
 
-NONLINEAR = (DiagOFT, BOFT, TLoRA)
+ON_INPUT = (PeftOFT, PeftBOFT)
+NONLINEAR = (DiagOFT, BOFT, TLoRA, *ON_INPUT)
 
 
 def skew(adapter, blocks):
@@ -55,6 +56,34 @@ def dense(at, e, outputs):
     return out
 
 
+def turn_of_inputs(adapter, factors):
+    """(Q, the change of R) of each block, so that PEFT's weight is c (W + e W) with inputs in the
+    rows; BOFT's R multiplies from the other side in its own order.
+    """
+    size, eye = adapter.block_size, np.eye(adapter.block_size)
+    blocks = factors["blocks"]
+    if isinstance(adapter, PeftBOFT):
+        q = (blocks[0] - np.swapaxes(blocks[0], 1, 2)) / 2
+        e = np.array([(eye + k) @ np.linalg.inv(eye - k) - eye for k in q])
+        return q, np.swapaxes(e, 1, 2)
+    q = np.zeros((blocks.shape[0], size, size))
+    q[:, *np.triu_indices(size, 1)] = blocks
+    q = q - np.swapaxes(q, 1, 2)
+    if adapter.series:
+        e = np.array([2 * k + 2 * k @ k + 2 * k @ k @ k + k @ k @ k @ k for k in q])
+    else:
+        e = np.array([(eye - k) @ np.linalg.inv(eye + k) - eye for k in q])
+    if adapter.shared:
+        q, e = (np.repeat(a, adapter.blocks, 0) for a in (q, e))
+    return q, e
+
+
+def _by_inputs(adapter, e):
+    """The blocks as one (IN, IN) matrix."""
+    at = np.arange(adapter.shape.inputs).reshape(-1, adapter.block_size)
+    return dense(at, e, adapter.shape.inputs)
+
+
 def rescale_of(adapter, factors):
     return factors["rescale"] if adapter.rescaled else np.ones(adapter.shape.outputs)
 
@@ -80,6 +109,10 @@ def adapted(matrix, adapter, factors, strength):
         one, other = ((q * middle) @ p for q, middle, p in triplets(adapter, matrix, factors))
         return matrix + strength * adapter.scale * (one - other)
     reference, v = adapter.rule == "reference", matrix
+    if isinstance(adapter, ON_INPUT):
+        e = _by_inputs(adapter, turn_of_inputs(adapter, factors)[1])
+        v = (v + (strength if reference else 1) * e @ v) * rescale_of(adapter, factors)
+        return v if reference else matrix + strength * (v - matrix)
     for at, e in stages(adapter, factors):
         v = v + (strength if reference else 1) * v @ dense(at, e, matrix.shape[-1])
     v = v * rescale_of(adapter, factors)
@@ -89,6 +122,9 @@ def adapted(matrix, adapter, factors, strength):
 def _turned(matrix, adapter, factors, strength):
     """(the weight before each stage and after all, each stage's |e|), over absolute values."""
     s = abs(strength) if adapter.rule == "reference" else 1.0
+    if isinstance(adapter, ON_INPUT):
+        e = np.abs(_by_inputs(adapter, turn_of_inputs(adapter, factors)[1]))
+        return [], np.abs(matrix) + s * e @ np.abs(matrix), []
     v, kept, found = np.abs(matrix), [], []
     for at, e in stages(adapter, factors):
         kept.append(v)
@@ -118,10 +154,11 @@ def sizes(layer, adapter, factors, x, dy, strength):
     space = x.shape[1:-1] if window.axes else ()
     g = product_dw(x, dy, window)
     run = _tlora_gradients if isinstance(adapter, TLoRA) else _rotation_gradients
+    run = _input_gradients if isinstance(adapter, ON_INPUT) else run
     grads = run(matrix, adapter, factors, g, abs(strength))
     grads = {name: value.reshape(factors[name].shape) for name, value in grads.items()}
     y = product(x, weight, window, bias=bias)
-    if bias is not None and not isinstance(adapter, TLoRA):
+    if bias is not None and isinstance(adapter, (DiagOFT, BOFT)):
         # The bias is turned with the layer's output, and taken out again.
         y = y + weight_size(bias.reshape(1, 1, -1), adapter, factors, strength).reshape(-1)
     return y, product_dx(dy, weight, window, space), grads, weight
@@ -137,6 +174,27 @@ def _tlora_gradients(matrix, adapter, factors, g, strength):
         "lambda": np.einsum("ir,io,ro->r", q, g, p),
         "p": (q * middle).T @ g,
     }
+
+
+def _input_gradients(matrix, adapter, factors, g, strength):
+    q, e = (np.abs(a) for a in turn_of_inputs(adapter, factors))
+    c = np.abs(rescale_of(adapter, factors))
+    w, g = np.abs(matrix[0]), g[0] * strength
+    out = {}
+    if adapter.rescaled:
+        out["rescale"] = (g * (w + _by_inputs(adapter, e) @ w)).sum(axis=0)
+    full, size = (g * c) @ w.T, adapter.block_size
+    at = np.arange(adapter.shape.inputs).reshape(-1, size)
+    ge = np.array([full[np.ix_(place, place)] for place in at])
+    # Of any function whose derivative has the powers of Q on both sides, each at most twice.
+    powers = np.eye(size) + q + q @ q + q @ q @ q + e
+    both = ge + np.swapaxes(ge, 1, 2)
+    h = 2 * np.swapaxes(powers, 1, 2) @ both @ np.swapaxes(powers, 1, 2)
+    h = h + np.swapaxes(h, 1, 2)
+    if isinstance(adapter, PeftBOFT):
+        return {**out, "blocks": h[None]}
+    h = h.sum(axis=0, keepdims=True) if adapter.shared else h
+    return {**out, "blocks": h[:, *np.triu_indices(size, 1)]}
 
 
 def _rotation_gradients(matrix, adapter, factors, g, strength):

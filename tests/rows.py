@@ -15,10 +15,8 @@ import numpy as np
 
 from lycoris_cupy import ops
 from lycoris_cupy.ops.kron import mix_blocks_dw1
-from lycoris_cupy.ops.kron_square import _kron_cross, kron_square
-from lycoris_cupy.ops.magnitude import magnitude, shifted
-from lycoris_cupy.ops.scale_columns import scale_columns, spread_columns
-from lycoris_cupy.ops.squares import _against_weight, changed_square, low_rank_square
+from lycoris_cupy.ops.kron_square import _kron_cross
+from lycoris_cupy.ops.squares import _against_weight
 from lycoris_cupy.ops.window import Window
 from tests import naive
 from tests.rows_transforms import transform_rows
@@ -449,12 +447,12 @@ def _column_rows():
     ):
         c, rows = shape[-1:], int(np.prod(shape[:-1]))
         yield Row(
-            "scale_columns", name, scale_columns, lambda y, c: c * y, (shape, c), rows + 2, (1,)
+            "scale_columns", name, ops.scale_columns, lambda y, c: c * y, (shape, c), rows + 2, (1,)
         )
         yield Row(
             "scale_columns",
             f"{name}, all terms",
-            lambda y, c, b, a: scale_columns(y, c, bias=b, add=a),
+            lambda y, c, b, a: ops.scale_columns(y, c, bias=b, add=a),
             lambda y, c, b, a: c * y - c * b + b + a,
             (shape, c, c, shape),
             rows + 6,
@@ -472,7 +470,7 @@ def _column_rows():
         yield Row(
             "spread_columns",
             name,
-            spread_columns,
+            ops.spread_columns,
             lambda w, c, n=blocks: np.concatenate([w] * n, axis=-1) * c,
             (shape, (total,)),
             int(np.prod(shape[:-1])) + blocks,
@@ -498,7 +496,7 @@ def _square_rows():
             yield Row(
                 "changed_square",
                 f"{name}, {axis}",
-                lambda w, d, axis=axis: changed_square(w, d, axis=axis),
+                lambda w, d, axis=axis: ops.changed_square(w, d, axis=axis),
                 lambda w, d, over=over: ((w + d) ** 2).sum(axis=over),
                 (weight, weight),
                 size,
@@ -508,7 +506,7 @@ def _square_rows():
             yield Row(
                 "changed_square",
                 f"{name}, {axis}, alone",
-                lambda w, axis=axis: changed_square(w, axis=axis),
+                lambda w, axis=axis: ops.changed_square(w, axis=axis),
                 lambda w, over=over: (w**2).sum(axis=over),
                 (weight,),
                 size,
@@ -523,7 +521,7 @@ def _square_rows():
                 yield Row(
                     "low_rank_norm",
                     f"{name}, {axis}, {'an up a tap' if 'tro' in form else 'one up'}",
-                    lambda d, u, w, q, s, axis=axis: low_rank_square(d, u, w, q, s, axis=axis),
+                    lambda d, u, w, q, s, axis=axis: ops.low_rank_square(d, u, w, q, s, axis=axis),
                     norm,
                     ((taps, i, r), (ups, r, o), weight, (length,), FACTOR),
                     size * max(r, 1) + 8,
@@ -565,7 +563,7 @@ def _square_rows():
             yield Row(
                 "kron_norm",
                 f"{name}, {axis}",
-                lambda a, b, w, q, s, axis=axis: kron_square(a, b, w, q, s, axis=axis),
+                lambda a, b, w, q, s, axis=axis: ops.kron_square(a, b, w, q, s, axis=axis),
                 kron_norm,
                 (w1, w2, weight, (length,), FACTOR),
                 int(np.prod(weight)) + 8,
@@ -608,7 +606,7 @@ def _magnitude_rows():
         yield Row(
             "magnitude",
             name,
-            magnitude,
+            ops.magnitude,
             lambda m, q, s: s * m / (np.sqrt(q) + 2.0**-52),
             ((n,), squares, FACTOR),
             64,
@@ -619,7 +617,7 @@ def _magnitude_rows():
         yield Row(
             "shifted",
             name,
-            shifted,
+            ops.shifted,
             lambda k, s: 1 + (k - s),
             ((n,), FACTOR),
             4,
@@ -630,7 +628,7 @@ def _magnitude_rows():
         yield Row(
             "shifted",
             f"{name}, of a total",
-            shifted,
+            ops.shifted,
             lambda k, s, t: t + (k - s),
             ((n,), FACTOR, (n,)),
             4,

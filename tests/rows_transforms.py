@@ -129,7 +129,29 @@ def _columns(e, c=None, s=1.0, turned=False):
     return out
 
 
+def _skew(v, size):
+    out = np.zeros((v.shape[0], size, size))
+    for k in range(v.shape[0]):
+        at = 0
+        for i in range(size):
+            for j in range(i + 1, size):
+                out[k, i, j], out[k, j, i] = v[k, at], -v[k, at]
+                at += 1
+    return out
+
+
 def _rotation_rows():
+    for name, batch, size in (("odd", 3, 5), ("two", 4, 2), ("none", 0, 3)):
+        yield {
+            "primitive": "skew_blocks",
+            "name": name,
+            "call": ops.skew_blocks,
+            "formula": lambda v, size=size: _skew(v, size),
+            "args": ((batch, size * (size - 1) // 2),),
+            "depth": 2,
+            "linear": False,
+            "size": lambda v, size=size: np.abs(_skew(v, size)),
+        }
     for name, batch, size, turned in (
         ("odd", 3, 5, False),
         ("turned", 2, 7, True),

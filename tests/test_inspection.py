@@ -44,7 +44,8 @@ def test_figures_are_those_of_the_dense_change(tmp_path, kind):
     weights = {f"{name}.weight": rng.standard_normal(kind.weight) for name in adapters}
     write(tmp_path / "m.safetensors", weights)
     found = inspected(tmp_path, adapters, tmp_path / "m.safetensors")
-    assert len(found.figures) == len(adapters) and not found.report.unmatched
+    assert not found.report.unmatched, found.report.unmatched
+    assert len(found.figures) == len(adapters)
     for one in found.figures:
         change = dense(*adapters[one.layer.layer])
         values = np.linalg.svd(change, compute_uv=False)
@@ -58,9 +59,7 @@ def test_figures_are_those_of_the_dense_change(tmp_path, kind):
         assert one.used == np.linalg.matrix_rank(change)
     told = found.as_dict()
     json.dumps(told, allow_nan=False)
-    assert {"full", "loha"} <= {one["algorithm"] for one in told["layers"]} and told["layers"][0][
-        "norm"
-    ] > 0
+    assert told["layers"][0]["layer"] == min(adapters) and told["layers"][0]["norm"] > 0
 
 
 WRONG = {

@@ -151,7 +151,7 @@ def test_new_adapters_change_nothing(kind, name, device):
         size = product(np.abs(x), np.abs(layer.matrix), layer.window, bias=np.abs(layer.bias))
         value, ref = (np.asarray(to_device(a, "cpu"), np.float64) for a in (changed, base))
         assert_within(value, ref, bound(ref, size, 9 * 30, bf16))
-    starts_at_nothing = ("full", "ia3", "diag-oft", "boft")
+    starts_at_nothing = ("full", "ia3", "diag-oft", "boft", "oft")
     assert any(np.any(v) for v in factors.values()) or name.startswith(starts_at_nothing)
 
 

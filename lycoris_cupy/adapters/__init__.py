@@ -18,6 +18,8 @@ from .locon import LoCon
 from .loha import LoHa
 from .lokr import LoKr, factorization
 from .norm import Norm
+from .peft_boft import PeftBOFT
+from .peft_oft import PeftOFT
 from .rows import RowPart, Rows, slice_rows
 from .tlora import TLoRA
 
@@ -36,6 +38,8 @@ ALGORITHMS: dict[str, type[Adapter]] = {
         DiagOFT,
         BOFT,
         TLoRA,
+        PeftOFT,
+        PeftBOFT,
     )
 }
 
@@ -82,6 +86,8 @@ __all__ = [
     "LoKr",
     "Norm",
     "Parameters",
+    "PeftBOFT",
+    "PeftOFT",
     "RowPart",
     "Rows",
     "TLoRA",

@@ -94,8 +94,8 @@ class Rotation(Unranked):
 
     @property
     def scale_reason(self) -> str:
-        limit = "no constraint" if self.limit is None else f"constraint {self.constraint:g}"
-        return f"{self.dialect}, blocks of {self.block_size}, {limit}"
+        limit = "" if self.limit is None else f", constraint {self.constraint:g}"
+        return f"{self.dialect}, blocks of {self.block_size}{limit}"
 
     @property
     def prefix(self) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from ..adapters.base import RULES
+from ..adapters import RULES
 from ..adapters.oft import DIALECTS as ROTATIONS
 from ..io.alpha import SOURCES
 from ..io.merge import merge_files
@@ -33,6 +33,7 @@ layer alone; one that fits nothing is an error.
 
 examples:
   lycoris-cupy merge model.safetensors style.safetensors --strength 0.8 -o merged.safetensors
+  lycoris-cupy merge model.safetensors peft-folder:0.8 -o merged.safetensors
   lycoris-cupy merge model.safetensors style.safetensors:0.8 pose.safetensors:-1 -o out.safetensors
   lycoris-cupy merge merged.safetensors style.safetensors:-0.8 -o back.safetensors
       takes it out again, up to rounding
@@ -82,17 +83,21 @@ def add(commands) -> None:
     )
     parser.add_argument("--alpha-from", choices=SOURCES, help="the one source of alpha to believe")
     parser.add_argument(
-        "--dora", choices=AXES, help="what DoRA's magnitudes are of, where their shape allows both"
-    )
-    parser.add_argument(
         "--rule",
         choices=RULES,
         default="base",
-        help="what a strength between 0 and 1 means for DoRA and rotations: a blend with the base "
-        "(default), or LyCORIS's own",
+        help="what a strength means where programs differ (DoRA, rotations): 'base' blends from "
+        "the model, so that 0 is the model; 'reference' is LyCORIS's own (default base)",
     )
     parser.add_argument(
-        "--dialect", choices=ROTATIONS, help="of rotations whose file allows several readings"
+        "--dora",
+        choices=AXES,
+        help="what magnitudes belong to, where their shape allows both and no metadata says it",
+    )
+    parser.add_argument(
+        "--dialect",
+        choices=ROTATIONS,
+        help="whose rotations a file holds, where it allows several readings",
     )
     parser.add_argument(
         "--device",

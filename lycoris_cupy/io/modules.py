@@ -33,7 +33,6 @@ _F32_MAX = float(np.finfo(np.float32).max)
 # Keys that mean something that is not built: to merge the rest of their module would be silently
 # wrong.
 _UNBUILT = {
-    "PEFT's word for OFT, BOFT or (IA)^3": ("oft_R.weight", "boft_R", "boft_s", "ia3_l"),
     "a Tucker core of GLoRA, which LyCORIS never writes": ("bm.weight",),
     "a trained scalar that was not folded into a factor": ("scalar",),
     "a LoRA of an embedding": ("lora_embedding_A", "lora_embedding_B"),
@@ -75,13 +74,14 @@ def read_module(
     rule: str = "base",
     dialect: str | None = None,
     prefix: str = "lycoris_",
+    options: Mapping[str, object] | None = None,
 ) -> tuple[Adapter, dict[str, np.ndarray]]:
     """The adapter and its factors in Flame layout, dtype as in the file.
 
     keys: suffix to key. shape: of the layer it sits on, or None to take it from the factors as far
     as they tell. dora: the axis of magnitudes whose shape allows both; by default what the metadata
     says. rule: what strength means, see `DoRA` and `Rotation`. dialect: of a rotation whose file
-    allows several readings. prefix: of its keys.
+    allows several readings. prefix: of its keys. options: PEFT's configuration, if there is one.
     """
     bias = next((key for key in BIASES if key in keys), None)
     if bias is not None and "diff" not in keys and len(keys) > 1:
@@ -110,6 +110,7 @@ def read_module(
         "dialect": dialect,
         "rule": rule,
         "prefix": prefix,
+        "options": args if options is None else options,
         "maker": file.metadata.get("ss_network_module", ""),
     }
     shape = kind.guess_shape(tensors) if shape is None else shape
@@ -117,8 +118,9 @@ def read_module(
     if DORA in tensors:
         # PEFT's magnitudes are per output, whatever their shape could mean.
         peft = keys[DORA].endswith(PEFT_MAGNITUDE)
-        told = "output" if peft else dora or _told_axis(args)
-        adapter = DoRA.over(adapter, axis_of(tensors[DORA].shape, adapter.shape, told), rule)
+        axis = "output" if peft else dora or _told_axis(args)
+        axis = axis_of(tensors[DORA].shape, adapter.shape, axis)
+        adapter = DoRA.over(adapter, axis, rule)
     used = {factor.key for factor in adapter.factors().values()} | set(kind.flags)
     if used != set(tensors):
         odd, what = (

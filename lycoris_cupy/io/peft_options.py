@@ -18,6 +18,7 @@ _VARIANTS = {
     "monteclora_config": "its factors are sampled",
     "layer_replication": "layers of the base are repeated",
     "target_parameters": "it changes parameters that are no layer's weight",
+    "coft": "its rotations are held near the identity while it runs",
     "fan_in_fan_out": "the base keeps its weights as (in, out)",
 }
 

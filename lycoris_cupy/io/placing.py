@@ -46,11 +46,18 @@ def read_alone(
     source: Source, module: Module, shape: LayerShape | None
 ) -> tuple[Adapter, Params, str]:
     """(adapter, factors, where alpha comes from) of a module on a layer of this shape, or none."""
+    configuration = source.alphas.configuration
     own = read_own_words(source, module, shape)
     adapter, params = own or read_module(
-        source.file, module.keys, shape, source.dora, source.rule, source.dialect, module.key.prefix
+        source.file,
+        module.keys,
+        shape,
+        source.dora,
+        source.rule,
+        source.dialect,
+        module.key.prefix,
+        None if configuration is None else configuration.values,
     )
-    configuration = source.alphas.configuration
     if configuration is not None:
         params = scaled_by_configuration(adapter, params, configuration, module.key.path)
     if not adapter.has_rank or adapter.ignores_alpha:

@@ -6,11 +6,16 @@ from .elementwise import add, cast, multiply, prelu, scale
 from .hadamard import face_split, hadamard_weight
 from .join import join_columns, take_columns
 from .kron import kron_weight, mix_blocks
+from .kron_square import kron_square
 from .low_rank import fold_core, low_rank_weight, tucker_weight
+from .magnitude import magnitude, shifted
 from .norm import group_norm, layer_norm
 from .product import convolution, product, product_dw, product_dx
 from .ranks import interleave, mask_ranks, take_ranks
+from .scale_columns import scale_columns, spread_columns
 from .shapes import pixel_shuffle, reshape, resize_nearest, tap_diagonal, transpose
+from .skew import cayley_series, skew_blocks
+from .squares import changed_square, low_rank_square
 from .tucker2 import tucker_decompose
 from .window import Window
 
@@ -19,6 +24,8 @@ __all__ = [
     "add",
     "cast",
     "cayley",
+    "changed_square",
+    "cayley_series",
     "column_sum",
     "convolution",
     "expand_rows",
@@ -28,9 +35,12 @@ __all__ = [
     "hadamard_weight",
     "join_columns",
     "interleave",
+    "kron_square",
     "kron_weight",
     "layer_norm",
+    "low_rank_square",
     "low_rank_weight",
+    "magnitude",
     "mask_ranks",
     "mix_blocks",
     "multiply",
@@ -43,6 +53,10 @@ __all__ = [
     "resize_nearest",
     "rotation_columns",
     "scale",
+    "scale_columns",
+    "shifted",
+    "spread_columns",
+    "skew_blocks",
     "take_columns",
     "take_ranks",
     "tap_diagonal",
