@@ -63,8 +63,10 @@ def measure(folder: Path, dtype: str, repeats: int, peer: str | None) -> dict:
                 if name == "lycoris-lora" and dtype.startswith("f8"):
                     continue  # it refuses 8-bit floats
                 prepare(base, cache)
-                seconds, resident = run([str(part) for part in command])
-                rows.append({"command": name, "cache": cache, "s": seconds, "rss": resident})
+                load = os.getloadavg()[0]
+                seconds, cpu, resident = run([str(part) for part in command])
+                row = {"command": name, "cache": cache, "s": seconds, "cpu_s": cpu}
+                rows.append({**row, "rss": resident, "load_before": load})
                 print(f"{name}, {cache}: {seconds:.1f} s, {resident / 2**20:.0f} MiB", flush=True)
                 if name == "merge" and peer and "agreement" not in locals():
                     out.rename(folder / "ours")
@@ -92,8 +94,10 @@ def prepare(base: Path, cache: str) -> None:
                 pass
 
 
-def run(command: list[str]) -> tuple[float, int]:
-    """(wall seconds, bytes of the largest resident set) of a process that must succeed."""
+def run(command: list[str]) -> tuple[float, float, int]:
+    """(wall seconds, processor seconds, bytes of the largest resident set) of a process that must
+    succeed.
+    """
     start = time.perf_counter()
     with tempfile.TemporaryFile() as said:
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
@@ -103,7 +107,7 @@ def run(command: list[str]) -> tuple[float, int]:
         if child.returncode:
             said.seek(0)
             raise SystemExit(f"{command} failed: {said.read().decode(errors='replace')[-2000:]}")
-    return seconds, usage.ru_maxrss * 1024
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def compare(ours: Path, theirs: Path) -> dict:
@@ -138,8 +142,10 @@ def machine() -> dict:
     }
 
 
-def medians(data: dict) -> dict[tuple[str, str], tuple[float, float, int]]:
-    """(command, cache) to (median seconds, median of the ratios to the copy, largest memory)."""
+def medians(data: dict) -> dict[tuple[str, str], tuple[float, float, float, int]]:
+    """(command, cache) to (median seconds, median of the ratios to the copy, median processor
+    seconds, largest memory).
+    """
     out = {}
     for name in dict.fromkeys(row["command"] for row in data["rows"]):
         for cache in ("cold", "warm"):
@@ -151,6 +157,7 @@ def medians(data: dict) -> dict[tuple[str, str], tuple[float, float, int]]:
             out[name, cache] = (
                 statistics.median(row["s"] for row in mine),
                 statistics.median(ratios),
+                statistics.median(row["cpu_s"] for row in mine),
                 max(row["rss"] for row in mine),
             )
     return out
@@ -162,15 +169,17 @@ def table(data: dict) -> str:
         f"{data['bytes'] / 1e9:.2f} GB, {data['dtype']}, {data['machine']['cpu']}, "
         f"{data['machine']['cores']} cores",
         "",
-        "| | cold, s | of the copy | warm, s | of the copy | resident, MiB |",
-        "|---|---|---|---|---|---|",
+        "| | cold, s | of the copy | warm, s | of the copy | processor, s | resident, MiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     found = medians(data)
     for name in dict.fromkeys(name for name, _ in found):
-        (cold, cold_ratio, a), (warm, warm_ratio, b) = found[name, "cold"], found[name, "warm"]
+        (cold, cold_ratio, _, a), (warm, warm_ratio, cpu, b) = (
+            found[name, cache] for cache in ("cold", "warm")
+        )
         lines.append(
             f"| {name} | {cold:.1f} | {cold_ratio:.2f} | {warm:.1f} | {warm_ratio:.2f} | "
-            f"{max(a, b) / 2**20:.0f} |"
+            f"{cpu:.1f} | {max(a, b) / 2**20:.0f} |"
         )
     return "\n".join(lines)
 

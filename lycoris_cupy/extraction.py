@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .adapters import Adapter, Full, LoCon, LoKr, factorization
+from .adapters import Adapter, Full, LoCon, LoKr, SparseLoCon, factorization
+from .adapters.sparse import RESIDUAL
 from .arrays import Array, module_of, to_device
 from .errors import LycorisError
 from .layers import LayerShape
@@ -30,15 +31,21 @@ Params = Mapping[str, np.ndarray]
 class Form:
     """What to make of a change. kind: of FORMS; 'tucker' makes plain LoCons of linear layers. rule:
     the rank, of w2 for 'lokr' (None leaves it full). conv_rule: for kernels larger than one, None
-    for the same. factor: of LoKr's split, as for a new adapter.
+    for the same. factor: of LoKr's split, as for a new adapter. sparsity: beside LoCons the entries
+    of what they leave out from this quantile on are kept; None for none.
     """
 
     kind: str
     rule: RankRule | None = None
     conv_rule: RankRule | None = None
     factor: int = -1
+    sparsity: float | None = None
 
     def __post_init__(self):
+        if self.sparsity is not None and not 0 <= self.sparsity <= 1:
+            raise LycorisError(f"sparsity is {self.sparsity:g}, expected a share between 0 and 1")
+        if self.sparsity is not None and self.kind not in ("locon", "tucker"):
+            raise LycorisError(f"sparsity goes with locon and tucker, not with {self.kind}")
         if self.kind not in FORMS:
             raise LycorisError(f"form {self.kind!r} is none of {', '.join(FORMS)}")
         if self.rule is None and self.kind in ("locon", "tucker"):
@@ -54,6 +61,17 @@ def extract(shape: LayerShape, change: Array, form: Form) -> tuple[Adapter, Para
 
     A low rank that would take no fewer numbers than the change itself becomes Full, which is exact.
     """
+    adapter, params = _extract(shape, change, form)
+    if form.sparsity is None or not isinstance(adapter, LoCon):
+        return adapter, params
+    rest = _rest(change, adapter, params)
+    size = module_of(rest).abs(rest)
+    rest = rest * (size >= module_of(rest).quantile(size, form.sparsity))
+    sparse = SparseLoCon.over(adapter)
+    return sparse, {**params, **_flame(sparse, {RESIDUAL: rest})}
+
+
+def _extract(shape: LayerShape, change: Array, form: Form) -> tuple[Adapter, Params]:
     rule = form.rule_for(shape)
     if form.kind == "full":
         return _full(shape, change)
@@ -74,12 +92,17 @@ def relative_error(change: Array, adapter: Adapter, params: Params) -> float:
 
     params: as they are written, rounded; 0 of no change.
     """
-    xp, device = module_of(change), _device(change)
+    xp = module_of(change)
+    whole = float(xp.linalg.norm(change))
+    return float(xp.linalg.norm(_rest(change, adapter, params))) / whole if whole else 0.0
+
+
+def _rest(change: Array, adapter: Adapter, params: Params) -> Array:
+    """What the adapter leaves out of the change."""
+    device = _device(change)
     wide = {n: to_device(v.astype(change.dtype), device) for n, v in params.items()}
     scale = to_device(np.array([adapter.scale], change.dtype), device)
-    whole = float(xp.linalg.norm(change))
-    rest = change - adapter.delta_weight(None, adapter.canonical(wide), scale)  # pyright: ignore
-    return float(xp.linalg.norm(rest)) / whole if whole else 0.0
+    return change - adapter.delta_weight(None, adapter.canonical(wide), scale)  # pyright: ignore
 
 
 def _full(shape: LayerShape, change: Array) -> tuple[Adapter, Params]:

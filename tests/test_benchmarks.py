@@ -48,7 +48,7 @@ def test_the_measurement_runs(tmp_path, monkeypatch, capsys):
     def run(command):
         if command[2] == "benchmarks.merge_files":  # in this process, where the model is small
             files.make(*command[3:])
-            return 0.0, 0
+            return 0.0, 0.0, 0
         return real(command)
 
     monkeypatch.setattr(merge_large, "run", run)

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lycoris_cupy import Full, LayerShape, LoCon, LoKr, bf16, cli
+from lycoris_cupy.adapters import SparseLoCon
+from lycoris_cupy.adapters.sparse import dense as sparse_dense
 from lycoris_cupy.arrays import to_device
-from lycoris_cupy.errors import FileFormatError, LycorisError, MatchError
+from lycoris_cupy.errors import DtypeError, FileFormatError, LycorisError, MatchError, ShapeError
 from lycoris_cupy.extraction import Form, extract, relative_error
 from lycoris_cupy.io.adapter_file import read_adapter
 from lycoris_cupy.io.extract import extract_files
@@ -24,6 +26,7 @@ from lycoris_cupy.ranks import RankRule
 from lycoris_cupy.tucker import tucker2, tucker_rank
 from tests.test_spectrum import dense
 
+UNET = "model.diffusion_model."
 LINEAR = LayerShape(Window(), 30, 21)
 CONV = LayerShape(Window.of((3, 2)), 12, 18)
 DTYPE = {"cpu": np.float64, "cuda:0": np.float32}
@@ -228,6 +231,10 @@ def test_forms_out_of_place():
         Form("loha")
     with pytest.raises(LycorisError, match="form 'tucker' needs a rule for the rank"):
         Form("tucker")
+    with pytest.raises(LycorisError, match="sparsity is 98, expected a share between 0 and 1"):
+        Form("locon", RankRule("rank", 1), sparsity=98)
+    with pytest.raises(LycorisError, match="sparsity goes with locon and tucker, not with lokr"):
+        Form("lokr", sparsity=0.9)
 
 
 @given(st.integers(1, 5), st.integers(0, 99))
@@ -295,7 +302,7 @@ def test_files(here):
     assert [one.form for one in report.layers] == ["locon rank 2", "locon rank 2", "norm"]
     assert report.error < 1e-6 and layers["a"].size > 1
     left = {name.rpartition("model.")[2]: why for name, why in report.left_out}
-    assert left["a.bias"].startswith("differs, and has no place beside low-rank factors (by ")
+    assert layers["a"].notes == ("with its bias",) and "a.bias" not in left
     assert (
         left["gone.weight"] == "only in the base" and left["new.weight"] == "only in the tuned one"
     )
@@ -303,11 +310,98 @@ def test_files(here):
     assert left["quantised.weight"] == "differs, and is I8, not a float"
     merge_files("base.safetensors", [("out.safetensors", 1.0)], "again.safetensors")
     with open_file("again.safetensors") as file:
-        for name in ("a.weight", "b.conv.weight", "norm.weight", "norm.bias"):
+        for name in ("a.weight", "a.bias", "b.conv.weight", "norm.weight", "norm.bias"):
             name = f"model.diffusion_model.{name}"
             assert np.allclose(file[name], tuned[name], atol=1e-5)
     with open_file("out.safetensors") as file:
         assert json.loads(file.metadata["lycoris_cupy.extracted"])["form"] == "locon"
+
+
+@pytest.mark.parametrize("form", ["locon", "tucker"])
+@pytest.mark.parametrize("shape", [LINEAR, CONV], ids=["linear", "conv"])
+def test_a_sparse_residual_keeps_the_largest_entries(device, form, shape):
+    change = normal(shape.taps, shape.inputs, shape.outputs)
+    rule = RankRule("rank", 3)
+    plain, factors = extract(shape, on(device, change), Form(form, rule))
+    sparse, more = extract(shape, on(device, change), Form(form, rule, sparsity=0.9))
+    assert type(sparse) is SparseLoCon and sparse.tucker == plain.tucker
+    rest = change - dense(plain, factors).reshape(change.shape)
+    limit = np.quantile(np.abs(rest), 0.9)
+    expected = np.where(np.abs(rest) >= limit, rest, 0).reshape(more["residual"].shape)
+    assert np.allclose(more["residual"], expected, atol=1e-4)
+    assert (more["residual"] != 0).mean() == pytest.approx(0.1, abs=0.01)
+    both = [
+        relative(dense(a, p).reshape(change.shape), change)
+        for a, p in ((plain, factors), (sparse, more))
+    ]
+    assert both[1] < 0.9 * both[0]
+
+
+def test_sparse_files(here):
+    report, layers = extracted(
+        Form("locon", RankRule("rank", 1), sparsity=0.95), dtype=np.dtype(np.float32)
+    )
+    shapes = {"a": LINEAR, "b.conv": CONV, "norm": NormShape.of_channels(8)}
+    shapes = {f"model.diffusion_model.{name}": shape for name, shape in shapes.items()}
+    loaded, _ = read_adapter("out.safetensors", shapes)
+    adapter, params = loaded["model.diffusion_model.b.conv"]
+    assert type(adapter) is SparseLoCon
+    change = (
+        (here[1][f"{UNET}b.conv.weight"] - here[0][f"{UNET}b.conv.weight"]).reshape(18, 12, 6).T
+    )
+    got = dense(adapter, {n: v.astype(np.float64) for n, v in params.items()})
+    assert relative(got.reshape(change.shape), change) == pytest.approx(
+        layers["b.conv"].error, rel=1e-4
+    )
+    with open_file("out.safetensors") as file:
+        name = "lycoris_b_conv.bias_"
+        assert file.dtype(f"{name}indices") == "I32" and file[f"{name}size"].tolist() == [18, 72]
+        rows, columns = file[f"{name}indices"]
+        matrix = np.zeros((18, 72))
+        matrix[rows, columns] = file[f"{name}values"]
+        residual = params["residual"].reshape(6, 12, 18).transpose(2, 1, 0).reshape(18, 72)
+        assert (matrix == residual).all() and rows.size == pytest.approx(0.05 * 18 * 72, abs=2)
+        tensors = {key: file[key] for key in file}
+    merge_files("base.safetensors", [("out.safetensors", 1.0)], "again.safetensors")
+    with open_file("again.safetensors") as file:
+        after = file[f"{UNET}b.conv.weight"] - here[0][f"{UNET}b.conv.weight"]
+    assert np.allclose(
+        after.reshape(18, 72), got.reshape(6, 12, 18).transpose(2, 1, 0).reshape(18, 72), atol=1e-5
+    )
+    # Places that the reference's int16 lost, and places that are none.
+    for change, match in (
+        ({"indices": tensors[f"{name}indices"] * 9}, "names the place .* expected one within"),
+        (
+            {"indices": np.ones((2, 3), np.int32)},
+            r"bias_indices has shape \(2, 3\) and bias_values",
+        ),
+        (
+            {"indices": tensors[f"{name}indices"].astype(np.float32)},
+            "bias_indices is float32, expec",
+        ),
+    ):
+        broken = tensors | {f"{name}{key}": value for key, value in change.items()}
+        write("broken.safetensors", broken)
+        with pytest.raises((ShapeError, DtypeError), match=match):
+            read_adapter("broken.safetensors", shapes)
+    del tensors[f"{name}size"]
+    write("broken.safetensors", tensors)
+    with pytest.raises(
+        FileFormatError, match="a sparse residual bias_size is missing beside locon"
+    ):
+        read_adapter("broken.safetensors", shapes)
+
+
+def test_indices_that_ran_over_int16():
+    """40000 columns: the reference wrote -25536."""
+    shape = LayerShape(Window(), 40000, 2)
+    tensors = {
+        "bias_indices": np.array([[0, 1], [-25536 + 1, 3]], np.int16),
+        "bias_values": np.array([5.0, 7.0], np.float32),
+    }
+    tensors["bias_indices"][1, 0] = np.array(39999).astype(np.int16)
+    found = sparse_dense(tensors, shape)
+    assert found[39999, 0] == 5 and found[3, 1] == 7 and found.sum() == 12
 
 
 def test_full_takes_the_bias_too(here):
@@ -378,8 +472,8 @@ def test_what_is_refused(here):
     write("same.safetensors", here[1])
     with pytest.raises(MatchError, match="none of its 6 layers differs from those of tuned.safet"):
         extract_files("tuned.safetensors", "same.safetensors", "out.safetensors", form)
-    with pytest.raises(MatchError, match="none of its 3 layers differs"):
-        extracted(form, tolerance=10.0, exclude=("*norm",))
+    with pytest.raises(MatchError, match="none of its 2 layers differs"):
+        extracted(form, tolerance=10.0, exclude=("*norm", "*.a"))
     write("x.safetensors", {"y.weight": np.ones((2, 2))})
     with pytest.raises(
         MatchError, match="x.safetensors: shares no layer with base.safetensors, by"
@@ -399,8 +493,8 @@ def test_the_command(here, capsys):
     command = ["extract", "base.safetensors", "tuned.safetensors", "out.safetensors"]
     assert cli.main([*command, "--error", "0.01", "--max-rank", "8"]) == 0
     said = capsys.readouterr().out
-    assert "locon rank 2" in said and "left out: model.diffusion_model.a.bias: differs" in said
-    assert "wrote out.safetensors: 3 layers, 5 left out" in said
+    assert "locon rank 2" in said and "left out: model.diffusion_model.gone.weight: only in" in said
+    assert "wrote out.safetensors: 3 layers, 4 left out" in said
     assert cli.main([*command, "--rank", "1", "--conv", "2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [one["form"] for one in report["layers"]] == ["locon rank 1", "locon rank 2", "norm"]

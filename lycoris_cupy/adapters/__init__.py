@@ -21,6 +21,7 @@ from .norm import Norm
 from .peft_boft import PeftBOFT
 from .peft_oft import PeftOFT
 from .rows import RowPart, Rows, slice_rows
+from .sparse import SparseLoCon
 from .tlora import TLoRA
 
 # In the order in which a file's keys are tried.
@@ -90,6 +91,7 @@ __all__ = [
     "PeftOFT",
     "RowPart",
     "Rows",
+    "SparseLoCon",
     "TLoRA",
     "draw_block",
     "factorization",

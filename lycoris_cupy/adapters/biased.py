@@ -139,6 +139,10 @@ class Biased(Adapter):
         own = {key: tensor for key, tensor in tensors.items() if key != factor.key}
         return {**self.on.load(own), BIAS: factor.read(tensors[factor.key], self.shape)}
 
+    def save(self, p: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        factor = self.factors()[BIAS]
+        return {**self.on.save(without_bias(p)), factor.key: factor.write(p[BIAS], self.shape)}
+
     @classmethod
     def read(cls, shape, tensors, alpha) -> Biased:
         raise NotImplementedError("made by `over`, of the adapter that the other keys describe")

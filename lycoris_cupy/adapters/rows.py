@@ -31,6 +31,9 @@ from .loha import LoHa
 from .lokr import LoKr
 from .tlora import TLoRA
 
+# The factors on the output side, where any outputs can be taken alone.
+_SIDES = {LoCon: ("up",), LoHa: ("w1_up", "w2_up"), Full: ("diff", "diff_b")}
+
 
 class RowPart(NamedTuple):
     """An adapter of some rows. name: of the layer it was made for, in the file's naming."""
@@ -71,6 +74,10 @@ class Rows(Adapter):
     @property
     def scale(self) -> float:
         return 1.0
+
+    @property
+    def reads_weight(self) -> bool:  # pyright: ignore
+        return any(part.adapter.reads_weight for part in self.parts)
 
     @property
     def scale_reason(self) -> str:
@@ -181,6 +188,15 @@ class _RowsOf(Layer):
         return self._part.adapter.shape
 
 
+def row_unit(adapter: Adapter) -> int | None:
+    """How many outputs `slice_rows` takes only together; None where it cannot take any apart."""
+    if isinstance(adapter, LoKr):
+        return adapter.split[1]
+    if isinstance(adapter, DoRA):
+        return row_unit(adapter.on) if adapter.axis == "output" else None
+    return 1 if type(adapter) in _SIDES else None
+
+
 def slice_rows(
     adapter: Adapter, params: Mapping[str, np.ndarray], begin: int, stop: int
 ) -> tuple[Adapter, dict[str, np.ndarray]]:
@@ -190,9 +206,8 @@ def slice_rows(
     Raises ShapeError for an algorithm whose outputs cannot be taken apart there.
     """
     shape, out = replace(adapter.shape, outputs=stop - begin), dict(params)
-    sides = {LoCon: ("up",), LoHa: ("w1_up", "w2_up"), Full: ("diff", "diff_b")}
-    if type(adapter) in sides:
-        for name in set(sides[type(adapter)]) & set(params):
+    if type(adapter) in _SIDES:
+        for name in set(_SIDES[type(adapter)]) & set(params):
             out[name] = np.ascontiguousarray(params[name][..., begin:stop])
         return replace(adapter, shape=shape), out
     if isinstance(adapter, LoKr):

@@ -55,7 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
         "lycoris-cupy",
-        description="LyCORIS weight adapters without torch: inspect, convert and merge them.",
+        description="LyCORIS weight adapters without torch: inspect, convert, resize, extract and "
+        "merge them.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

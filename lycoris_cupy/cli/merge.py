@@ -82,17 +82,21 @@ def add(commands) -> None:
     )
     parser.add_argument("--alpha-from", choices=SOURCES, help="the one source of alpha to believe")
     parser.add_argument(
-        "--dora", choices=AXES, help="what DoRA's magnitudes are of, where their shape allows both"
-    )
-    parser.add_argument(
         "--rule",
         choices=RULES,
         default="base",
-        help="what a strength between 0 and 1 means for DoRA and rotations: a blend with the base "
-        "(default), or LyCORIS's own",
+        help="what a strength means where programs differ (DoRA, rotations): 'base' blends from "
+        "the model, so that 0 is the model; 'reference' is LyCORIS's own (default base)",
     )
     parser.add_argument(
-        "--dialect", choices=READINGS, help="of rotations whose file allows several readings"
+        "--dora",
+        choices=AXES,
+        help="what magnitudes belong to, where their shape allows both and no metadata says it",
+    )
+    parser.add_argument(
+        "--dialect",
+        choices=READINGS,
+        help="whose rotations a file holds, where it allows several readings",
     )
     parser.add_argument(
         "--device",

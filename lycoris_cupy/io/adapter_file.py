@@ -20,7 +20,7 @@ from ..adapters import Adapter, Rows
 from ..arrays import Array, to_device
 from ..errors import DtypeError, FileFormatError, LycorisError, MatchError, ShapeError
 from ..layers import LayerShape
-from .dialects import FOLDED_PREFIXES, OWNED
+from .keys import FOLDED_PREFIXES, OWNED
 from .modules import FACTOR_DTYPES, told
 from .names import HOMES, BaseNames, fold, part_of
 from .placing import Loaded, Placed, gather, place, survey, told_rows

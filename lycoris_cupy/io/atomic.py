@@ -64,7 +64,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield beside
         for file in beside.iterdir():
-            with open(file, "rb") as handle:
+            with open(file, "rb+") as handle:
                 os.fsync(handle.fileno())
         flush_folder(beside)
         if os.name != "posix" and target.exists():

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 
-from ..adapters import Adapter, Full, Norm
+from ..adapters import Adapter, Biased, Full, Norm
+from ..adapters.biased import BIAS
 from ..arrays import Array, device_context, f32, f64, resolve_device, to_device
 from ..errors import FileFormatError, MatchError
 from ..extraction import Form, extract, relative_error
@@ -72,11 +74,10 @@ def extract_files(
                 made = _norm(base, tuned, layer, shape, tolerance, dtype)
             else:
                 made = _layer(base, tuned, layer, shape, form, tolerance, dtype, device)
+            made = _with_bias(base, tuned, layer, shape, made, dtype)
             if made is not None:
                 found[layer] = made[0]
                 layers.append(made[1])
-            if f"{layer}.bias" in base:
-                left_out += _bias(base, tuned, layer, found, dtype)
             if progress is not None:
                 progress(i + 1, len(shapes))
         if not found:
@@ -180,20 +181,27 @@ def _norm(
     return (adapter, params), LayerChange(layer, str(shape), "norm", lost / size, numbers, size)
 
 
-def _bias(base: Checkpoint, tuned: Checkpoint, layer: str, found, dtype) -> list[tuple[str, str]]:
-    """A changed bias goes into a Full adapter; beside low-rank factors it has no place, and is
-    listed.
-    """
-    name = f"{layer}.bias"
-    adapter, params = found.get(layer, (None, None))
-    if isinstance(adapter, Norm) or name not in tuned or not _differs(base, tuned, name):
-        return []
-    if isinstance(adapter, Full) and base.shape(name) == (adapter.shape.outputs,):
-        change = widened(tuned[name]).astype(f64) - widened(base[name]).astype(f64)
-        change = cast_checked(change, name, dtype)
-        found[layer] = Full(adapter.shape, bias=True), {**params, "diff_b": change}
-        return []
-    return [_unplaced(base, tuned, name)]
+def _with_bias(
+    base: Checkpoint, tuned: Checkpoint, layer: str, shape: LayerShape, made, dtype
+) -> tuple[tuple[Adapter, Params], LayerChange] | None:
+    """What was made of a layer, with the change of its bias beside it."""
+    name = tensors_of(layer)[1]
+    if isinstance(shape, NormShape) or name not in base or name not in tuned:
+        return made
+    change = _change(base, tuned, name, NormShape.of_channels(shape.outputs), 0.0, "cpu")
+    if change is None:
+        return made
+    bias = cast_checked(change.reshape(-1), name, dtype)
+    if made is None:  # the weight is as it was
+        zero = np.zeros(shape.flame(shape.inputs, shape.outputs, True), dtype)
+        made = (Full(shape), {"diff": zero}), LayerChange(layer, str(shape), "full", 0.0, 0, 0.0)
+    (adapter, params), report = made
+    if isinstance(adapter, Full):
+        adapter, params = replace(adapter, bias=True), {**params, "diff_b": bias}
+    else:
+        adapter, params = Biased.over(adapter), {**params, BIAS: bias}
+    report = replace(report, numbers=report.numbers + bias.size, notes=("with its bias",))
+    return (adapter, params), report
 
 
 def _rest(base: Checkpoint, tuned: Checkpoint, shapes, exclude) -> list[tuple[str, str]]:

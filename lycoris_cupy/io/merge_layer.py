@@ -2,25 +2,27 @@
 f32 (f64 for an f64 base) and rounded once.
 
 A weight stays in the file's order, (OUT, IN, *kernel); changes are (taps, IN, OUT). They meet in
-blocks of outputs small enough to stay in the cache, each of which is widened, added to, rounded and
-measured before the next.
+blocks of outputs small enough to stay in the caches, each of which is changed, rounded and measured
+before the next: where algorithms allow it no more of a change is ever in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import lcm
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from ..adapters import Adapter
-from ..arrays import device_context, on_gpu, to_device
+from ..adapters.rows import row_unit, slice_rows
+from ..arrays import device_context, f64, on_gpu, to_device
 from ..errors import FileFormatError
 from .header import NUMPY
 from .rounding import Survival, rounded, sum_dtype, widened
 
-_BLOCK = 192 << 10  # numbers a block: f32, it and its temporaries stay in the caches
+_BLOCK = 384 << 10  # numbers a block: f32, it and its temporaries stay in the caches
 _NAMES = {dtype: name for name, dtype in NUMPY.items()}
 # One block in so many tells what survives rounding well enough; measuring costs as much as merging.
 _MEASURED = 8
@@ -41,22 +43,17 @@ def merged_weight(
     """The changed weight, in the shape and dtype of the old one, and what survived the rounding
     (of an eighth of the blocks of a large one).
 
-    device: where the changes are computed. Raises FileFormatError for a sum that the dtype cannot
-    hold; name: of the tensor, for that message.
+    device: where the changes are computed; those of an f64 weight on the CPU always. Raises
+    FileFormatError for a sum that the dtype cannot hold; name: of the tensor, for that message.
     """
     outputs, inputs = (*old.shape, 1)[:2]  # a norm's weight has one axis
     before = old.reshape(outputs, inputs, -1)
-    change = _change(before, parts, device)
     out, survival = np.empty_like(before), Survival()
-    step = max(_BLOCK // max(before[0].size, 1), 16) if len(before) else 1
-    for i, at in enumerate(range(0, len(before), step)):
-        rows = slice(at, at + step)
-        wide, part = widened(before[rows]), change[rows]
-        if not part.flags.c_contiguous:  # turned in the cache, where strides cost little
-            part = np.ascontiguousarray(part.T).T
-        out[rows] = _rounded_block(name, before[rows], wide + part)
+    for i, (rows, change) in enumerate(_changes(before, parts, device)):
+        wide = widened(before[rows])
+        out[rows] = _rounded_block(name, before[rows], wide + change)
         if i % _MEASURED == 0:
-            survival = survival.plus(_survival(part, widened(out[rows]) - wide))
+            survival = survival.plus(_survival(change, widened(out[rows]) - wide))
     return out.reshape(old.shape), survival
 
 
@@ -75,9 +72,36 @@ def merged_bias(name: str, old: np.ndarray, parts: Sequence[Part], new: bool = F
     return _rounded_block(name, old, total)
 
 
+def _changes(
+    before: np.ndarray, parts: Sequence[Part], device: str
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Blocks of outputs with their change, (rows, IN, taps) wide; computed block by block where
+    every adapter can be taken apart.
+    """
+    step = max(_BLOCK // max(before.shape[1] * before.shape[2], 1), 16)
+    units = [row_unit(part.adapter) for part in parts]
+    apart = None not in units
+    if apart:
+        unit = lcm(*units)  # pyright: ignore
+        step = max(step // unit, 1) * unit
+    whole = None if apart else _change(before, parts, device)
+    for at in range(0, len(before), step):
+        rows = slice(at, min(at + step, len(before)))
+        if whole is None:
+            own = [Part(*slice_rows(a, p, rows.start, rows.stop), s) for a, p, s in parts]
+            change = _change(before[rows], own, device)
+        else:
+            change = whole[rows]
+        # Turned in the cache, where strides cost little.
+        contiguous = change.flags.c_contiguous
+        yield rows, change if contiguous else np.ascontiguousarray(change.T).T
+
+
 def _change(before: np.ndarray, parts: Sequence[Part], device: str) -> np.ndarray:
     """The sum of all changes of a weight (OUT, IN, taps), in that order, wide, on the CPU."""
     kept = sum_dtype(before.dtype)
+    if kept == f64:
+        device = "cpu"  # the kernels know bf16 and f32
     with device_context(device):
         total = base = None
         if any(part.adapter.reads_weight for part in parts):

@@ -14,13 +14,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..adapters import ALGORITHMS, BOFT, Adapter, Biased, DiagOFT, DoRA, DyLoRA, LoCon
+from ..adapters import ALGORITHMS, BOFT, Adapter, Biased, DiagOFT, DoRA, DyLoRA, LoCon, SparseLoCon
 from ..adapters.biased import BIAS
 from ..adapters.biased import KEYS as BIASES
 from ..adapters.dora import KEY as DORA
 from ..adapters.dora import axis_of
 from ..adapters.dylora import is_dylora
 from ..adapters.oft import BLOCKS
+from ..adapters.sparse import KEYS as SPARSE
+from ..adapters.sparse import RESIDUAL, dense
 from ..errors import DtypeError, FileFormatError, ShapeError
 from ..layers import LayerShape
 from .safetensors import TensorFile
@@ -88,11 +90,13 @@ def read_module(
         # A change of the bias beside factors of the weight: `diff` has one of its own.
         rest = {suffix: key for suffix, key in keys.items() if suffix != bias}
         on, params = read_module(file, rest, shape, dora, rule, dialect, prefix)
-        if not on.decomposable and not isinstance(on, DoRA):
+        if not on.decomposable and not isinstance(on, (DoRA, SparseLoCon)):
             raise FileFormatError(f"{bias} stands beside {on.algorithm}, which it does not change")
         adapter = Biased.over(on, BIASES[bias])
         tensor = read_factor(file, keys[bias], bias)
         return adapter, {**params, BIAS: adapter.factors()[BIAS].read(tensor, adapter.shape)}
+    if set(keys) & set(SPARSE):
+        return _sparse(file, keys, read_module(file, _without(keys, SPARSE), shape))
     kind = algorithm_of(set(keys))
     tensors = {
         suffix: _number(file, key, suffix)
@@ -135,6 +139,24 @@ def read_module(
     if alpha is not None and not math.isfinite(alpha) and not adapter.ignores_alpha:
         raise FileFormatError(f"alpha is {alpha}, expected a finite number")
     return checked_scale(adapter), params
+
+
+def _sparse(file: TensorFile, keys: Mapping[str, str], on) -> tuple[Adapter, dict[str, np.ndarray]]:
+    """A LoCon with the residual that extraction leaves beside it."""
+    adapter, params = on
+    missing = [key for key in SPARSE if key not in keys]
+    if missing or type(adapter) is not LoCon:
+        what = f"{missing[0]} is missing beside" if missing else "stands beside"
+        raise FileFormatError(f"a sparse residual {what} {adapter.title}, expected locon")
+    tensors = {
+        "bias_values": read_factor(file, keys["bias_values"], "bias_values"),
+        "bias_indices": file[keys["bias_indices"]],
+    }
+    return SparseLoCon.over(adapter), {**params, RESIDUAL: dense(tensors, adapter.shape)}
+
+
+def _without(keys: Mapping[str, str], those: tuple[str, ...]) -> dict[str, str]:
+    return {suffix: key for suffix, key in keys.items() if suffix not in those}
 
 
 def checked_scale(adapter: Adapter) -> Adapter:

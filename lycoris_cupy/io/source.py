@@ -18,7 +18,8 @@ from ..adapters.oft import READINGS
 from ..errors import FileFormatError, LycorisError
 from ..ops.squares import AXES
 from .alpha import CONFIGURATION, Alphas, Configuration
-from .dialects import Dialect, Key, parse_key, unread
+from .dialects import Dialect
+from .keys import Key, parse_key, unread
 from .peft_options import check_options
 from .report import Unmatched
 from .safetensors import TensorFile, open_file
@@ -87,8 +88,8 @@ def open_source(
     beside = None
     if not isinstance(path, TensorFile):
         path = Path(path)
-        if path.is_dir() and (path / PEFT_FILE).exists():
-            path = path / PEFT_FILE
+        if path.is_dir():
+            path = _in_folder(path)
         beside = path.parent / CONFIGURATION
     with nullcontext(path) if isinstance(path, TensorFile) else open_file(path) as file:
         modules, unread_keys = _modules(file)
@@ -122,6 +123,18 @@ def _modules(file: TensorFile) -> tuple[list[Module], list[Unmatched]]:
         if key.module not in first or first[key.module].suffix == "alpha":
             first[key.module] = key
     return [Module(first[name], keys) for name, keys in found.items()], unmatched
+
+
+def _in_folder(folder: Path) -> Path:
+    """The file of PEFT's folder. Raises FileFormatError if it holds none."""
+    if (folder / PEFT_FILE).exists():
+        return folder / PEFT_FILE
+    pickled = folder / "adapter_model.bin"
+    more = f"; {pickled.name} is a pickle: save it again with safe_serialization=True"
+    raise FileFormatError(
+        f"{folder}: is a folder without {PEFT_FILE}, in which PEFT keeps an adapter"
+        f"{more if pickled.exists() else ''}"
+    )
 
 
 def _configuration(path: Path) -> Configuration:
