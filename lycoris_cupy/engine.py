@@ -37,10 +37,13 @@ from .attachment import Attachment, Strengths, select
 from .conditions import captured, checked
 from .errors import LycorisError, MatchError
 from .explain import explain
+from .graph import capture_step
 from .io.adapter_file import read_adapter, write_adapter
 from .io.report import LoadReport
+from .kernels import asking, load_all
 from .layers import Layer, LayerShape
 from .ops.elementwise import add, cast
+from .plan import recording
 from .tape import Tape, Var, value_of
 
 Topology = Callable[..., Any]
@@ -309,9 +312,61 @@ class Engine:
         """
         return captured(self, self._inputs(inputs), self._conditions(conditions))
 
-    def explain(self) -> str:
-        """A line a layer and a line an adapter on it: the route it takes, and what that costs."""
-        return explain(self.layers, self.attachments)
+    @_on_device
+    def capture_step(
+        self,
+        name: str,
+        loss: Callable[..., tuple[Any, Array]],
+        optimizer,
+        *inputs: Array,
+        targets=(),
+    ) -> Callable[..., Any]:
+        """A callable that repeats a training step of one adapter: forward, loss, backward, update.
+
+        loss(y, *targets) -> (value, dy), arrays on the engine's device, dy the gradient of the
+        value for y. optimizer: as AdamW, over `engine.parameters(name)`. The callable takes inputs
+        and targets of the same shapes and returns the value, which the next call writes over. On a
+        GPU it is one CUDA graph, without a synchronisation: a change of strength, of factors, of
+        `lr` needs no new capture. Capturing takes no step.
+        """
+        self._known(name)
+        return capture_step(self, name, loss, optimizer, self._inputs(inputs), targets)
+
+    @_on_device
+    def explain(self, *inputs: Array, **conditions) -> str:
+        """A line a layer and a line an adapter on it: the route it takes, and what that costs.
+
+        With inputs, a forward is run on them, and for each of its products follows which way the
+        planner chose, by what estimates, its operations and its bytes.
+        """
+        text = explain(self.layers, self.attachments)
+        if not inputs:
+            return text
+        with recording() as choices:
+            self.forward(*inputs, **conditions)
+        if self.device == "cpu":
+            return f"{text}\nproducts: by NumPy and its BLAS"
+        return "\n".join([text, "products, in order:", *(f"  {choice}" for choice in choices)])
+
+    @_on_device
+    def warmup(self, *inputs: Array, workers: int | None = None, **conditions) -> int:
+        """Compile ahead what inputs of these shapes need, a kernel a thread; returns how many.
+
+        Nothing is left to compile at the first forward, vjp or capture of the same shapes. The
+        result of the run is thrown away. On the CPU there is nothing to compile.
+        """
+        if self.device == "cpu":
+            return 0
+
+        def run():
+            y, pullback = self.vjp(*inputs, **conditions)
+            pullback(y)
+
+        with asking() as asked:
+            run()
+        count = load_all(asked, workers)
+        run()  # what CuPy compiles itself, and cuBLASLt's choices
+        return count
 
     def _call(self, name: str, x, views, conditions):
         if name not in self.layers:

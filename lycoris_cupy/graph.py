@@ -1,9 +1,13 @@
-"""A captured forward: a CUDA graph with fixed input buffers and a memory pool of its own, replayed
+"""Captured work: a CUDA graph with fixed input buffers and a memory pool of its own, replayed
 without Python.
+
+A forward, or a whole training step. All that changes between replays lies in arrays that stay where
+they are: inputs, factors, strengths, an optimizer's state and its numbers for this step.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,48 +15,110 @@ from .arrays import Array, device_context
 from .errors import ShapeError
 
 
-def capture(engine, inputs: Sequence[Array]) -> Callable[..., Any]:
-    """See Engine.capture. The returned callable's result lives in the graph's memory: the next call
-    writes over it.
+class Captured:
+    """Call it with inputs of the captured shapes; the result is written over by the next call.
+
+    inputs: the buffers that the work reads. One that is given itself, or left out with all the
+    others, is taken as it is: write into it instead of having it copied. On the CPU there is
+    nothing to capture, and the work runs as it is.
     """
-    shapes = [tuple(x.shape) for x in inputs]
 
-    def check(given):
-        if [tuple(x.shape) for x in given] != shapes:
+    def __init__(self, run: Callable[..., Any], inputs: Sequence[Array], device: str, convert):
+        self._run, self._device, self._convert = run, device, convert
+        self._shapes = [tuple(x.shape) for x in inputs]
+        self.inputs = list(inputs)
+        self.graph = None
+        if device != "cpu":
+            self._record()
+
+    def __call__(self, *given: Array) -> Any:
+        with device_context(self._device):
+            arrays = self._checked(given) if given else self.inputs
+            if self.graph is None:
+                return self._run(*arrays)
+            for buffer, x in zip(self.inputs, arrays, strict=True):
+                if x is not buffer:
+                    self._fill(buffer, x)
+            import cupy
+
+            self.graph.launch(cupy.cuda.get_current_stream())
+        return self.result
+
+    def _checked(self, given: Sequence[Array]) -> Sequence[Array]:
+        same = len(given) == len(self.inputs) and all(
+            x is b for x, b in zip(given, self.inputs, strict=True)
+        )
+        arrays = given if same else self._convert(given)
+        if [tuple(x.shape) for x in arrays] != self._shapes:
             raise ShapeError(
-                f"captured for inputs of shapes {shapes}, called with "
-                f"{[tuple(x.shape) for x in given]}"
+                f"captured for inputs of shapes {self._shapes}, called with "
+                f"{[tuple(x.shape) for x in arrays]}"
             )
-        return given
+        return arrays
 
-    if engine.device == "cpu":
-        return lambda *given: engine.forward(*check(engine._inputs(given)))
+    def _fill(self, buffer: Array, x: Array) -> None:
+        import cupy
 
-    import cupy
+        # An assignment would look for a kernel first, which takes longer than a small layer.
+        buffer.data.copy_from_device_async(x.data, buffer.nbytes, cupy.cuda.get_current_stream())
 
-    buffers = [x.copy() for x in inputs]
-    # Blocks that the graph writes must never be handed to anybody else, so they come from a pool
-    # that the graph keeps. The warm-up compiles kernels, picks cuBLASLt's algorithms and fills the
-    # pool: a capture cannot allocate anew.
-    pool = cupy.cuda.MemoryPool()
-    stream = cupy.cuda.Stream(non_blocking=True)
-    stream.wait_event(cupy.cuda.get_current_stream().record())
-    with stream, cupy.cuda.using_allocator(pool.malloc):
-        for _ in range(2):
-            engine.forward(*buffers)
-        stream.synchronize()
-        stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
-        try:
-            result = engine.forward(*buffers)
-        finally:
-            graph = stream.end_capture()
+    def _record(self) -> None:
+        import cupy
 
-    def replay(*given):
+        self.inputs = [x.copy() for x in self.inputs]
+        # Blocks that the graph writes must never be handed to anybody else, so they come from a
+        # pool that the graph keeps. The warm-up compiles kernels, picks cuBLASLt's algorithms and
+        # fills the pool: a capture cannot allocate anew. The stream is kept too: its workspace is
+        # the graph's.
+        self.pool = cupy.cuda.MemoryPool()
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream.wait_event(cupy.cuda.get_current_stream().record())
+        with self.stream, cupy.cuda.using_allocator(self.pool.malloc):
+            for _ in range(2):
+                self._run(*self.inputs)
+            self.stream.synchronize()
+            self.stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
+            try:
+                self.result = self._run(*self.inputs)
+            except BaseException:
+                # The first error is the cause; a capture that it broke cannot be ended cleanly.
+                with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError):
+                    self.stream.end_capture()
+                raise
+            self.graph = self.stream.end_capture()
+
+
+def capture(engine, inputs: Sequence[Array]) -> Captured:
+    """See Engine.capture."""
+    return Captured(engine.forward, inputs, engine.device, engine._inputs)
+
+
+def capture_step(engine, name: str, loss, optimizer, inputs, targets) -> Callable[..., Array]:
+    """See Engine.capture_step."""
+    count = len(inputs)
+
+    def run(*arrays: Array) -> Array:
+        y, pullback = engine.vjp(*arrays[:count])
+        value, dy = loss(y, *arrays[count:])
+        _, grads = pullback(dy)
+        engine.set_parameters(name, optimizer.apply(grads[name]))
+        return value
+
+    def convert(given):
+        return [*engine._inputs(given[:count]), *engine._inputs(given[count:])]
+
+    # Warming up takes steps; what they change is put back.
+    kept = optimizer.snapshot()
+    optimizer.prepare()
+    made = Captured(run, convert([*inputs, *targets]), engine.device, convert)
+    optimizer.restore(kept)
+    if engine.device != "cpu":
+        engine.set_parameters(name, optimizer.masters)
+
+    def step(*given: Array) -> Array:
         with device_context(engine.device):
-            for buffer, x in zip(buffers, check(engine._inputs(given)), strict=True):
-                buffer[...] = x
-            graph.launch(cupy.cuda.get_current_stream())
-        return result
+            optimizer.prepare()
+        return made(*given)
 
-    replay.graph, replay.pool = graph, pool
-    return replay
+    step.captured = made
+    return step

@@ -7,10 +7,13 @@ well: a define set that the .cu does not list, because the test suite compiles o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 
 import numpy as np
 
@@ -112,6 +115,31 @@ def _current_device() -> int:
     return cupy.cuda.runtime.getDevice()
 
 
+_asked: ContextVar[list[Kernel] | None] = ContextVar("asked", default=None)
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[list[Kernel]]:
+    """The kernels that are called inside; they are not launched, so all results are garbage."""
+    asked: list[Kernel] = []
+    token = _asked.set(asked)
+    try:
+        yield asked
+    finally:
+        _asked.reset(token)
+
+
+def load_all(kernels: Iterable[Kernel], workers: int | None = None) -> int:
+    """Compile and load on the current device, in threads; how many were not loaded yet."""
+    device = _current_device()
+    needed = [k for k in dict.fromkeys(kernels) if device not in k._loaded]
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda k: k.compile(device), needed))
+    for k in needed:
+        k.load()
+    return len(needed)
+
+
 class Kernel:
     """One `extern "C"` function for one storage dtype and define set; loaded on each device at its
     first launch there.
@@ -148,6 +176,10 @@ class Kernel:
             values = [convert(x) for convert, x in zip(converters, args, strict=True)]
         except _Refused:
             raise self._explained(args) from None
+        asked = _asked.get()
+        if asked is not None:
+            asked.append(self)
+            return
         device = _current_device()
         entry = self._loaded.get(device) or self._load(device)
         if shared > entry[2]:
@@ -160,17 +192,26 @@ class Kernel:
         if device not in self._loaded:
             self._load(device)
 
+    def compile(self, device: int) -> None:
+        """Make the machine code for a device and keep it on disk."""
+        binary(*self._target(device))
+
+    def _target(self, device: int) -> tuple:
+        import cupy
+
+        arch = arch_of(cupy.cuda.Device(device).compute_capability)
+        return self.file, self.dtype, arch, tuple(sorted(self.defines.items()))
+
     def _load(self, device: int) -> list:
         import cupy
 
-        what = (self.file, self.dtype, arch_of(cupy.cuda.Device(device).compute_capability))
-        defines = tuple(sorted(self.defines.items()))
+        target = self._target(device)
         try:
-            raw = cupy.RawModule(path=binary(*what, defines)).get_function(self.name)
+            raw = cupy.RawModule(path=binary(*target)).get_function(self.name)
             function = raw.kernel
         except cupy.cuda.driver.CUDADriverError:
             # The cached code is whole, but this driver refuses it: compile it anew, once.
-            raw = cupy.RawModule(path=binary(*what, defines, fresh=True)).get_function(self.name)
+            raw = cupy.RawModule(path=binary(*target, fresh=True)).get_function(self.name)
             function = raw.kernel
         self._loaded[device] = [function, raw, _STATIC_SHARED]
         return self._loaded[device]

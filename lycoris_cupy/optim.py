@@ -1,10 +1,16 @@
-"""AdamW on f32 masters of an adapter's factors. Runs where they lie and never looks at a value."""
+"""AdamW on f32 masters of an adapter's factors. Runs where they lie and never looks at a value.
+
+A step has two halves, so that the second can be captured: `prepare` counts the step and writes its
+numbers to the device, `apply` works on arrays alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .arrays import Array, module_of, wide_dtype
+import numpy as np
+
+from .arrays import Array, f32, module_of, on_gpu, wide_dtype
 from .errors import LycorisError, MatchError, ShapeError
 
 Nested = Mapping[str, Mapping[str, Array]]  # layer -> factor -> array
@@ -48,6 +54,8 @@ class AdamW:
             for layer, factors in self.masters.items()
         }
         self._steps = 0
+        some = next((p for f in self.masters.values() for p in f.values()), np.zeros(0, f32))
+        self._numbers = module_of(some).zeros(3, some.dtype)  # rate, eps, what decay leaves
 
     def step(self, grads: Nested) -> dict[str, dict[str, Array]]:
         """One update; returns the masters, for `engine.set_parameters(name, masters)`.
@@ -56,20 +64,52 @@ class AdamW:
         Raises MatchError or ShapeError, before anything is changed.
         """
         self._check(grads)
+        self.prepare()
+        return self.apply(grads)
+
+    def prepare(self) -> None:
+        """Count a step, and put its numbers, with the present `lr`, where `apply` reads them."""
         self._steps += 1
         b1, b2 = self.betas
         # Both corrections go into the step size and eps: the same formula, two passes fewer.
         root = (1 - b2**self._steps) ** 0.5
         rate, eps = self.lr * root / (1 - b1**self._steps), self.eps * root
+        now = np.array([rate, eps, 1 - self.lr * self.weight_decay], self._numbers.dtype)
+        if on_gpu(self._numbers):
+            self._numbers.set(now)
+        else:
+            self._numbers[...] = now
+
+    def apply(self, grads: Nested) -> dict[str, dict[str, Array]]:
+        """The step that was prepared, on arrays alone; returns the masters."""
+        self._check(grads)
+        b1, b2 = self.betas
+        rate, eps, kept = (self._numbers[i : i + 1] for i in range(3))
         for layer, factors in self.masters.items():
             for name, p in factors.items():
                 g = grads[layer][name].astype(p.dtype, copy=False)
                 m, v = self._moments[layer][name]
                 m += (1 - b1) * (g - m)
                 v += (1 - b2) * (g * g - v)
-                p *= 1 - self.lr * self.weight_decay
+                p *= kept
                 p -= rate * m / (module_of(p).sqrt(v) + eps)
         return self.masters
+
+    def snapshot(self) -> tuple:
+        """A copy of all that a step changes, for `restore`."""
+        copies = [array.copy() for array in self._state()]
+        return self._steps, copies
+
+    def restore(self, kept: tuple) -> None:
+        """Put a snapshot back into the same arrays."""
+        self._steps, copies = kept
+        for array, copy in zip(self._state(), copies, strict=True):
+            array[...] = copy
+
+    def _state(self) -> list[Array]:
+        masters = [p for factors in self.masters.values() for p in factors.values()]
+        moments = [m for f in self._moments.values() for pair in f.values() for m in pair]
+        return [*masters, *moments]
 
     def _check(self, grads: Nested) -> None:
         for layer, factors in self.masters.items():

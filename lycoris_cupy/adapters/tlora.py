@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..arrays import Array, to_device, wide_dtype
+from ..arrays import Array, module_of, to_device, wide_dtype
 from ..errors import LycorisError, ShapeError
 from ..layers import Layer, LayerShape
-from ..ops.elementwise import add
+from ..ops.elementwise import add, cast
 from ..ops.extended import pending
 from ..ops.low_rank import low_rank_weight
 from ..ops.product import product
@@ -72,30 +72,29 @@ class TLoRA(Adapter):
     def init(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         raise LycorisError("tlora starts from the layer's weight: use `start`")
 
-    def start(self, rng: np.random.Generator, weight: Array) -> dict[str, np.ndarray]:
-        """The largest `rank` singular triplets of the weight (1, IN, OUT); beyond those that it
-        has, zero vectors with a singular value of 1e-6.
+    def _triplets(self, weight: Array) -> dict[str, Array]:
+        """The largest `rank` singular triplets of the weight (1, IN, OUT), wide and where it lies;
+        beyond those that it has, zero vectors with a singular value of 1e-6.
         """
-        matrix = np.asarray(to_device(weight, "cpu"), wide_dtype(weight.dtype))[0]
-        left, values, right = np.linalg.svd(matrix, full_matrices=False)
+        xp, matrix = module_of(weight), cast(weight, wide_dtype(weight.dtype))[0]
+        left, values, right = xp.linalg.svd(matrix, full_matrices=False)
         found = min(self.rank, values.size)
-        q = np.zeros((self.shape.inputs, self.rank), matrix.dtype)
-        p = np.zeros((self.rank, self.shape.outputs), matrix.dtype)
-        middle = np.full(self.rank, _MISSING, matrix.dtype)
+        q = xp.zeros((self.shape.inputs, self.rank), matrix.dtype)
+        p = xp.zeros((self.rank, self.shape.outputs), matrix.dtype)
+        middle = xp.full(self.rank, _MISSING, matrix.dtype)
         q[:, :found], middle[:found], p[:found] = left[:, :found], values[:found], right[:found]
+        return dict(zip(_NAMES, (q, middle, p), strict=True))
+
+    def start(self, rng: np.random.Generator, weight: Array) -> dict[str, np.ndarray]:
         forms = {name: self.flame_shape(factor) for name, factor in self.factors().items()}
-        return {
-            name: part.reshape(forms[name])
-            for name, part in zip(_NAMES, (q, middle, p), strict=True)
-        }
+        first = self._triplets(weight)
+        return {name: to_device(part, "cpu").reshape(forms[name]) for name, part in first.items()}
 
     def kept(self, weight: Array) -> dict[str, Array]:
-        """The first triplets, wide, on the device of the weight, lambda0 with a minus."""
-        first = self.start(np.random.default_rng(), weight)
+        """The first triplets, lambda0 with a minus."""
+        first = self._triplets(weight)
         first["lambda"] = -first["lambda"]
-        device = "cpu" if isinstance(weight, np.ndarray) else f"cuda:{weight.device.id}"
-        arrays = {n: to_device(v, device) for n, v in first.items()}
-        return {f"first_{n}": v for n, v in self.canonical(arrays).items()}
+        return {f"first_{n}": v for n, v in self.canonical(first).items()}
 
     def _pairs(self, weight: Array, p: Parameters) -> list[tuple[Array, Array]]:
         """(down, up) of the trained triplets and of the first ones, whose down is negative."""
