@@ -118,8 +118,8 @@ def adapters_for(shape: LayerShape) -> dict[str, Adapter]:
             out["boft reference"] = BOFT.create(shape, rule="reference", **options)
     if shape.taps == shape.window.groups == 1 and shape.inputs % 6 == 0:
         out["oft-peft"] = PeftOFT.create(shape, 3)
-        out["oft-peft exact"] = PeftOFT.create(shape, 6, series=False)
-        out["oft-peft shared"] = PeftOFT.create(shape, 3, shared=True, rule="reference")
+        out["oft-peft exact"] = PeftOFT.create(shape, 6, terms=None)
+        out["oft-peft shared"] = PeftOFT.create(shape, 3, terms=3, shared=True, rule="reference")
         out["boft-peft"] = PeftBOFT(shape, block_size=3)
         out["boft-peft reference"] = PeftBOFT(shape, block_size=6, rule="reference")
     if shape.taps == shape.window.groups == 1:

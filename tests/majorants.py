@@ -69,8 +69,10 @@ def turn_of_inputs(adapter, factors):
     q = np.zeros((blocks.shape[0], size, size))
     q[:, *np.triu_indices(size, 1)] = blocks
     q = q - np.swapaxes(q, 1, 2)
-    if adapter.series:
+    if adapter.terms == 5:
         e = np.array([2 * k + 2 * k @ k + 2 * k @ k @ k + k @ k @ k @ k for k in q])
+    elif adapter.terms == 3:
+        e = np.array([2 * k + 2 * k @ k + k @ k @ k for k in q])
     else:
         e = np.array([(eye - k) @ np.linalg.inv(eye + k) - eye for k in q])
     if adapter.shared:

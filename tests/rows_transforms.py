@@ -14,6 +14,7 @@ def transform_rows():
     yield from _norm_rows()
     yield from _cayley_rows()
     yield from _rotation_rows()
+    yield from _turn_rows()
     yield from _rank_rows()
 
 
@@ -178,6 +179,52 @@ def _rotation_rows():
             "fixed": (2,),
             "linear": False,
             "size": lambda e, c, s, t=turned: np.abs(_columns(np.abs(e), np.abs(c), s[0], t)) + 2,
+        }
+
+
+def _turned(y, matrices, bias=0.0, add=0.0, scale=1.0):
+    size, columns = matrices.shape[1:]
+    out = np.zeros(y.shape)
+    for c in range(columns):
+        own = slice(c // size * size, c // size * size + size)
+        out[..., c] = (y - bias)[..., own] @ matrices[0, :, c]
+    return add + scale * out
+
+
+def _turn_rows():
+    for name, lead, batch, size in (
+        ("odd", (3, 7), 3, 5),
+        ("ones", (4,), 6, 1),
+        ("many blocks", (33,), 70, 4),
+        ("wide blocks", (5,), 2, 300),
+        ("a block a tile", (17,), 2, 256),
+        ("many rows", (1100,), 3, 8),
+        ("none", (0,), 2, 3),
+    ):
+        y, columns = (*lead, batch * size), batch * size
+        depth = size + int(np.prod(lead)) + 4
+        yield {
+            "primitive": "turn_blocks",
+            "name": name,
+            "call": lambda y, m: ops.turn_blocks(y, m),
+            "formula": _turned,
+            "args": (y, (1, size, columns)),
+            "depth": depth,
+            "wide": (1,),
+        }
+        yield {
+            "primitive": "turn_blocks",
+            "name": f"{name}, all terms",
+            "call": lambda y, m, b, a, s: ops.turn_blocks(y, m, bias=b, add=a, scale=s),
+            "formula": lambda y, m, b, a, s: _turned(y, m, b, a, s[0]),
+            "args": (y, (1, size, columns), (columns,), y, FACTOR),
+            "depth": depth,
+            "wide": (1, 4),
+            "fixed": (2, 4),
+            "linear": False,
+            "size": lambda y, m, b, a, s: _turned(
+                np.abs(y) + np.abs(b), np.abs(m), 0.0, np.abs(a), s[0]
+            ),
         }
 
 

@@ -171,7 +171,7 @@ def test_a_colon_in_a_name(here, capsys):
 
 ERRORS = {
     "no file": (["inspect", "none.safetensors"], "none.safetensors: No such file or directory"),
-    "a folder": (["inspect", "."], ".: is not a regular file"),
+    "a folder": (["inspect", "."], ".: is a folder without adapter_model.safetensors"),
     "no adapter": (
         ["merge", "base.safetensors", "none:1", "-o", "out"],
         "none: No such file or directory",

@@ -258,6 +258,13 @@ def test_options_are_checked():
         engine.add("a", "locon", dora="row")
     with pytest.raises(LycorisError, match="rule is 'mine', expected one of base, reference"):
         engine.add("a", "locon", dora="output", rule="mine")
+    for option, known in (
+        ({"dora": "row"}, "output, input"),
+        ({"rule": "mine"}, "base, reference"),
+        ({"dialect": "oft:mine"}, "oft:lycoris"),
+    ):
+        with pytest.raises(LycorisError, match=f"expected one of {known}"):
+            engine.attach("there is none.safetensors", **option)
     with pytest.raises(LycorisError, match="DoRA stands on locon, loha and lokr"):
         engine.add("a", "full", dora="output")
     engine.add("a", "loha", rank=2, dora="input")

@@ -250,6 +250,14 @@ def test_the_command_line_refuses_in_one_line(tmp_path, capsys):
     assert "adapter_config.json: is not JSON" in capsys.readouterr().err
 
 
+def test_a_folder_without_the_file_is_refused(tmp_path):
+    with pytest.raises(FileFormatError, match=r"without adapter_model.safetensors, in which PEFT"):
+        inspect_adapter(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(FileFormatError, match="adapter_model.bin is a pickle: save it again"):
+        inspect_adapter(tmp_path)
+
+
 def test_ia3_that_does_not_fit_is_refused(tmp_path):
     path = folder(tmp_path, {"a.ia3_l": np.ones((1, 6))}, peft_type="IA3", feedforward_modules=[])
     engine = Engine({"a": Linear(np.ones((6, 8)))}, device="cpu")

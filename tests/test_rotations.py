@@ -21,13 +21,14 @@ from lycoris_cupy import (
 from lycoris_cupy.adapters import PeftOFT
 from lycoris_cupy.adapters.boft import power2_factorization
 from lycoris_cupy.attachment import Attachment
-from lycoris_cupy.errors import FileFormatError, LycorisError, MatchError, ShapeError
+from lycoris_cupy.errors import DtypeError, FileFormatError, LycorisError, MatchError, ShapeError
 from lycoris_cupy.io.adapter_file import inspect_adapter, read_adapter, write_adapter
 from lycoris_cupy.io.safetensors import open_file, write
 from tests.cases import KINDS
 
 RNG = np.random.default_rng(5)
 SHAPE = LayerShape.of_file((12, 8))
+ROTATIONS = Path(__file__).parent / "peer" / "peft-0.21.2-rotations"
 PEFT = Path(__file__).parent / "peer" / "peft-0.21.2"
 
 
@@ -192,6 +193,12 @@ def test_power_of_two_blocks(size, factor, block):
         (lambda: ops.cayley(np.zeros((2, 3, 4))), ShapeError, "expected square blocks"),
         (lambda: ops.cayley(np.zeros((1, 2, 2)), limit=-1.0), ShapeError, "limit is -1.0"),
         (lambda: ops.rotation_columns(np.zeros((2, 3, 3)), np.zeros(5)), ShapeError, "rescale has"),
+        (lambda: ops.turn_blocks(np.zeros((2, 6)), np.zeros((1, 4, 6))), ShapeError, "divisor of"),
+        (
+            lambda: ops.turn_blocks(np.zeros((2, 6), bf16), np.zeros((1, 2, 6))),
+            DtypeError,
+            "matrices are float64, expected float32",
+        ),
         (lambda: ops.skew_blocks(np.zeros((2, 4))), ShapeError, "4 entries are not those above"),
     ],
 )
@@ -276,12 +283,33 @@ def test_pefts_forward(name, dtype, near, device):
     assert np.linalg.norm(expect["y"] - expect["y_base"]) > 0.1 * np.linalg.norm(expect["y"])
 
 
-@pytest.mark.parametrize("series", [True, False])
+@pytest.mark.parametrize("name", sorted(p.name for p in ROTATIONS.iterdir()))
+def test_pefts_rotations(name, device):
+    """Its forward and its merge, which agree here, of the series, shared blocks, and BOFT on a
+    convolution. The peer computed in f32: sums of up to 144 products, each turned and rescaled.
+    """
+    expect = tensors(ROTATIONS / name / "expect.safetensors")
+    linear = expect["weight"].ndim == 2
+    options = {} if linear else {"padding": 1}
+    build = Linear if linear else Conv2d
+    layer = build.from_torch(expect["weight"], expect["bias"], **options)
+    engine = Engine({"l": layer}, device=device, dtype="f64")
+    engine.attach(ROTATIONS / name, name="a")
+    x = expect["x"] if linear else np.moveaxis(expect["x"], 1, -1)
+    y = to_device(engine.forward(x), "cpu")
+    y = y if linear else np.moveaxis(y, -1, 1)
+    assert np.abs(y - expect["y"]).max() <= 2.0**-24 * 16 * np.abs(expect["y"]).max() * 4
+    merged = to_device(engine.merged().layers["l"].matrix, "cpu").transpose(2, 1, 0)
+    near = 2.0**-24 * 16 * np.abs(expect["weight"]).max()
+    assert np.abs(merged.reshape(expect["merged"].shape) - expect["merged"]).max() <= near
+
+
+@pytest.mark.parametrize("terms", [5, 2, None])
 @pytest.mark.parametrize("name", [kind for _, kind in NOT_MERGED])
-def test_patches_are_trained_and_saved(tmp_path, name, series):
+def test_patches_are_trained_and_saved(tmp_path, name, terms):
     kind = next(kind for kind in KINDS if kind.name == name)
     layer = kind.build.from_torch(exact(*kind.weight), exact(kind.weight[0]), **kind.options)
-    adapter = PeftOFT(layer.shape, block_size=4, series=series)
+    adapter = PeftOFT(layer.shape, block_size=4, terms=terms)
     engine = Engine({"a": layer}, device="cpu", dtype="f64")
     p = {"blocks": exact(*adapter.factors()["blocks"].plain) * 0.1}
     engine.attachments["o"] = Attachment({"a": (adapter, p)}, "cpu", np.float64, 0.7)
@@ -321,12 +349,12 @@ def test_an_oft_without_its_configuration(tmp_path):
     shapes = {"attn.to_q": LayerShape.of_file((32, 32))}
     with pytest.raises(FileFormatError, match="in opposite senses.*dialect='oft:peft' or dialect="):
         read_adapter(tmp_path / "adapter_model.safetensors", shapes)
-    for dialect, series in (("oft:peft", True), ("oft:peft-exact", False)):
+    for dialect, terms in (("oft:peft", 5), ("oft:peft-exact", None)):
         path = tmp_path / "adapter_model.safetensors"
         adapter = read_adapter(path, shapes, dialect=dialect)[0]["attn.to_q"][0]
-        assert adapter.series == series
+        assert adapter.terms == terms
     for options, message in (
-        ({"use_cayley_neumann": True, "num_cayley_neumann_terms": 3}, "is 3, expected 5"),
+        ({"use_cayley_neumann": True, "num_cayley_neumann_terms": 1}, "is 1, expected 2 or more"),
         ({"use_cayley_neumann": True, "coft": True}, "coft is set"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(options))
@@ -339,8 +367,8 @@ def test_series_and_transform_turn_in_opposite_senses():
     p = {"blocks": blocks(4, 3).astype(np.float64) * 0.001}
     weight, one = RNG.standard_normal((1, 12, 5)), np.ones(1)
     series, exact = (
-        PeftOFT(shape, block_size=3, series=kind).delta_weight(weight, p, one)
-        for kind in (True, False)
+        PeftOFT(shape, block_size=3, terms=terms).delta_weight(weight, p, one)
+        for terms in (5, None)
     )
     assert np.abs(series + exact).max() < 1e-2 * np.abs(series).max()
 

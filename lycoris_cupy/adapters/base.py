@@ -41,9 +41,9 @@ class Share(NamedTuple):
     strength: Array
 
 
-# What an adapter makes of the layer's own output: turn(y, change) -> change plus its part. y has
-# the layer's bias in it, which is not turned.
-Turn = Callable[[Array, Array | None], Array]
+# What an adapter makes of the layer's own output: turn(y, total) -> total plus its part. y has the
+# layer's bias in it, which is not turned.
+Turn = Callable[[Array, Array], Array]
 
 
 @dataclass(frozen=True)

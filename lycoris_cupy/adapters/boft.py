@@ -29,7 +29,7 @@ from ..ops.product import product
 from ..ops.ranks import take_rows
 from ..ops.scale_columns import scale_columns
 from ..ops.shapes import reshape, transpose
-from ..ops.window import Window
+from ..ops.turn import turn_blocks
 from .base import Adapter, Parameters
 from .dora import nothing
 from .factor import Factor, require
@@ -107,14 +107,14 @@ class BOFT(Rotation):
         e = cayley(a, limit=self.limit)
         every = reshape(e, (stages, blocks * size * size))
         by_stage = scale if self.rule == "reference" else None
-        window, change = Window(groups=blocks), None
+        change = None
         for stage in range(stages):
             one = take_rows(every, stage, stage + 1)
-            columns = rotation_columns(reshape(one, (blocks, size, size)), turned=True)
+            matrices = rotation_columns(reshape(one, (blocks, size, size)), turned=True)
             half = 2**stage * size // 2
             at = _placed(v if change is None else add(v, change), half)
             before = None if change is None else _placed(change, half)
-            after = product(at, columns, window, add=before, scale=by_stage)
+            after = turn_blocks(at, matrices, add=before, scale=by_stage)
             change = _placed(after, half, back=True)
         assert change is not None
         return self._finished(v, change, p, scale)

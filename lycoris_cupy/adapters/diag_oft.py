@@ -2,8 +2,8 @@
 
     weight'[t, i, k B + m] = c[k B + m] * sum over n of weight[t, i, k B + n] * R[k, n, m]
 
-The layer's own output is turned rather than its weight: y + s (y - bias) (R - I), one thin grouped
-product beside the layer's. File keys: oft_blocks (blocks, B, B), rescale (O, 1, *1), alpha.
+The layer's own output is turned rather than its weight: y + s (y - bias) (R - I), one more pass
+over it. File keys: oft_blocks (blocks, B, B), rescale (O, 1, *1), alpha.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from ..layers import Layer, LayerShape
 from ..ops.cayley import cayley, rotation_columns
 from ..ops.elementwise import cast
 from ..ops.product import product
-from ..ops.shapes import reshape
-from ..ops.window import Window
+from ..ops.turn import turn_blocks
 from .base import Adapter, Parameters, Share, Turn
-from .dora import nothing
 from .factor import Factor, require
 from .lokr import factorization
 from .oft import BLOCKS, LYCORIS, Rotation, dialect_of
@@ -63,8 +61,8 @@ class DiagOFT(Rotation):
             **self.rescale_factor(),
         }
 
-    def _columns(self, p: Parameters, scale: Array) -> tuple[Array, Array | None]:
-        """(columns of the grouped product that gives the change, wide; what to scale it by)."""
+    def _matrices(self, p: Parameters, scale: Array) -> tuple[Array, Array | None]:
+        """(what blocks of outputs are multiplied by to give the change, wide; its scale)."""
         e = cayley(p["blocks"], limit=self.limit)
         c = self.rescale(p, e)
         if self.rule == "base":
@@ -72,9 +70,8 @@ class DiagOFT(Rotation):
         return rotation_columns(e, c, scale), None
 
     def delta_weight(self, weight: Array, p: Parameters, scale: Array) -> Array:
-        columns, scale_of_product = self._columns(p, scale)
-        weight = cast(weight, columns.dtype)
-        return product(weight, columns, Window(groups=self.blocks), scale=scale_of_product)
+        matrices, factor = self._matrices(p, scale)
+        return turn_blocks(cast(weight, matrices.dtype), matrices, scale=factor)
 
     @property
     def turns_outputs(self) -> bool:
@@ -107,26 +104,18 @@ class DiagOFT(Rotation):
         if self.route == "delta":
             return super().apply(change, layer, x, p, scale)
         y = product(x, layer.matrix, layer.window)
-        turning, scale_of_product = self._columns(p, scale)
-        window = layer.window.pointwise_like(self.blocks)
-        return product(y, turning, window, add=change, scale=scale_of_product)
+        matrices, factor = self._matrices(p, scale)
+        return turn_blocks(y, matrices, add=change, scale=factor)
 
     def contribute(
         self, change: Array | None, layer: Layer, x: Array, p: Parameters, scale: Array
     ) -> tuple[Array | None, Share | Turn | None]:
         if self.route == "delta":
             return self.apply(change, layer, x, p, scale), None
-        columns, factor = self._columns(p, scale)
-        window = layer.window.pointwise_like(self.blocks)
-        bias = None
-        if layer.bias is not None:  # y has it, and it is not turned
-            row = reshape(layer.bias, (1, layer.bias.shape[0]))
-            minus = nothing(scale) - 1 if factor is None else -factor
-            turned = product(row, columns, Window(groups=self.blocks), scale=minus)
-            bias = reshape(turned, (layer.bias.shape[0],))
+        matrices, factor = self._matrices(p, scale)
 
-        def turn(y: Array, change: Array | None) -> Array:
-            return product(y, columns, window, bias=bias, add=change, scale=factor)
+        def turn(y: Array, total: Array) -> Array:
+            return turn_blocks(y, matrices, bias=layer.bias, add=total, scale=factor)
 
         return change, turn
 

@@ -7,7 +7,7 @@ scale of the layer's own product:
     per input    y = (x * C) * W + changes + bias
 
 so W + sum of strength_i * (W'_i - W) is exact for any number of adapters. One that mixes outputs
-gives a Turn, which makes its change of x * W, before any scale. Only where a scale of the inputs
+gives a Turn, which adds what it makes of x * W, before any scale. Only where a scale of the inputs
 meets one of these on one layer is a second product by W made: W * (C_in + C_out - 1) is no product
 of two scales.
 """
@@ -39,14 +39,16 @@ def forward(layer: Layer, x: Array, parts: Iterable[tuple[Adapter, Parameters, A
         scaled = scale_columns(x, over_groups(_total(inputs), layer)) if inputs else x
         return layer.forward(scaled, change)
     y = layer.forward(x)
-    for turn in turns:
-        change = turn(y, change)
     if inputs:
         rest = over_groups(_total(inputs, nothing(inputs[0].factor)), layer)
         change = product(scale_columns(x, rest), layer.matrix, layer.window, add=change)
     if outputs:
-        return scale_columns(y, _total(outputs), bias=layer.bias, add=change)
-    return y if change is None else add(y, change)
+        total = scale_columns(y, _total(outputs), bias=layer.bias, add=change)
+    else:
+        total = y if change is None else add(y, change)
+    for turn in turns:
+        total = turn(y, total)
+    return total
 
 
 def _total(shares: list[Share], total: Array | None = None) -> Array:

@@ -3,8 +3,8 @@
     W' = s * (W R),  R = (I + Q) (I - Q)^-1,  Q = (A - A^T) / 2
 
 in torch's order, (OUT, IN) with the taps of a kernel behind their input. The bias is not rescaled.
-Files of one butterfly factor, which is PEFT's default; more of them mix inputs in an order that no
-saved case of PEFT shows, and are refused. File keys: boft_R (1, blocks, B, B), boft_s (O, 1).
+Files of one butterfly factor: PEFT makes more of them only where its CUDA extension is compiled,
+and those are refused. File keys: boft_R (1, blocks, B, B), boft_s (O, 1).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..ops import elementwise
 from ..ops.cayley import cayley, rotation_columns
 from ..ops.elementwise import add, cast
 from ..ops.magnitude import shifted
-from ..ops.product import product
 from ..ops.scale_columns import spread_columns
 from ..ops.shapes import reshape, transpose
+from ..ops.turn import turn_blocks
 from ..ops.window import Window
 from .base import Parameters
 from .dora import nothing
@@ -65,7 +65,7 @@ class PeftBOFT(Rotation):
         assert c is not None
         rows = reshape(transpose(cast(weight, e.dtype), (2, 1, 0)), (outputs, inputs * taps))
         by = scale if self.rule == "reference" else None
-        turned = product(rows, rotation_columns(e), Window(groups=self.blocks), scale=by)
+        turned = turn_blocks(rows, rotation_columns(e), scale=by)
         turned = transpose(reshape(turned, (outputs, inputs, taps)), (2, 1, 0))
         # c (W + turned) - W
         rest = spread_columns(cast(weight, e.dtype), shifted(c, nothing(scale) + 1, nothing(c)))
@@ -94,7 +94,7 @@ class PeftBOFT(Rotation):
             raise ShapeError(f"boft_R has shape {blocks}, expected (1, blocks, B, B)")
         if blocks[0] != 1:
             raise ShapeError(
-                f"boft_R has {blocks[0]} butterfly factors, and only files of one are understood: "
-                "merge it with PEFT and take the difference of the weights"
+                f"boft_R has {blocks[0]} butterfly factors, expected 1: PEFT makes more only with "
+                "its CUDA extension; merge it there and take the difference of the weights"
             )
         return cls(shape, block_size=blocks[2], rule=rule)

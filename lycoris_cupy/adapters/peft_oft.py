@@ -1,7 +1,7 @@
 """OFT as PEFT has it: blocks of the inputs are turned, before the layer.
 
     x' = x R of each block,  Q = U - U^T        R = (I - Q) (I + Q)^-1
-    or, as a series                             R = I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4
+    or, as a series of five terms               R = I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4
 
 The two turn in opposite senses, so a file means nothing without the configuration beside it. On a
 kernel over space PEFT turns patches of its input and folds them back, in an order that mixes
@@ -21,10 +21,12 @@ from ..arrays import Array, module_of
 from ..errors import FileFormatError, LycorisError, ShapeError
 from ..layers import Layer, LayerShape
 from ..ops.cayley import cayley, rotation_columns
+from ..ops.columns import expand_rows
 from ..ops.elementwise import cast
 from ..ops.product import product, product_dx
 from ..ops.shapes import reshape, transpose
 from ..ops.skew import block_size_of, cayley_series, skew_blocks
+from ..ops.turn import turn_blocks
 from ..ops.window import Window
 from ..tape import value_of
 from .base import Adapter, Parameters
@@ -34,10 +36,10 @@ from .oft import EXACT, PEFT, Rotation
 
 @dataclass(frozen=True)
 class PeftOFT(Rotation):
-    """series: R is the series. shared: one block turns all of them."""
+    """terms: of the series, or None for the exact transform. shared: one block turns all."""
 
     dialect: str = PEFT
-    series: bool = True
+    terms: int | None = 5
     shared: bool = False
 
     algorithm = "oft-peft"
@@ -51,6 +53,8 @@ class PeftOFT(Rotation):
             raise LycorisError(f"oft-peft is PEFT's: dialect {PEFT}, no rescale")
         if self.shape.window.groups > 1:
             raise ShapeError(f"PEFT's oft turns inputs of all groups at once: not on {self.shape}")
+        if self.terms is not None and self.terms < 2:
+            raise LycorisError(f"a series of {self.terms} terms turns nothing: expected 2 or more")
 
     @classmethod
     def create(
@@ -60,7 +64,7 @@ class PeftOFT(Rotation):
         alpha: float | None = None,
         *,
         block_size: int | None = None,
-        series: bool = True,
+        terms: int | None = 5,
         shared: bool = False,
         rule: str = "base",
     ) -> Adapter:
@@ -70,16 +74,17 @@ class PeftOFT(Rotation):
                 f"PEFT's oft changes {shape} even before it is trained: use diag-oft there"
             )
         size = rank if block_size is None else block_size
-        return cls(shape, block_size=size, series=series, shared=shared, rule=rule)
+        return cls(shape, block_size=size, terms=terms, shared=shared, rule=rule)
 
     @property
     def scale_reason(self) -> str:
-        how = "series" if self.series else "exact transform"
+        how = "exact transform" if self.terms is None else f"series of {self.terms} terms"
         return f"{self.dialect}, {how}, blocks of {self.block_size}"
 
     @property
     def network_args(self) -> dict[str, object]:
-        return {"use_cayley_neumann": self.series}
+        series = {} if self.terms is None else {"num_cayley_neumann_terms": self.terms}
+        return {"use_cayley_neumann": self.terms is not None, **series}
 
     def factors(self) -> dict[str, Factor]:
         entries = self.block_size * (self.block_size - 1) // 2
@@ -89,12 +94,12 @@ class PeftOFT(Rotation):
     def _rotation(self, p: Parameters) -> Array:
         """R - I of each block, wide."""
         q = skew_blocks(p["blocks"])
-        return cayley_series(q) if self.series else cayley(q, factor=-0.5)
-
-    def _turned(self, x: Array, p: Parameters, window: Window, add: Array | None = None) -> Array:
-        """add + x (R - I), blocks of channels being groups."""
-        window = window.grouped(self.blocks, shared=self.shared)
-        return product(x, rotation_columns(self._rotation(p)), window, add=add)
+        e = cayley(q, factor=-0.5) if self.terms is None else cayley_series(q, self.terms)
+        if not self.shared:
+            return e
+        one = reshape(e, (self.block_size**2,))
+        every = expand_rows(one, (self.blocks, self.block_size**2))
+        return reshape(every, (self.blocks, self.block_size, self.block_size))
 
     def delta_weight(self, weight: Array, p: Parameters, scale: Array) -> Array:
         if self.shape.taps > 1:
@@ -103,9 +108,8 @@ class PeftOFT(Rotation):
                 "weight, and cannot be merged"
             )
         e = self._rotation(p)
-        window = Window(groups=self.blocks, shared=self.shared)
         rows = transpose(cast(weight, e.dtype), (0, 2, 1))  # W' = R W turns the inputs of each row
-        turned = product(rows, rotation_columns(e, turned=True), window, scale=scale)
+        turned = turn_blocks(rows, rotation_columns(e, turned=True), scale=scale)
         return transpose(turned, (0, 2, 1))
 
     def costs(self) -> dict[str, int]:
@@ -123,7 +127,7 @@ class PeftOFT(Rotation):
     ) -> Array:
         window = layer.window
         if self.shape.taps == 1:
-            turned = self._turned(x, p, window.pointwise_like())
+            turned = turn_blocks(x, rotation_columns(self._rotation(p)))
             return product(turned, layer.matrix, window, add=change, scale=scale)
         folded = self._folded(x, p)
         change = product(x, layer.matrix, window, add=change, scale=-scale)
@@ -139,7 +143,7 @@ class PeftOFT(Rotation):
         apart = cast(xp.ascontiguousarray(apart.transpose(1, 0, 2)), x.dtype)
         seen = product(x, apart, patches)
         flat = reshape(seen, (prod(seen.shape[:-1]), seen.shape[-1]))
-        flat = self._turned(flat, p, Window(), add=flat)
+        flat = turn_blocks(flat, rotation_columns(self._rotation(p)), add=flat)
         samples, positions = x.shape[0], flat.shape[0] // max(x.shape[0], 1)
         mixed = transpose(reshape(flat, (samples, positions, inputs, taps)), (0, 2, 1, 3))
         mixed = reshape(mixed, (samples, inputs, taps, positions))
@@ -166,12 +170,14 @@ class PeftOFT(Rotation):
         blocks, entries = tensors["oft_R.weight"].shape
         size = block_size_of(entries)
         shared = blocks == 1 and shape.inputs * shape.taps > size
-        series = _is_series(dialect, options or {})
-        return cls(shape, block_size=size, series=series, shared=shared, rule=rule)
+        terms = _terms(dialect, options or {})
+        return cls(shape, block_size=size, terms=terms, shared=shared, rule=rule)
 
 
-def _is_series(dialect: str | None, options: Mapping[str, object]) -> bool:
-    """Whether R is the series, as told or configured. Raises FileFormatError if neither says it."""
+def _terms(dialect: str | None, options: Mapping[str, object]) -> int | None:
+    """Of the series, None for the exact transform, as told or configured. Raises FileFormatError if
+    neither says it.
+    """
     if options.get("coft"):
         raise FileFormatError(
             "coft is set: PEFT projects the blocks in every forward, not supported"
@@ -179,7 +185,7 @@ def _is_series(dialect: str | None, options: Mapping[str, object]) -> bool:
     if dialect is not None:
         if dialect not in (PEFT, EXACT):
             raise FileFormatError(f"oft_R.weight is PEFT's: dialect {PEFT} or {EXACT}")
-        return dialect == PEFT
+        return 5 if dialect == PEFT else None
     series = options.get("use_cayley_neumann")
     if not isinstance(series, bool):
         raise FileFormatError(
@@ -187,7 +193,9 @@ def _is_series(dialect: str | None, options: Mapping[str, object]) -> bool:
             "and no adapter_config.json (use_cayley_neumann) says which: say "
             f"dialect={PEFT!r} or dialect={EXACT!r} (--dialect on the command line)"
         )
+    if not series:
+        return None
     terms = options.get("num_cayley_neumann_terms", 5)
-    if series and terms != 5:
-        raise FileFormatError(f"num_cayley_neumann_terms is {terms}, expected 5, PEFT's default")
-    return series
+    if not isinstance(terms, int) or terms < 2:
+        raise FileFormatError(f"num_cayley_neumann_terms is {terms!r}, expected 2 or more")
+    return terms

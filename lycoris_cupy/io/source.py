@@ -13,7 +13,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FileFormatError
+from ..adapters import RULES
+from ..adapters.oft import READINGS
+from ..errors import FileFormatError, LycorisError
+from ..ops.squares import AXES
 from .alpha import CONFIGURATION, Alphas, Configuration
 from .dialects import Dialect
 from .keys import Key, parse_key, unread
@@ -71,13 +74,22 @@ def open_source(
     """The modules of a file, or of PEFT's folder. alpha_from: the one source of alpha to believe.
     dora, rule, dialect: kept for `read_module`.
 
-    Raises FileFormatError where two keys are the same factor of a module.
+    Raises FileFormatError where two keys are the same factor of a module, LycorisError for a dora,
+    rule or dialect that there is not.
     """
+    for what, value, known in (
+        ("dora", dora, (None, *AXES)),
+        ("rule", rule, RULES),
+        ("dialect", dialect, (None, *READINGS)),
+    ):
+        if value not in known:
+            names = ", ".join(name for name in known if name is not None)
+            raise LycorisError(f"{what} is {value!r}, expected one of {names}")
     beside = None
     if not isinstance(path, TensorFile):
         path = Path(path)
-        if path.is_dir() and (path / PEFT_FILE).exists():
-            path = path / PEFT_FILE
+        if path.is_dir():
+            path = _in_folder(path)
         beside = path.parent / CONFIGURATION
     with nullcontext(path) if isinstance(path, TensorFile) else open_file(path) as file:
         modules, unread_keys = _modules(file)
@@ -111,6 +123,18 @@ def _modules(file: TensorFile) -> tuple[list[Module], list[Unmatched]]:
         if key.module not in first or first[key.module].suffix == "alpha":
             first[key.module] = key
     return [Module(first[name], keys) for name, keys in found.items()], unmatched
+
+
+def _in_folder(folder: Path) -> Path:
+    """The file of PEFT's folder. Raises FileFormatError if it holds none."""
+    if (folder / PEFT_FILE).exists():
+        return folder / PEFT_FILE
+    pickled = folder / "adapter_model.bin"
+    more = f"; {pickled.name} is a pickle: save it again with safe_serialization=True"
+    raise FileFormatError(
+        f"{folder}: is a folder without {PEFT_FILE}, in which PEFT keeps an adapter"
+        f"{more if pickled.exists() else ''}"
+    )
 
 
 def _configuration(path: Path) -> Configuration:

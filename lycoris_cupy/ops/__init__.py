@@ -17,6 +17,7 @@ from .shapes import pixel_shuffle, reshape, resize_nearest, tap_diagonal, transp
 from .skew import cayley_series, skew_blocks
 from .squares import changed_square, low_rank_square
 from .tucker2 import tucker_decompose
+from .turn import turn_blocks
 from .window import Window
 
 __all__ = [
@@ -63,4 +64,5 @@ __all__ = [
     "transpose",
     "tucker_decompose",
     "tucker_weight",
+    "turn_blocks",
 ]

@@ -41,8 +41,8 @@ def rotation_columns(
 ) -> Array:
     """out[0, n, k * B + m] = c * s * e[k, n, m] + (n == m) * (c - 1), c = rescale[k * B + m].
 
-    What a grouped product, block k for group k, has to multiply channels by to get the change that
-    I + s e and a rescaling make of them. e: (batch, B, B), wide; e[k, m, n] when turned. rescale:
+    What `turn_blocks` has to multiply the channels of block k by to get the change that I + s e and
+    a rescaling make of them. e: (batch, B, B), wide; e[k, m, n] when turned. rescale:
     (batch * B,) wide, or None for 1. scale: (1,) wide, a constant, or None for 1. Returns
     (1, B, batch * B), wide. Raises ShapeError, DtypeError.
     """

@@ -35,15 +35,21 @@ def block_size_of(entries: int) -> int:
     return size
 
 
-def cayley_series(q: Array) -> Array:
-    """2 Q + 2 Q^2 + 2 Q^3 + Q^4: five terms of (I + Q) (I - Q)^-1, less the identity.
+def cayley_series(q: Array, terms: int = 5) -> Array:
+    """2 Q + 2 Q^2 + ... + 2 Q^(terms - 2) + Q^(terms - 1): `terms` of (I + Q) (I - Q)^-1, less the
+    identity, as PEFT counts them: 3 are what 4 are, and 2 are I + 2 Q.
 
-    q: (batch, B, B), skew, wide. The sum is no rotation, but close to one for small Q.
+    q: (batch, B, B), skew, wide. The sum is no rotation, but close to one for small Q. Raises
+    ShapeError for fewer than 2 terms.
     """
-    q2 = low_rank_weight(q, q)
-    q3, q4 = low_rank_weight(q2, q), low_rank_weight(q2, q2)
-    half = add(add(q, q2), q3)
-    return add(add(half, half), q4)
+    if terms < 2:
+        raise ShapeError(f"a series of {terms} terms turns nothing: expected 2 or more")
+    half = power = q
+    for _ in range(2, max(terms, 4) - 1 if terms > 2 else 2):
+        power = low_rank_weight(power, q)
+        half = add(half, power)
+    twice = add(half, half)
+    return twice if terms == 2 else add(twice, low_rank_weight(power, q))
 
 
 def _skew_cpu(v, *, size):
