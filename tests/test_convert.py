@@ -19,7 +19,7 @@ from lycoris_cupy.io.dialects import DIALECTS
 from lycoris_cupy.io.peft_config import peft_config
 from lycoris_cupy.io.safetensors import open_file, write
 from lycoris_cupy.io.target import Name, magnitude, module_names
-from tests.cases import adapters_for
+from tests.cases import PEER, PEER_CASES, adapters_for
 from tests.test_spectrum import dense, random_params
 
 LAYERS = {
@@ -470,3 +470,40 @@ def test_modules_are_counted(tmp_path):
         progress=lambda *p: seen.append(p),
     )
     assert seen == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, c in PEER_CASES.items() if (PEER / "adapter" / f"{n}.safetensors").exists()]
+)
+def test_the_peers_files_there_and_back(tmp_path, name):
+    """Every algorithm of LyCORIS to kohya's names and back: the same keys, shapes, dtypes and bits."""
+    start, there, back = (
+        PEER / "adapter" / f"{name}.safetensors",
+        tmp_path / "k.safetensors",
+        tmp_path / "l.safetensors",
+    )
+    assert convert_file(start, there, "kohya", part="unet").loss == 0
+    assert convert_file(there, back, "lycoris").loss == 0
+    with open_file(start) as old, open_file(back) as new:
+        assert set(old) == set(new)
+        for key in old:
+            assert old.dtype(key) == new.dtype(key) and old.shape(key) == new.shape(key), key
+            assert (old.raw(key) == new.raw(key)).all(), key
+
+
+def test_a_meaning_of_its_own_prefix(tmp_path):
+    """kohya's OFT is not LyCORIS's: it keeps its prefix, or is refused."""
+    write(
+        tmp_path / "a.safetensors",
+        {
+            "oft_unet_x.oft_blocks": np.ones((2, 4, 4), np.float32),
+            "oft_unet_x.alpha": np.array(0.5, np.float32),
+        },
+    )
+    done = convert_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya")
+    assert [m.written for m in done.modules] == ["oft_unet_x"]
+    with pytest.raises(
+        MatchError,
+        match="'oft_unet_x' means what it does under oft_unet_ only, which lycoris does not",
+    ):
+        convert_file(tmp_path / "a.safetensors", tmp_path / "c.safetensors", "lycoris")

@@ -255,3 +255,11 @@ def test_diff_of_files_that_name_a_layer_twice(tmp_path):
         MatchError, match="modules 'lora_transformer_a' and 'lora_unet_a' both mean 'a'; remove one"
     ):
         diff_files(tmp_path / "a.safetensors", tmp_path / "a.safetensors")
+
+
+def test_a_long_list_is_cut_in_the_text(tmp_path):
+    """A checkpoint given for an adapter: the text stays readable, JSON has every key."""
+    write(tmp_path / "m.safetensors", {f"model.layers.{i}.weight": np.ones(2) for i in range(100)})
+    found = inspect_file(tmp_path / "m.safetensors")
+    assert len(found.text().splitlines()) < 70 and "and 40 more (--json has all)" in found.text()
+    assert len(found.as_dict()["unmatched"]) == 100

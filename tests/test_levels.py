@@ -64,7 +64,7 @@ LEVELS = [
         "io.merge_report",
     },
     {"io.adapter_file", "io.merge_layer", "io.merge"},
-    {"io.convert", "io.resize", "io.extract"},
+    {"io.convert_items", "io.convert", "io.resize", "io.extract"},
     {"io.diff", "io.inspection", "io.charts", "io.page_style"},
     {"io.page"},
     {"attachment", "explain", "graph"},

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lycoris_cupy import Conv2d, Engine, LayerShape, Linear, LoCon, ShapeError
+from lycoris_cupy import Conv2d, Engine, LayerShape, Linear, LoCon, ShapeError, to_device
 from lycoris_cupy.adapters import Adapter, RowPart, Rows, slice_rows
 from lycoris_cupy.errors import MatchError
 from lycoris_cupy.io.adapter_file import inspect_adapter, read_adapter, write_adapter
@@ -347,3 +347,24 @@ def test_rows_that_the_caller_tells(tmp_path):
     ):
         with pytest.raises(MatchError, match=match):
             net.attach(tmp_path / "a.safetensors", rows={"v": wrong})
+
+
+def test_rows_on_a_device_and_in_a_capture(tmp_path, device):
+    """The same numbers on both backends; a captured forward follows the strength."""
+    tensors = {}
+    for i, name in enumerate("qkv"):
+        tensors |= lora(f"lora_unet_transformer_blocks_0_attn_to_{name}", D, alpha=i + 1.0, seed=i)
+    write(tmp_path / "a.safetensors", tensors)
+    layer = Linear.from_torch(np.random.default_rng(0).standard_normal((3 * D, D)))
+    net = Engine({"double_blocks.0.img_attn.qkv": layer}, device=device, dtype="f32")
+    net.attach(tmp_path / "a.safetensors", name="a", strength=0.5)
+    x = np.random.default_rng(1).standard_normal((5, D)).astype(np.float32)
+    whole = np.concatenate(
+        [delta(tensors, f"lora_unet_transformer_blocks_0_attn_to_{name}") for name in "qkv"]
+    )
+    step = net.capture(x)
+    for strength in (0.5, -2.0):
+        net.strength["a"] = strength
+        expected = x @ (np.asarray(layer.weight) + strength * whole.T)
+        for found in (net.forward(x), step(x), net.merged().forward(x)):
+            assert np.allclose(to_device(found, "cpu"), expected, rtol=1e-4, atol=1e-4)

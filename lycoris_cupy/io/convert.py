@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,37 +19,17 @@ from ..adapters.biased import without_bias
 from ..errors import FileFormatError, MatchError
 from .adapter_file import STALE, about, cast_checked, spoken
 from .alpha import METADATA
-from .checkpoint import open_checkpoint
 from .conversion import Conversion, Converted
+from .convert_items import Item, labels_of, left_out_of, read_items
 from .dialects import Dialect
 from .exact import EXACT, as_lora, cast_params, fold_scale, loss
-from .merge import layer_shapes
 from .modules import told
-from .names import BaseNames
 from .peft_output import write_folder
-from .placing import Params, gather, place, read_alone
 from .safetensors import write
-from .source import Module, Source, open_source
-from .target import Name, dialect_named, module_names, require_expressible, spelled
+from .source import Source, open_source
+from .target import dialect_named, module_names, require_expressible, spelled
 
 NOTE = "lycoris_cupy.converted"
-
-
-@dataclass
-class _Item:
-    """One adapter on its way. name: its layer. before, after: (adapter, factors) as read and as
-    they will be written. alpha: the tensor as it stands in the file, where it still holds.
-    """
-
-    module: Module
-    name: Name
-    before: tuple[Adapter, Mapping[str, np.ndarray]]
-    after: tuple[Adapter, Mapping[str, np.ndarray]]
-    alpha: np.ndarray | None = None
-    needed: int = 0
-    notes: list[str] = field(default_factory=list)
-    loss: float = 0.0
-    placed: bool = False  # on a layer of the base
 
 
 def convert_file(
@@ -85,14 +64,14 @@ def convert_file(
         raise FileFormatError(f"rank {rank} must be at least 1, and goes with --algorithm lora")
     _require_new(dialect, source, out)
     with open_source(source, alpha_from) as opened, about(opened.path):
-        left_out = _left_out(opened, lossy)
-        items = _read(opened, base, part)
+        left_out = left_out_of(opened, lossy)
+        items = read_items(opened, base, part)
         if only is not None:
             left_out += [i.module.name for i in items if i.name.part != only]
             items = [item for item in items if item.name.part == only]
         if not items:
             raise MatchError("no module is left to convert")
-        labels = _labels(items)
+        labels = labels_of(items)
         names = module_names(dialect, dict(zip(labels, (i.name for i in items), strict=True)))
         for i, item in enumerate(items):
             _rewrite(item, dialect, algorithm, rank, dtype)
@@ -123,15 +102,6 @@ def convert_file(
         )
 
 
-def _labels(items: list[_Item]) -> list[str]:
-    """What errors call the modules: a fused one that is taken apart stands for several layers."""
-    named = [item.module.name for item in items]
-    return [
-        name if named.count(name) == 1 else f"{name} on {item.name.path}"
-        for name, item in zip(named, items, strict=True)
-    ]
-
-
 def _require_new(dialect: Dialect, source, out) -> None:
     if dialect.alpha == "configuration" and os.path.lexists(out):
         raise FileFormatError(
@@ -141,59 +111,7 @@ def _require_new(dialect: Dialect, source, out) -> None:
         raise FileFormatError(f"{source}: the result would overwrite it; choose another output")
 
 
-def _left_out(source: Source, lossy: bool) -> list[str]:
-    if source.unread and not lossy:
-        first, *others = source.unread
-        more = f" and {len(others)} more" if others else ""
-        raise FileFormatError(f"{first}{more}; --lossy leaves what is not read out")
-    return [entry.name for entry in source.unread]
-
-
-def _read(source: Source, base, part: str | None) -> list[_Item]:
-    if base is None:
-        items = []
-        for module in source.modules:
-            with about(f"module {module.name!r}"):
-                adapter, params, _ = read_alone(source, module, None)
-            items.append(_item(source, module, Name.of_module(module, part), adapter, params))
-        return items
-    with open_checkpoint(base) as file:
-        shapes = layer_shapes(file)
-    names, placed = BaseNames(shapes), []
-    for module in source.modules:
-        found = place(source, module, names, shapes)
-        if not found:
-            nearest = names.nearest(module.key)
-            raise MatchError(
-                f"module {module.name!r} matches no layer of {base}"
-                + (f"; nearest layer: {nearest!r}" if nearest else "")
-            )
-        placed += found
-    whole = {one.share.layer: one for one in placed}
-    out = []
-    for layer, (adapter, params) in gather(placed, shapes).items():
-        one = whole[layer]
-        name = Name.of_layer(layer, one.module, part)
-        item = _item(source, one.module, name, adapter, params)
-        item.placed = True
-        if one.share.of is not None or one.share.rows is not None:
-            item.notes.append(
-                "its rows of the fused module" if one.share.of else "several modules, fused"
-            )
-        out.append(item)
-    return out
-
-
-def _item(source: Source, module: Module, name: Name, adapter: Adapter, params: Params) -> _Item:
-    item = _Item(module, name, (adapter, params), (adapter, params))
-    if "alpha" in module.keys and not isinstance(adapter, Rows):
-        value = source.file[module.keys["alpha"]]
-        if value.size == 1 and float(value.reshape(())) == adapter.alpha:
-            item.alpha = value
-    return item
-
-
-def _rewrite(item: _Item, dialect: Dialect, algorithm, rank, dtype) -> None:
+def _rewrite(item: Item, dialect: Dialect, algorithm, rank, dtype) -> None:
     adapter, params = item.before
     fused = isinstance(adapter, Rows)
     if fused and not all(type(part.adapter) is LoCon for part in adapter.parts) and not algorithm:
@@ -222,7 +140,7 @@ def _rewrite(item: _Item, dialect: Dialect, algorithm, rank, dtype) -> None:
         item.loss = loss(item.before, item.after)
 
 
-def _require_known_kernel(item: _Item) -> None:
+def _require_known_kernel(item: Item) -> None:
     """A file's flat columns may hold a kernel: only the layer tells how many taps it has."""
     adapter = item.before[0]
     if not item.placed and told(adapter) != str(adapter.shape):
@@ -232,7 +150,7 @@ def _require_known_kernel(item: _Item) -> None:
         )
 
 
-def _note_size(item: _Item, adapter: Adapter) -> None:
+def _note_size(item: Item, adapter: Adapter) -> None:
     """Say where a LoRA is larger than the change that it holds."""
     shape = adapter.shape
     dense = shape.taps * shape.inputs * shape.outputs
@@ -241,7 +159,7 @@ def _note_size(item: _Item, adapter: Adapter) -> None:
         item.notes.append(f"larger than the layer itself ({size:,} for {dense:,} values)")
 
 
-def _require_lossless(items: list[_Item], lossy: bool) -> None:
+def _require_lossless(items: list[Item], lossy: bool) -> None:
     worse = sorted((item for item in items if item.loss > EXACT), key=lambda item: -item.loss)
     if not worse or lossy:
         return
@@ -258,9 +176,10 @@ def _require_lossless(items: list[_Item], lossy: bool) -> None:
     )
 
 
-def _tensors(item: _Item, dialect: Dialect) -> dict[str, np.ndarray]:
+def _tensors(item: Item, dialect: Dialect) -> dict[str, np.ndarray]:
     adapter, params = item.after
-    out = {key: cast_checked(value, key, None) for key, value in adapter.save(params).items()}
+    out = item.raw if item.intact else adapter.save(params)
+    out = {k: v if k in adapter.flags else cast_checked(v, k, None) for k, v in out.items()}
     out = spelled(dialect, item.name.part, out)
     if dialect.alpha == "tensor" and adapter.saved_alpha is not None:
         alpha = item.alpha
@@ -268,7 +187,7 @@ def _tensors(item: _Item, dialect: Dialect) -> dict[str, np.ndarray]:
     return out
 
 
-def _write(out, dialect: Dialect, names: list[str], items: list[_Item], metadata) -> None:
+def _write(out, dialect: Dialect, names: list[str], items: list[Item], metadata) -> None:
     tensors = {
         f"{name}.{word}": tensor
         for name, item in zip(names, items, strict=True)
@@ -282,7 +201,7 @@ def _write(out, dialect: Dialect, names: list[str], items: list[_Item], metadata
     write_folder(Path(out), tensors, metadata, adapters)
 
 
-def _metadata(source: Source, dialect: Dialect, items: list[_Item]) -> Mapping[str, str]:
+def _metadata(source: Source, dialect: Dialect, items: list[Item]) -> Mapping[str, str]:
     """The file's own, but for hashes of its bytes and for ranks and alphas that no longer hold."""
     out = {key: value for key, value in source.file.metadata.items() if key not in STALE}
     same = dialect.alpha == "tensor" and all(i.after[0] == i.before[0] for i in items)
@@ -292,5 +211,8 @@ def _metadata(source: Source, dialect: Dialect, items: list[_Item]) -> Mapping[s
             out.pop(key, None)
     if dialect.alpha == "configuration":
         out.setdefault("format", "pt")  # PEFT's reader asks for it
+    elif any(item.after[0].told for item in items):
+        # Readers ask whose rotations they are.
+        out.setdefault("ss_network_module", "lycoris.kohya")
     note = {"from": "+".join(spoken(source)), "to": dialect.name}
     return out | {NOTE: json.dumps(note)}

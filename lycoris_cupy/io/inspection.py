@@ -24,7 +24,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .merge import layer_shapes
 from .names import BaseNames, fold, tensors_of
 from .placing import Placed, survey
-from .report import LayerReport, LoadReport, plain
+from .report import LayerReport, LoadReport, listed, plain
 from .safetensors import TensorFile
 from .source import Source, open_source
 from .suspicions import suspicions
@@ -78,10 +78,10 @@ class Inspection:
         )
         out = [head, *(["", *table] if self.figures else [])]
         if self.suspicious:
-            out += ["", "looks wrong:"]
-            out += [f"  {one.layer.module}: {'; '.join(one.notes)}" for one in self.suspicious]
+            lines = [f"{one.layer.module}: {'; '.join(one.notes)}" for one in self.suspicious]
+            out += ["", "looks wrong:", *listed(lines)]
         if self.report.unmatched:
-            out += ["", "not read:", *(f"  {entry}" for entry in self.report.unmatched)]
+            out += ["", "not read:", *listed(self.report.unmatched)]
         return "\n".join(out)
 
     def as_dict(self) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+_LISTED = 60  # entries of a list in a text
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -83,7 +85,7 @@ class LoadReport:
         if self.layers:
             out += ["", *self.table({})]
         if self.unmatched:
-            out += ["", "not read:", *(f"  {entry}" for entry in self.unmatched)]
+            out += ["", "not read:", *listed(self.unmatched)]
         return "\n".join(out)
 
     __str__ = text
@@ -125,6 +127,13 @@ def _table(layers: tuple[LayerReport, ...], more: Mapping[str, Sequence[str]]) -
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
         for row in zip(*columns, strict=True)
     ]
+
+
+def listed(entries: Sequence[object]) -> list[str]:
+    """A line an entry, and how many more there are than people read."""
+    lines = [f"  {entry}" for entry in entries[:_LISTED]]
+    more = len(entries) - len(lines)
+    return lines + ([f"  and {more} more (--json has all)"] if more else [])
 
 
 def plain(value: Any) -> Any:

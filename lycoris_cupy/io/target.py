@@ -25,13 +25,15 @@ PARTS = tuple(HOMES)
 @dataclass(frozen=True)
 class Name:
     """A layer in no dialect. part: of a model, None if nothing tells. dotted: path has its dots.
-    home: 'unet.' or 'transformer.' where the denoiser is called so.
+    home: 'unet.' or 'transformer.' where the denoiser is called so. own: the one prefix under which
+    the module means what it does.
     """
 
     part: str | None
     path: str
     dotted: bool
     home: str | None = None
+    own: str | None = None
 
     @classmethod
     def of_module(cls, module: Module, part: str | None) -> Name:
@@ -96,6 +98,13 @@ def module_names(dialect: Dialect, names: Mapping[str, Name]) -> dict[str, str]:
 
 
 def _prefix(dialect: Dialect, name: Name, key: str, parts: set[str | None]) -> str:
+    if name.own is not None:
+        if name.own not in dialect.prefixes:
+            raise MatchError(
+                f"module {key!r} means what it does under {name.own} only, which {dialect.name} "
+                "does not write"
+            )
+        return name.own
     prefix = dialect.prefix(name.part)
     if prefix is None and name.part is None:
         raise MatchError(
