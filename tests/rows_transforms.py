@@ -195,18 +195,12 @@ def _kept(x, level, least, exponent, width):
 
 
 def _rank_rows():
-    for name, first, last, axis in (
-        ("columns", 1, 4, -1),
-        ("rows", 2, 3, -2),
-        ("none", 2, 2, -1),
-        ("first", 0, 2, -2),
-    ):
-        at = (..., slice(first, last)) if axis == -1 else (..., slice(first, last), slice(None))
+    for name, first, last in (("middle", 2, 3), ("first", 0, 2), ("none", 1, 1)):
         yield {
-            "primitive": "take_ranks",
+            "primitive": "take_rows",
             "name": name,
-            "call": lambda x, o=(first, last, axis): ops.take_ranks(x, *o),
-            "formula": lambda x, at=at: x[at],
+            "call": lambda x, f=first, t=last: ops.take_rows(x, f, t),
+            "formula": lambda x, f=first, t=last: x[..., f:t, :],
             "args": ((2, 5, 7),),
         }
     for name, axis in (("columns", -1), ("rows", -2)):

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lycoris_cupy.io.dialects import DIALECTS, WORDS, parse_key, unread
+from lycoris_cupy.io.dialects import DIALECTS
+from lycoris_cupy.io.keys import WORDS, parse_key, unread
 
 LORA = ("lora_down.weight", "lora_up.weight")
 

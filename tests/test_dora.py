@@ -5,17 +5,15 @@ several at once, files. The norms are checked against those of the built weight.
 import numpy as np
 import pytest
 
-from lycoris_cupy import Engine, Linear, bf16, to_device
+from lycoris_cupy import Conv2d, Engine, Linear, bf16, to_device
 from lycoris_cupy.adapters import DoRA, LoCon, LoHa, LoKr
-from lycoris_cupy.adapters.rows import RowPart, Rows, slice_rows
 from lycoris_cupy.attachment import Attachment
-from lycoris_cupy.errors import LycorisError, ShapeError
-from lycoris_cupy.layers import LayerShape
-from lycoris_cupy.ops import product
+from lycoris_cupy.errors import LycorisError
+from lycoris_cupy.ops import conv_cpu, product
 from lycoris_cupy.optim import AdamW
 from tests import magnitudes
 from tests.bounds import assert_within, bound
-from tests.cases import KINDS, adapters_for
+from tests.cases import KINDS, Kind, adapters_for
 from tests.test_law import draw, engine_with
 
 FORMS = [
@@ -199,6 +197,32 @@ def test_several_at_once(kind, axes):
     assert abs(slope - float((dx * d).sum())) < 1e-11 * np.abs(dx * d).sum()
 
 
+@pytest.mark.parametrize("axis", ["output", "input"])
+@pytest.mark.parametrize("name", ["locon", "locon tucker", "locon per tap", "loha", "lokr w1 w2ab"])
+def test_one_product_by_the_weight_and_no_change_of_its_size(monkeypatch, name, axis):
+    """What makes it cheap: a step multiplies by W as often as without DoRA, and builds nothing of
+    its size.
+    """
+    kind = Kind("large", Conv2d, (40, 28, 3, 3), (1, 28, 4, 5), {"padding": 1})
+    on = adapters_for(kind.shape)[name]
+    assert on.route != "delta"
+    adapter = DoRA.over(on, axis)
+    layer, x, factors = draw(kind, adapter)
+    monkeypatch.setattr(type(on), "delta_weight", lambda *_: pytest.fail("the change was built"))
+    made = []
+    for op in ("conv", "conv_dx"):
+        run = getattr(conv_cpu, op)
+
+        def counted(a, w, *rest, run=run, op=op):
+            made.extend([op] * (w.shape == layer.matrix.shape))
+            return run(a, w, *rest)
+
+        monkeypatch.setattr(conv_cpu, op, counted)
+    y, pullback = engine_with(layer, adapter, factors, strength=0.7).vjp(x)
+    pullback(np.ones(y.shape))
+    assert sorted(made) == ["conv", "conv_dx"]
+
+
 def test_a_column_of_zeros_stays_zero():
     """The weight of a zero convolution has no direction: no NaN, no change, no gradient through
     the norm.
@@ -251,38 +275,3 @@ def test_strength_is_seen_without_attaching_again():
     assert np.abs(engine.forward(x) - (base + x @ down @ np.ones((4, 5)))).max() < 1e-13
     engine.strength["a"] = 1.0
     assert engine.forward(x).tobytes() == full.tobytes()
-
-
-def test_rows_of_a_fused_layer():
-    """A DoRA of q, k and v on a layer that holds all three: each norm is of its own rows."""
-    rng = np.random.default_rng(0)
-    weights = {n: rng.standard_normal((7, 4)) for n in "qkv"}
-    for axis in ("output", "input"):
-        shape = LayerShape.of_file((4, 7))
-        parts, factors, expected = [], {}, []
-        for i, (n, w) in enumerate(weights.items()):
-            adapter = DoRA.over(LoCon(shape, 2, 3.0), axis)
-            own = {k: rng.standard_normal(v.shape) for k, v in adapter.init(rng).items()}
-            parts.append(RowPart(n, ((4 * i, 4 * i + 4),), adapter))
-            factors |= {f"{n}.{k}": v for k, v in own.items()}
-            expected.append(magnitudes.adapted(w[None], adapter, own, 0.7))
-        fused = Linear(np.concatenate(list(weights.values()), axis=1))
-        rows = Rows.of(fused.shape, parts)
-        engine = engine_with(fused, rows, factors, strength=0.7)
-        x = rng.standard_normal((3, 7))
-        whole = np.concatenate(expected, axis=2)[0]
-        assert np.abs(engine.forward(x) - x @ whole).max() < 1e-12
-        assert np.abs(engine.merged().layers["layer"].weight - whole).max() < 1e-13
-
-
-def test_a_fused_module_is_taken_apart_per_output_only():
-    adapter = DoRA.over(LoCon(LayerShape.of_file((12, 7)), 2, 3.0))
-    layer = Linear(np.random.default_rng(0).standard_normal((7, 12)))
-    rng = np.random.default_rng(1)
-    factors = {n: rng.standard_normal(v.shape) for n, v in adapter.init(rng).items()}
-    part, own = slice_rows(adapter, factors, 4, 8)
-    expected = magnitudes.adapted(layer.matrix, adapter, factors, 1.0)[..., 4:8]
-    found = magnitudes.adapted(layer.matrix[..., 4:8], part, own, 1.0)
-    assert np.abs(found - expected).max() < 1e-14
-    with pytest.raises(ShapeError, match="locon with dora per input cannot be taken apart"):
-        slice_rows(DoRA.over(adapter.on, "input"), factors, 4, 8)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lycoris_cupy import Conv2d, Engine, Linear, bf16
-from lycoris_cupy.adapters import DoRA
+from lycoris_cupy.adapters import DoRA, LoCon
+from lycoris_cupy.adapters.rows import RowPart, Rows, slice_rows
 from lycoris_cupy.attachment import Attachment
 from lycoris_cupy.errors import FileFormatError, ShapeError
 from lycoris_cupy.io.adapter_file import inspect_adapter, read_adapter
@@ -17,7 +18,7 @@ from lycoris_cupy.layers import LayerShape
 from tests import magnitudes
 from tests.cases import KINDS, adapters_for
 from tests.test_dora import FEW
-from tests.test_law import draw
+from tests.test_law import draw, engine_with
 
 
 def saved(tmp_path, engine, **options):
@@ -180,3 +181,38 @@ def test_what_other_programs_do_not_know_is_refused(tmp_path):
         with pytest.raises(FileFormatError, match=match):
             convert_file(saved(tmp_path, engine), tmp_path / "out", "peft", base=base)
         engine.detach("a")
+
+
+def test_rows_of_a_fused_layer():
+    """A DoRA of q, k and v on a layer that holds all three: each norm is of its own rows."""
+    rng = np.random.default_rng(0)
+    weights = {n: rng.standard_normal((7, 4)) for n in "qkv"}
+    for axis in ("output", "input"):
+        shape = LayerShape.of_file((4, 7))
+        parts, factors, expected = [], {}, []
+        for i, (n, w) in enumerate(weights.items()):
+            adapter = DoRA.over(LoCon(shape, 2, 3.0), axis)
+            own = {k: rng.standard_normal(v.shape) for k, v in adapter.init(rng).items()}
+            parts.append(RowPart(n, ((4 * i, 4 * i + 4),), adapter))
+            factors |= {f"{n}.{k}": v for k, v in own.items()}
+            expected.append(magnitudes.adapted(w[None], adapter, own, 0.7))
+        fused = Linear(np.concatenate(list(weights.values()), axis=1))
+        rows = Rows.of(fused.shape, parts)
+        engine = engine_with(fused, rows, factors, strength=0.7)
+        x = rng.standard_normal((3, 7))
+        whole = np.concatenate(expected, axis=2)[0]
+        assert np.abs(engine.forward(x) - x @ whole).max() < 1e-12
+        assert np.abs(engine.merged().layers["layer"].weight - whole).max() < 1e-13
+
+
+def test_a_fused_module_is_taken_apart_per_output_only():
+    adapter = DoRA.over(LoCon(LayerShape.of_file((12, 7)), 2, 3.0))
+    layer = Linear(np.random.default_rng(0).standard_normal((7, 12)))
+    rng = np.random.default_rng(1)
+    factors = {n: rng.standard_normal(v.shape) for n, v in adapter.init(rng).items()}
+    part, own = slice_rows(adapter, factors, 4, 8)
+    expected = magnitudes.adapted(layer.matrix, adapter, factors, 1.0)[..., 4:8]
+    found = magnitudes.adapted(layer.matrix[..., 4:8], part, own, 1.0)
+    assert np.abs(found - expected).max() < 1e-14
+    with pytest.raises(ShapeError, match="locon with dora per input cannot be taken apart"):
+        slice_rows(DoRA.over(adapter.on, "input"), factors, 4, 8)

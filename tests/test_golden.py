@@ -26,6 +26,13 @@ SEEDS = {
     "lokr_w2_a": 3,
     "lokr_w2_b": 4,
     "lokr_t2": 5,
+    "a1.weight": 1,
+    "a2.weight": 2,
+    "b1.weight": 3,
+    "b2.weight": 4,
+    "weight of ia3": 1,
+    "oft_blocks": 1,
+    "rescale": 8,
 }
 
 LAYERS = {  # weight shape, input shape (channels first), options
@@ -156,5 +163,48 @@ def test_vector(vector, device, tmp_path):
     assert dw.reshape(-1)[:4] == pytest.approx(first, abs=6e-7)
     y = to_device(engine.forward(x), "cpu")
     assert digests(channels_first(y)) == pytest.approx((y0, y1), abs=6e-7)
+    merged = to_device(engine.merged().forward(x), "cpu")
+    assert np.abs(merged - y).max() < 1e-12
+
+
+# name, layer, tensors, alpha, strength, as VECTORS; Diag-OFT and BOFT were computed in f32.
+OTHERS = [
+    ("GLoRA", "linear", {"a1.weight": (6, 2), "a2.weight": (2, 6), "b1.weight": (8, 2), "b2.weight": (2, 6)}, 3, 1.0, -0.158203, 8.827148, (0.263672, -0.503906, 0.328125, -1.277344), -0.386597, -16.060425),
+    ("GLoRA", "conv3s2", {"a1.weight": (6, 2, 1, 1), "a2.weight": (2, 6, 1, 1), "b1.weight": (8, 2, 1, 1), "b2.weight": (2, 6, 3, 3)}, 3, 1.0, 0.691406, -112.623047, (-0.172852, 0.667969, -0.128906, -1.078125), -20.398071, -211.801025),
+    ("IA3 out", "linear", {"weight": (8,), "on_input": 0}, None, 1.0, -1.609375, -14.578125, (0.078125, -0.468750, 0.0, 0.468750), -2.644531, -20.906250),
+    ("IA3 in", "conv3s2", {"weight": (1, 6, 1, 1), "on_input": 1}, None, 1.0, -0.328125, -17.421875, (0.078125, -0.468750, 0.0, 0.468750), -31.152344, -316.003906),
+    ("Diag-OFT", "linear", {"oft_blocks": (4, 2, 2)}, 0, 1.0, -0.928498, 5.815260, (-0.133562, 0.143836, -0.246575, 0.431507), -2.021944, -34.276941),
+    ("Diag-OFT rescaled", "conv3s2", {"oft_blocks": (4, 2, 2), "rescale": (8, 1, 1, 1)}, 0, 1.0, 1.353129, -1.648695, (0.007277, 0.572774, -0.102740, 0.557363), -21.067995, -180.475132),
+    ("Diag-OFT constraint", "linear", {"oft_blocks": (4, 2, 2)}, 0.05, 1.0, -0.430357, 1.220714, (-0.061997, 0.105980, -0.099750, 0.126770), -1.824859, -22.703319),
+    ("BOFT", "linear", {"oft_blocks": (2, 2, 4, 4)}, 0, 1.0, 0.767774, 9.599426, (-0.601684, -0.102547, -0.578514, 0.479106), -1.698493, -13.720766),
+    ("BOFT rescaled", "conv3s2", {"oft_blocks": (2, 2, 4, 4), "rescale": (8, 1, 1, 1)}, 0, 0.5, 0.325710, -11.963526, (0.214010, -0.147273, 0.123217, -0.121145), -28.095312, -288.108446),
+]  # fmt: skip
+
+
+def filled(key, shape):
+    if key == "on_input":
+        return np.array(shape, np.int64)
+    value = fill(shape, SEEDS["weight of ia3" if key == "weight" else key])
+    return {"oft_blocks": value / 2, "rescale": 1 + value}.get(key, value)
+
+
+@pytest.mark.parametrize("vector", OTHERS, ids=lambda v: f"{v[0]}-{v[1]}")
+def test_other_vectors(vector, device, tmp_path):
+    name, layer, keys, alpha, strength, dw0, dw1, first, y0, y1 = vector
+    made, x = build(layer)
+    tensors = {f"lycoris_layer.{key}": filled(key, shape) for key, shape in keys.items()}
+    if alpha is not None:
+        tensors["lycoris_layer.alpha"] = np.array(alpha, np.float64)
+    write(tmp_path / "a.safetensors", tensors, {})
+    engine = Engine({"layer": made}, device=device, dtype="f64")
+    engine.attach(tmp_path / "a.safetensors", strength=strength, rule="reference")
+    dw, _ = engine.attachments["a"].delta("layer", engine.layers["layer"])
+    dw = to_device(dw, "cpu").transpose(2, 1, 0).reshape(LAYERS[layer][0])
+    # In f32: half an ulp of a value of 1, times the weights of a digest, over all its values.
+    near = 2.0**-24 * 17 * dw.size if "OFT" in name else 6e-7
+    assert digests(dw) == pytest.approx((dw0, dw1), abs=near)
+    assert dw.reshape(-1)[:4] == pytest.approx(first, abs=1e-6)
+    y = to_device(engine.forward(x), "cpu")
+    assert digests(channels_first(y)) == pytest.approx((y0, y1), abs=4 * near)
     merged = to_device(engine.merged().forward(x), "cpu")
     assert np.abs(merged - y).max() < 1e-12

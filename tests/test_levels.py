@@ -45,6 +45,7 @@ LEVELS = [
         "io.alpha",
         "io.peft_options",
         "io.dialects",
+        "io.keys",
         "io.aliases",
         "io.modules",
         "io.report",

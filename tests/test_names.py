@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lycoris_cupy import LayerShape
-from lycoris_cupy.io.dialects import FOLDED_PREFIXES, parse_key
+from lycoris_cupy.io.keys import FOLDED_PREFIXES, parse_key
 from lycoris_cupy.io.names import BaseNames, container_of, fold, split_folded
 
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from benchmarks.table import table
-from tests.cases import KINDS, PAIRS
+from tests import support_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,16 +20,6 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 SHELL = [
     line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
 ]
-
-# Each column of the table, and the kinds of layers that stand for it.
-COLUMNS = {
-    "Linear": ["linear", "linear odd"],
-    "Conv 1x1": ["conv1x1"],
-    "Conv spatial": ["conv3x3", "conv3x3 stride", "conv3x2 dilation"],
-    "Conv Tucker": ["conv3x3", "conv3x3 stride"],
-    "Conv1d, Conv3d": ["conv1d", "conv3d"],
-    "groups, depthwise": ["groups 4", "groups stride", "depthwise"],
-}
 
 
 def test_code_and_commands(tmp_path, monkeypatch):
@@ -69,23 +59,19 @@ def test_the_two_commands_are_what_ci_runs():
     ]
 
 
-@pytest.mark.parametrize("algorithm", ["LoCon", "LoHa", "LoKr", "Full"])
-def test_table(algorithm):
-    """A cell is marked if and only if the law is tested for it."""
-    assert "| | " + " | ".join(COLUMNS) + " |" in README
-    tested = {(kind.name, name) for kind, name in PAIRS if name.startswith(algorithm.lower())}
-    assert {kind.name for kind in KINDS} >= {name for names in COLUMNS.values() for name in names}
-    cells = []
-    for column, kinds in COLUMNS.items():
-        found = [
-            kind
-            for kind in kinds
-            if any(
-                k == kind and ("tucker" in name) == (column == "Conv Tucker") for k, name in tested
-            )
-        ]
-        cells.append("x" if found == kinds else "")
-    assert f"| {algorithm} | {' | '.join(cells)} |" in README
+def test_the_support_table_is_the_generated_one():
+    assert support_table.placed(README) == README, "run python -m tests.support_table --write"
+    assert not support_table.untested()
+
+
+def test_the_support_table_follows_the_tests(monkeypatch):
+    """A case that is taken out of a table of the tests is taken out of the README's."""
+    assert "| `locon` | LFTMS | LFTMS | LFTMS | LFTMS | LFTMS | LFTMS | - |" in README
+    fewer = [pair for pair in support_table.PAIRS if pair[0].name != "conv1x1"]
+    monkeypatch.setattr(support_table, "PAIRS", fewer)
+    assert "| `locon` | LFTMS | - | LFTMS" in support_table.table()
+    with pytest.raises(SystemExit, match="expected one"):
+        support_table.placed("no markers")
 
 
 def test_paths_in_the_readme_exist():

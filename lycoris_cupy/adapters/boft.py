@@ -26,7 +26,7 @@ from ..ops.cayley import cayley, rotation_columns
 from ..ops.elementwise import add, cast
 from ..ops.magnitude import shifted
 from ..ops.product import product
-from ..ops.ranks import take_ranks
+from ..ops.ranks import take_rows
 from ..ops.scale_columns import scale_columns
 from ..ops.shapes import reshape, transpose
 from ..ops.window import Window
@@ -109,7 +109,7 @@ class BOFT(Rotation):
         by_stage = scale if self.rule == "reference" else None
         window, change = Window(groups=blocks), None
         for stage in range(stages):
-            one = take_ranks(every, stage, stage + 1, -2)
+            one = take_rows(every, stage, stage + 1)
             columns = rotation_columns(reshape(one, (blocks, size, size)), turned=True)
             half = 2**stage * size // 2
             at = _placed(v if change is None else add(v, change), half)

@@ -19,7 +19,8 @@ import numpy as np
 from ..arrays import Array
 from ..errors import LycorisError
 from ..layers import Layer, LayerShape
-from ..ops.ranks import take_ranks
+from ..ops.join import take_columns
+from ..ops.ranks import take_rows
 from ..tape import value_of
 from .base import Adapter, Parameters, apply_low_rank
 from .factor import Factor, require_two_axes
@@ -76,8 +77,8 @@ class DyLoRA(LoCon):
         scale = scale * (self.rank / last)  # scale is strength * alpha / rank
         for start, end, seen in ((0, first, value_of), (first, last, lambda factor: factor)):
             if start < end:
-                down = take_ranks(seen(p["down"]), start, end, -1)
-                up = take_ranks(seen(p["up"]), start, end, -2)
+                down = take_columns(seen(p["down"]), ((start, end),))
+                up = take_rows(seen(p["up"]), start, end)
                 change = apply_low_rank(change, layer, x, down, up, scale)
         assert change is not None
         return change

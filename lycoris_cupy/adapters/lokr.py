@@ -204,10 +204,8 @@ class LoKr(Adapter):
 
     def costs(self) -> dict[str, int]:
         costs, shape = super().costs(), self.shape
-        if shape.window.groups > 1:
-            return (
-                costs  # the group of an output depends on both of its halves: the weight is built
-            )
+        if shape.window.groups > 1:  # an output's group depends on both of its halves: it is built
+            return costs
         (rows, columns, blocks, width), taps = self.split, shape.taps
         if self.w2_rank is None:
             return {**costs, "blocks": rows * blocks * width + taps * shape.outputs * width}
@@ -233,13 +231,9 @@ class LoKr(Adapter):
         shared = columns is None
         if self.w2_rank is None:
             # Blocks of channels are mixed, then every block goes through the same w2.
-            return product(
-                mix_blocks(x, w1),
-                by_columns(p["w2"], columns),
-                window.grouped(rows, shared=shared),
-                add=change,
-                scale=scale,
-            )
+            mixed, w2 = mix_blocks(x, w1), by_columns(p["w2"], columns)
+            blocked = window.grouped(rows, shared=shared)
+            return product(mixed, w2, blocked, add=change, scale=scale)
         if self.tucker:
             inner = product(x, p["w2_down"], window.pointwise_like(blocks, shared=True))
             inner = product(inner, p["t2"], window.grouped(blocks, shared=True))

@@ -31,6 +31,8 @@ from .factor import Factor, extents
 from .unranked import Unranked
 
 LYCORIS, KOHYA, PEFT = DIALECTS = ("oft:lycoris", "oft:kohya", "oft:peft")
+EXACT = "oft:peft-exact"  # PEFT's, turned by the exact transform instead of its series
+READINGS = (*DIALECTS, EXACT)  # what a caller may say of a file
 BLOCKS = "oft_blocks"  # how LyCORIS and kohya name them
 
 

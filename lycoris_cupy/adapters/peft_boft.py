@@ -75,8 +75,10 @@ class PeftBOFT(Rotation):
     @classmethod
     def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:
         blocks = (*tensors["boft_R"].shape, 1, 1, 1)[1:3] if "boft_R" in tensors else (1, 1)
-        outputs = tensors["boft_s"].size if "boft_s" in tensors else 1
-        return LayerShape(Window(), blocks[0] * blocks[1], outputs)
+        scales = tensors["boft_s"].shape if "boft_s" in tensors else (1, 1)
+        on_conv = len(scales) == 2 and scales[0] == 1 != scales[1]  # (1, O), of PEFT's Conv2d
+        window = Window.of((1, 1)) if on_conv else Window()
+        return LayerShape(window, blocks[0] * blocks[1], max(scales, default=1))
 
     @classmethod
     def read(

@@ -29,9 +29,7 @@ from ..ops.window import Window
 from ..tape import value_of
 from .base import Adapter, Parameters
 from .factor import Factor, require_two_axes
-from .oft import PEFT, Rotation
-
-EXACT = "oft:peft-exact"  # what a caller says of a file that turns by the exact transform
+from .oft import EXACT, PEFT, Rotation
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from .full import Full
 from .locon import LoCon
 from .loha import LoHa
 from .lokr import LoKr
+from .tlora import TLoRA
 
 # The factors on the output side, where any outputs can be taken alone.
 _SIDES = {LoCon: ("up",), LoHa: ("w1_up", "w2_up"), Full: ("diff", "diff_b")}
@@ -55,6 +56,8 @@ class Rows(Adapter):
     def __post_init__(self):
         if self.shape.window.groups > 1:
             raise ShapeError(f"rows of a grouped convolution cannot be adapted; it is {self.shape}")
+        if any(isinstance(part.adapter, TLoRA) for part in self.parts):
+            raise ShapeError("tlora starts from a whole weight, not from rows of a fused one")
         end, last = 0, ""
         for (begin, stop), name in sorted((r, part.name) for part in self.parts for r in part.rows):
             if begin < end:

@@ -57,6 +57,10 @@ class TLoRA(Adapter):
                 f"to the rank {self.rank} and more than 0"
             )
 
+    @classmethod
+    def takes(cls, shape: LayerShape) -> bool:
+        return super().takes(shape) and shape.taps == shape.window.groups == 1
+
     def factors(self) -> dict[str, Factor]:
         return {
             "q": Factor("q_layer.weight", self.shape.inputs, self.rank, wide=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..adapters.oft import READINGS
 from ..io.alpha import SOURCES
 from ..io.inspection import inspect_file
 from ..io.page import write_page
@@ -41,13 +42,20 @@ def add(commands) -> None:
     option("--json", action="store_true", help="the same as JSON, with the spectra")
     option("--html", metavar="OUT", help="write one self-contained page with charts")
     option("--alpha-from", choices=SOURCES, help="the one source of alpha to believe")
+    option(
+        "--dialect",
+        choices=READINGS,
+        help="whose rotations the file holds, where it allows several readings",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """0, or 1 if not all of the file is understood."""
     with Bar("inspecting") as bar:
-        found = inspect_file(args.file, args.base, alpha_from=args.alpha_from, progress=bar)
+        found = inspect_file(
+            args.file, args.base, alpha_from=args.alpha_from, dialect=args.dialect, progress=bar
+        )
     if args.html:
         write_page(args.html, found)
     if args.json:

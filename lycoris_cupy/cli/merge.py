@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from ..adapters import RULES
-from ..adapters.oft import DIALECTS as ROTATIONS
+from ..adapters.base import RULES
+from ..adapters.oft import READINGS
 from ..io.alpha import SOURCES
 from ..io.merge import merge_files
 from ..io.shards import parse_size
@@ -33,7 +33,6 @@ layer alone; one that fits nothing is an error.
 
 examples:
   lycoris-cupy merge model.safetensors style.safetensors --strength 0.8 -o merged.safetensors
-  lycoris-cupy merge model.safetensors peft-folder:0.8 -o merged.safetensors
   lycoris-cupy merge model.safetensors style.safetensors:0.8 pose.safetensors:-1 -o out.safetensors
   lycoris-cupy merge merged.safetensors style.safetensors:-0.8 -o back.safetensors
       takes it out again, up to rounding
@@ -96,7 +95,7 @@ def add(commands) -> None:
     )
     parser.add_argument(
         "--dialect",
-        choices=ROTATIONS,
+        choices=READINGS,
         help="whose rotations a file holds, where it allows several readings",
     )
     parser.add_argument(

@@ -18,9 +18,9 @@ import numpy as np
 
 from ..adapters import Adapter, Rows
 from ..arrays import Array, to_device
-from ..errors import DtypeError, FileFormatError, MatchError, ShapeError
+from ..errors import DtypeError, FileFormatError, LycorisError, MatchError, ShapeError
 from ..layers import LayerShape
-from .dialects import FOLDED_PREFIXES, OWNED
+from .keys import FOLDED_PREFIXES, OWNED
 from .modules import FACTOR_DTYPES, told
 from .names import HOMES, BaseNames, fold, part_of
 from .placing import Loaded, Placed, gather, place, survey, told_rows
@@ -63,7 +63,7 @@ def read_adapter(
     """
     with open_source(source, alpha_from, dora, rule, dialect) as opened:
         names, placed, unmatched = BaseNames(shapes, rows), [], list(opened.unread)
-        with _about(opened.path):
+        with about(opened.path):
             for module in opened.modules:
                 found = place(opened, module, names, shapes)
                 if not found:
@@ -132,7 +132,7 @@ def write_adapter(
                 "rename one"
             )
         layer_of[module] = layer
-        with _about(f"layer {layer!r}"):
+        with about(f"layer {layer!r}"):
             wide = {factor.key for factor in adapter.factors().values() if factor.wide}
             for key, tensor in adapter.save(_checked(adapter, params)).items():
                 number, kept = key in adapter.flags, None if key in wide else dtype
@@ -147,9 +147,9 @@ def write_adapter(
     told = [item for adapter in apart for item in adapter.network_args.items()]
     # What the layers do not agree on is left out: a reader would take it for all of them.
     args |= {key: value for key, value in told if all(v == value for k, v in told if k == key)}
-    about = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(args)}
-    about |= {key: value for key, value in (metadata or {}).items() if key not in STALE}
-    write(path, tensors, about)
+    notes = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(args)}
+    notes |= {key: value for key, value in (metadata or {}).items() if key not in STALE}
+    write(path, tensors, notes)
 
 
 def _apart(adapters) -> Iterator[tuple[str, str, Adapter, Mapping[str, Array]]]:
@@ -235,9 +235,9 @@ def cast_checked(tensor: np.ndarray, key: str, dtype: np.dtype | None) -> np.nda
 
 
 @contextmanager
-def _about(what: str) -> Iterator[None]:
+def about(what: str) -> Iterator[None]:
     """Errors raised inside, with the thing they are about in front."""
     try:
         yield
-    except (FileFormatError, ShapeError, DtypeError, MatchError) as error:
+    except LycorisError as error:
         raise type(error)(f"{what}: {error}") from None

@@ -18,7 +18,7 @@ import numpy as np
 from ..adapters import Adapter, Biased, LoCon, Rows
 from ..adapters.biased import without_bias
 from ..errors import FileFormatError, MatchError
-from .adapter_file import STALE, cast_checked, spoken
+from .adapter_file import STALE, about, cast_checked, spoken
 from .alpha import METADATA
 from .checkpoint import open_checkpoint
 from .conversion import Conversion, Converted
@@ -84,21 +84,21 @@ def convert_file(
     if rank is not None and (rank < 1 or algorithm is None):
         raise FileFormatError(f"rank {rank} must be at least 1, and goes with --algorithm lora")
     _require_new(dialect, source, out)
-    with open_source(source, alpha_from) as opened:
+    with open_source(source, alpha_from) as opened, about(opened.path):
         left_out = _left_out(opened, lossy)
         items = _read(opened, base, part)
         if only is not None:
             left_out += [i.module.name for i in items if i.name.part != only]
             items = [item for item in items if item.name.part == only]
         if not items:
-            raise MatchError(f"{source}: no module is left to convert")
+            raise MatchError("no module is left to convert")
         labels = _labels(items)
         names = module_names(dialect, dict(zip(labels, (i.name for i in items), strict=True)))
         for i, item in enumerate(items):
             _rewrite(item, dialect, algorithm, rank, dtype)
             if progress is not None:
                 progress(i + 1, len(items))
-        _require_lossless(opened.path, items, lossy)
+        _require_lossless(items, lossy)
         written = [names[label] for label in labels]
         _write(out, dialect, written, items, _metadata(opened, dialect, items))
         return Conversion(
@@ -145,7 +145,7 @@ def _left_out(source: Source, lossy: bool) -> list[str]:
     if source.unread and not lossy:
         first, *others = source.unread
         more = f" and {len(others)} more" if others else ""
-        raise FileFormatError(f"{source.path}: {first}{more}; --lossy leaves what is not read out")
+        raise FileFormatError(f"{first}{more}; --lossy leaves what is not read out")
     return [entry.name for entry in source.unread]
 
 
@@ -153,10 +153,8 @@ def _read(source: Source, base, part: str | None) -> list[_Item]:
     if base is None:
         items = []
         for module in source.modules:
-            try:
+            with about(f"module {module.name!r}"):
                 adapter, params, _ = read_alone(source, module, None)
-            except (FileFormatError, ValueError, TypeError) as error:
-                raise type(error)(f"{source.path}: module {module.name!r}: {error}") from None
             items.append(_item(source, module, Name.of_module(module, part), adapter, params))
         return items
     with open_checkpoint(base) as file:
@@ -167,7 +165,7 @@ def _read(source: Source, base, part: str | None) -> list[_Item]:
         if not found:
             nearest = names.nearest(module.key)
             raise MatchError(
-                f"{source.path}: module {module.name!r} matches no layer of {base}"
+                f"module {module.name!r} matches no layer of {base}"
                 + (f"; nearest layer: {nearest!r}" if nearest else "")
             )
         placed += found
@@ -206,7 +204,8 @@ def _rewrite(item: _Item, dialect: Dialect, algorithm, rank, dtype) -> None:
         )
     if algorithm or fused:
         _require_known_kernel(item)
-        adapter, params, item.needed = as_lora(adapter, params, rank)
+        with about(f"module {item.module.name!r}"):
+            adapter, params, item.needed = as_lora(adapter, params, rank)
         _note_size(item, adapter)
     if isinstance(adapter, Biased) and dialect.algorithms is not None:
         item.notes.append(f"the change of its bias has no place in {dialect.name}")
@@ -242,7 +241,7 @@ def _note_size(item: _Item, adapter: Adapter) -> None:
         item.notes.append(f"larger than the layer itself ({size:,} for {dense:,} values)")
 
 
-def _require_lossless(path: str, items: list[_Item], lossy: bool) -> None:
+def _require_lossless(items: list[_Item], lossy: bool) -> None:
     worse = sorted((item for item in items if item.loss > EXACT), key=lambda item: -item.loss)
     if not worse or lossy:
         return
@@ -255,8 +254,7 @@ def _require_lossless(path: str, items: list[_Item], lossy: bool) -> None:
         if first.needed > first.after[0].rank:
             why += f" at rank {first.after[0].rank} (exact for all is {exact})"
     raise FileFormatError(
-        f"{path}: {len(worse)} of {len(items)} modules would lose something; {why}: --lossy "
-        "accepts that"
+        f"{len(worse)} of {len(items)} modules would lose something; {why}: --lossy accepts that"
     )
 
 

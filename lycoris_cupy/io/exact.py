@@ -79,6 +79,8 @@ def loss(before: tuple[Adapter, Params], after: tuple[Adapter, Params]) -> float
     before, after = _inside(before), _inside(after)
     if before[0] == after[0] and all(_equal(before[1][n], after[1][n]) for n in before[1]):
         return 0.0
+    if _same_product(before, after):
+        return 0.0
     if type(before[0]) is type(after[0]) and not _decomposes(before[0]):
         old, new = (_flat(side[1]) for side in (before, after))
         whole = float(np.linalg.norm(old))
@@ -91,6 +93,16 @@ def loss(before: tuple[Adapter, Params], after: tuple[Adapter, Params]) -> float
     left = np.concatenate([old.left * old.values, new.left * -new.values], axis=1)
     lost = product_svd(left, np.concatenate([old.right, new.right]), False).norm / old.norm
     return lost if lost > _NOISE else 0.0
+
+
+def _same_product(before: tuple[Adapter, Params], after: tuple[Adapter, Params]) -> bool:
+    """Whether only the scale moved into a factor, exactly: no need to decompose anything."""
+    (old, p), (new, q) = before, after
+    if type(old) is not type(new) or old.factors() != new.factors() or type(old) not in _SCALED:
+        return False
+    (name,) = set(_SCALED[type(old)]) & set(p)
+    sides = [side[name].astype(np.float64) * a.scale for a, side in (before, after)]
+    return bool((sides[0] == sides[1]).all()) and all(_equal(p[n], q[n]) for n in p if n != name)
 
 
 def cast_params(adapter: Adapter, params: Params, dtype: np.dtype | None) -> Params:

@@ -96,13 +96,14 @@ def inspect_file(
     base: str | os.PathLike | None = None,
     *,
     alpha_from: str | None = None,
+    dialect: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
     """Look at a file, or PEFT's folder, alone or on the layers of a base checkpoint.
 
     progress: called with the modules done and in all. Raises only where a file cannot be opened.
     """
-    with open_source(path, alpha_from) as source:
+    with open_source(path, alpha_from, dialect=dialect) as source:
         if base is None:
             return _inspect(source, None, {}, progress)
         with open_checkpoint(base) as file:

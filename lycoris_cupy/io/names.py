@@ -14,7 +14,8 @@ from difflib import get_close_matches
 from ..errors import MatchError
 from ..layers import LayerShape
 from .aliases import Share, aliases
-from .dialects import Key, Parts
+from .dialects import Parts
+from .keys import Key
 
 # Where checkpoints keep the parts of a model: adapter files leave this much of a tensor's name out.
 # None: may be any part.

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ..errors import FileFormatError
 from .alpha import CONFIGURATION, Alphas, Configuration
-from .dialects import Dialect, Key, parse_key, unread
+from .dialects import Dialect
+from .keys import Key, parse_key, unread
 from .peft_options import check_options
 from .report import Unmatched
 from .safetensors import TensorFile, open_file

@@ -11,7 +11,7 @@ from .low_rank import fold_core, low_rank_weight, tucker_weight
 from .magnitude import magnitude, shifted
 from .norm import group_norm, layer_norm
 from .product import convolution, product, product_dw, product_dx
-from .ranks import interleave, mask_ranks, take_ranks
+from .ranks import interleave, mask_ranks, take_rows
 from .scale_columns import scale_columns, spread_columns
 from .shapes import pixel_shuffle, reshape, resize_nearest, tap_diagonal, transpose
 from .skew import cayley_series, skew_blocks
@@ -58,7 +58,7 @@ __all__ = [
     "spread_columns",
     "skew_blocks",
     "take_columns",
-    "take_ranks",
+    "take_rows",
     "tap_diagonal",
     "transpose",
     "tucker_decompose",

@@ -25,7 +25,8 @@ def join_columns(arrays: Sequence[Array], ranges: Sequence[Ranges], total: int) 
             f"{len(arrays)} arrays and ranges for {len(ranges)}, expected one for each"
         )
     end = 0
-    for begin, stop in sorted(pair for own in ranges for pair in own):
+    # An empty range may stand anywhere.
+    for begin, stop in sorted(pair for own in ranges for pair in own if pair[0] != pair[1]):
         if not end <= begin <= stop <= total:
             raise ShapeError(f"columns {begin}:{stop} overlap others or end after {total}")
         end = stop

@@ -1,4 +1,4 @@
-"""Operations along the ranks of a low-rank pair: take_ranks, interleave, mask_ranks."""
+"""Operations along the ranks of a low-rank pair: take_rows, interleave, mask_ranks."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ from ..tape import Primitive, Var, value_of
 from .columns import bits, moved
 
 
-def take_ranks(x: Array, first: int, last: int, axis: int) -> Array:
-    """Entries first to last - 1 of the last axis of x, or (-2) of the one before: a copy."""
-    _require_axis(axis)
-    if not 0 <= first <= last <= x.shape[axis]:
-        raise ShapeError(
-            f"ranks {first} to {last} do not lie in the {x.shape[axis]} of x {tuple(x.shape)}"
-        )
-    return x if last - first == x.shape[axis] else _take(x, first=first, last=last, axis=axis)
+def take_rows(x: Array, first: int, last: int) -> Array:
+    """x[..., first:last, :], a copy; `take_columns` does it for the last axis."""
+    if x.ndim < 2 or not 0 <= first <= last <= x.shape[-2]:
+        raise ShapeError(f"rows {first} to {last} do not lie in those of x {tuple(x.shape)}")
+    return x if last - first == x.shape[-2] else _take_rows(x, first=first, last=last)
 
 
 def interleave(a: Array, b: Array, axis: int) -> Array:
     """a0, b0, a1, b1, ... along the last axis, or (-2) the one before; shapes and dtypes alike."""
-    _require_axis(axis)
+    if axis not in (-1, -2):
+        raise ShapeError(f"axis {axis} must be -1 or -2")
     require_float(value_of(a), "a")
     require_same("a", value_of(a), "b", value_of(b))
     if tuple(a.shape) != tuple(b.shape):
@@ -57,31 +55,22 @@ def mask_ranks(
     return _mask(x, level, least=int(least), exponent=float(exponent), width=int(width))
 
 
-def _require_axis(axis: int) -> None:
-    if axis not in (-1, -2):
-        raise ShapeError(f"axis {axis} must be -1 or -2")
+def _run_take_rows(x, *, first, last):
+    return moved(x, lambda b: b[..., first:last, :])
 
 
-def _part(x, first, last, axis):
-    return x[..., first:last] if axis == -1 else x[..., first:last, :]
-
-
-def _run_take(x, *, first, last, axis):
-    return moved(x, lambda b: _part(b, first, last, axis))
-
-
-def _take_vjp(needs, out, x, *, first, last, axis):
+def _take_rows_vjp(needs, out, x, *, first, last):
     shape = x.shape
 
     def pull(g):
         dx = module_of(g).zeros(shape, bits(g).dtype)
-        _part(dx, first, last, axis)[...] = bits(g)
+        dx[..., first:last, :] = bits(g)
         return (dx.view(g.dtype),)
 
     return pull
 
 
-_take = Primitive("take_ranks", _run_take, _run_take, _take_vjp, keeps_wide=True)
+_take_rows = Primitive("take_rows", _run_take_rows, _run_take_rows, _take_rows_vjp, keeps_wide=True)
 
 
 def _run_interleave(a, b, *, axis):
