@@ -5,15 +5,18 @@ and a small one.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
-from lycoris_cupy import Conv2d, LayerShape, Linear
+import numpy as np
+
+from lycoris_cupy import Conv2d, LayerShape, Linear, bf16
 from lycoris_cupy.ops import Window
 
 
 @dataclass(frozen=True)
 class Shape:
     """name; the weight's shape in Flame layout; the input's shape, channels last; the window's
-    options.
+    options. Convolutions have stride 1 and keep the extents of the picture.
     """
 
     name: str
@@ -30,14 +33,34 @@ class Shape:
         return (Linear if len(self.weight) == 2 else Conv2d)(weight, bias, **self.options)
 
     @property
+    def positions(self) -> int:
+        """Output positions (tokens, pixels); as many as input positions."""
+        return prod(self.x[:-1])
+
+    @property
+    def kind(self) -> str:
+        """'linear', 'conv k1' or 'conv k3'."""
+        return "linear" if len(self.weight) == 2 else f"conv k{self.weight[0]}"
+
+    @property
     def flops(self) -> int:
         """Of the bare forward."""
         layer = self.layer
-        positions = 1
-        space = layer.window.out_space(self.x[1:-1]) if layer.window.axes else self.x[1:-1]
-        for n in (self.x[0], *space):
-            positions *= n
-        return 2 * positions * layer.taps * layer.inputs * layer.outputs
+        return 2 * self.positions * layer.taps * layer.inputs * layer.outputs
+
+    def data(self, seed: int = 0) -> dict[str, np.ndarray]:
+        """weight, bias, x, dy: bf16, normal, the weight such that y is about 1."""
+        rng = np.random.default_rng(seed)
+
+        def normal(shape, scale=1.0):
+            return (rng.standard_normal(shape, np.float32) * np.float32(scale)).astype(bf16)
+
+        return {
+            "weight": normal(self.weight, prod(self.weight[:-1]) ** -0.5),
+            "bias": normal(self.weight[-1:]),
+            "x": normal(self.x),
+            "dy": normal((*self.x[:-1], self.weight[-1])),
+        }
 
 
 def _conv(name, n, side, channels, kernel):
@@ -62,7 +85,18 @@ SHAPES = [
 
 # The same kinds of layers at a size that NumPy on a laptop finishes in milliseconds.
 CPU_SHAPES = [
-    Shape("linear 256 x 384 -> 768", (384, 768), (256, 384)),
-    _conv("conv 1x24x24 64 k3", 1, 24, 64, 3),
-    _conv("conv 1x32x32 96 k1", 1, 32, 96, 1),
+    Shape("linear 128 x 384 -> 768", (384, 768), (128, 384)),
+    _conv("conv 1x10x10 320 k3", 1, 10, 320, 3),
+    _conv("conv 1x16x16 96 k1", 1, 16, 96, 1),
+]
+
+# Weights of 32 MiB and more, whose change is built; the input only says how they are walked.
+WEIGHTS = [
+    Shape("linear 3072 -> 12288", (3072, 12288), (1, 3072)),
+    Shape("linear 4096 -> 14336", (4096, 14336), (1, 4096)),
+    Shape("conv 2560 -> 1280 k3", (3, 3, 2560, 1280), (1, 8, 8, 2560), {"padding": 1}),
+]
+CPU_WEIGHTS = [
+    Shape("linear 384 -> 768", (384, 768), (1, 384)),
+    Shape("conv 160 -> 80 k3", (3, 3, 160, 80), (1, 8, 8, 160), {"padding": 1}),
 ]

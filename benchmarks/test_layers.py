@@ -2,143 +2,98 @@
 
     python -m pytest benchmarks --benchmark-enable -n 0
 
-Every measurement first asserts its result. On a GPU `extra_info` holds device and wall microseconds
-and the ratio, which must not pass LIMIT, and the table is written to
-benchmarks/results/layers-<gpu>.json; without one NumPy is timed on smaller shapes.
+Every benchmark asserts its result against f64 and holds in `extra_info` (and in the results file):
+device, warm and wall microseconds, bytes, FLOPs, the share of the roofline, errors in ULP, memory.
+Without a GPU NumPy is timed on smaller shapes.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 
-from benchmarks import timing
-from benchmarks.shapes import CPU_SHAPES, SHAPES
-from lycoris_cupy import Engine, Full, LoCon, LoHa, LoKr, bf16, to_device
 from lycoris_cupy.arrays import gpu_missing
-from lycoris_cupy.attachment import Attachment
 
-LIMIT = 3.0  # times the bare layer, forward and step
+from . import plain, timing
+from .adapters import adapters
+from .floors import COPY_GB_S, PRODUCT_TFLOP_S, floors, step_memory
+from .shapes import CPU_SHAPES, SHAPES
+
 GPU = not gpu_missing()
-RESULTS = Path(__file__).parent / "results"
-
-
-def adapters(shape):
-    layer = shape.layer
-    out = {
-        "LoRA r16": LoCon(layer, 16, 16.0),
-        "LoHa r16": LoHa(layer, 16, 16.0),
-        "LoKr factor 8": LoKr.create(layer, 10**6, factor=8),
-        "LoKr factor 8 r16": LoKr.create(layer, 16, 16.0, factor=8),
-        "Full": Full(layer),
-    }
-    if layer.taps > 1:
-        out["LoCon Tucker r16"] = LoCon(layer, 16, 16.0, tucker=True)
-        out["LoHa Tucker r16"] = LoHa(layer, 16, 16.0, tucker=True)
-        out["LoKr Tucker factor 8 r16"] = LoKr.create(layer, 16, 16.0, factor=8, tucker=True)
-        out["LoCon r16, an up a tap"] = LoCon(layer, 16, 16.0, per_tap=True)
-    return out
-
-
-CASES = [(s, a) for s in (SHAPES if GPU else CPU_SHAPES) for a in adapters(s)]
-
-
-@pytest.fixture(scope="module")
-def made():
-    """(engine without adapter, x, dy, bare forward and step microseconds) of the shape at hand; one
-    at a time in memory.
-    """
-    kept: dict = {}
-
-    def get(shape):
-        if kept.get("shape") is not shape:
-            kept.clear()
-            rng = np.random.default_rng(0)
-            fan_in = np.prod(shape.weight[:-1])
-            weight = rng.standard_normal(shape.weight, np.float32) / np.sqrt(fan_in)
-            layer = shape.build(weight.astype(bf16), np.zeros(shape.weight[-1], bf16))
-            engine = Engine({"layer": layer})
-            x = to_device(rng.standard_normal(shape.x, np.float32).astype(bf16), engine.device)
-            y = engine.forward(x)
-            dy = to_device(rng.standard_normal(y.shape, np.float32).astype(bf16), engine.device)
-            kept.update(shape=shape, engine=engine, x=x, dy=dy)
-            kept.update(bare=measure(engine, x, dy) if GPU else None)
-        return kept
-
-    return get
-
-
-def measure(engine, x, dy):
-    """(forward, step) device microseconds captured, and wall microseconds eager."""
-    runs = (lambda: engine.forward(x)), (lambda: engine.vjp(x)[1](dy))
-    return [(timing.device_us(timing.captured(run)), timing.wall_us(run)) for run in runs]
-
-
-def check(engine, x):
-    """The live output against the changed weight's, on the first rows: they differ by roundings
-    alone.
-    """
-    live, merged = (
-        np.asarray(to_device(e.forward(x[:1]), "cpu"), np.float64)
-        for e in (engine, engine.merged())
-    )
-    assert np.linalg.norm(live - merged) <= 2.0**-7 * np.linalg.norm(merged)
+CASES = [(s, a) for s in (SHAPES if GPU else CPU_SHAPES) for a in adapters(s.layer)]
 
 
 @pytest.mark.parametrize(("shape", "name"), CASES, ids=[f"{s.name}, {a}" for s, a in CASES])
-def test_layer(shape, name, made, benchmark):
-    state = made(shape)
-    base, x, dy = state["engine"], state["x"], state["dy"]
-    adapter = adapters(shape)[name]
-    rng = np.random.default_rng(1)
-    factors = {
-        n: rng.standard_normal(v.shape, np.float32) * 0.05 for n, v in adapter.init(rng).items()
-    }
-    engine = Engine(base.layers, device=base.device)
-    engine.attachments["a"] = Attachment(
-        {"layer": (adapter, factors)}, engine.device, engine.dtype, 1.0
+def test_layer(shape, name, cases, results, benchmark):
+    case, bare = cases(shape)
+    group = adapters(shape.layer)[name]
+    engine = case.adapted(group)
+    expected = case.expected(engine, group)
+    runs = case.runs(engine)
+    row = {"shape": shape.name, "adapter": name, "route": ", ".join(a.route for a in group)}
+    row.update(_errors(case, expected, runs, "ulp"))
+    row["ulp_composed"] = expected["composed"]
+    row.update(bare.measure())
+    row.update(case.measure(runs))
+    if GPU:  # as people call it: the input is checked and copied into the graph's
+        call = engine.capture(case.x)
+        row["capture_wall_us"] = timing.wall_us(lambda: call(case.x), True)
+    row.update(_peaks(case, bare, group, runs))
+    row.update(_merged(case, engine, expected))
+    if GPU and shape.kind == "linear" and name.startswith("LoRA r") and len(group) == 1:
+        composed = plain.composition(case, engine)
+        row.update(_errors(case, expected, composed, "ulp_plain"))
+        row.update({f"plain_{k}": v for k, v in case.measure(composed).items()})
+    row.update(_costs(shape, group, row, results.data.get("ceilings", {})))
+    benchmark.extra_info.update(row)
+    for key, value in results.data.items():
+        if isinstance(value, str):  # GPU, versions, commit
+            benchmark.extra_info[key] = value
+    run = timing.captured(runs["forward"]) if GPU else runs["forward"]
+    benchmark.pedantic(
+        lambda: (run(), timing.synchronize(GPU)), rounds=3, iterations=1, warmup_rounds=1
     )
-    check(engine, x)
-    info = benchmark.extra_info
-    info.update(shape=shape.name, adapter=name, route=adapter.route, flops=shape.flops)
-    if GPU:
-        labels = ("forward", "step")
-        for label, (device, wall), (bare, bare_wall) in zip(
-            labels, measure(engine, x, dy), state["bare"], strict=True
-        ):
-            info.update({f"{label}_us": device, f"{label}_wall_us": wall, f"bare_{label}_us": bare})
-            info.update({f"bare_{label}_wall_us": bare_wall, f"{label}_ratio": device / bare})
-        ROWS.append(dict(info))
-    benchmark.pedantic(lambda: engine.forward(x), rounds=3, iterations=1, warmup_rounds=1)
-    if GPU:
-        assert info["forward_ratio"] <= LIMIT and info["step_ratio"] <= LIMIT
+    results.add("rows", row)
 
 
-ROWS: list[dict] = []
+def _errors(case, expected, runs, name: str) -> dict:
+    y, (dx, grads) = runs["step"]()
+    return {name: case.errors(expected, y, dx, grads)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def written():
-    """The table, once all is measured."""
-    yield
-    if not ROWS:
-        return
-    import cupy
+def _peaks(case, bare, group, runs) -> dict:
+    own = timing.peak_bytes(case.runs(case.engine)["step"], case.gpu)
+    return {
+        "bare_step_bytes": own,
+        "step_bytes": timing.peak_bytes(runs["step"], case.gpu),
+        "step_bytes_allowed": step_memory(case.shape, group, own),
+    }
 
-    gpu = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    head = {"gpu": gpu, "driver": cupy.cuda.runtime.driverGetVersion(), "cupy": cupy.__version__}
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"layers-{gpu.lower().replace(' ', '-')}.json"
-    path.write_text(json.dumps({**head, "rows": ROWS}, indent=1) + "\n")
-    print()
-    for row in ROWS:
-        print(
-            f"{row['shape']:28} {row['adapter']:25} {row['route']:9} "
-            f"forward {row['bare_forward_us']:7.0f} -> {row['forward_us']:7.0f} us "
-            f"({row['forward_ratio']:.2f}x)  "
-            f"step {row['bare_step_us']:7.0f} -> {row['step_us']:7.0f} us "
-            f"({row['step_ratio']:.2f}x)"
-        )
+
+def _merged(case, engine, expected) -> dict:
+    """The forward of the merged engine, whose weight is rounded: checked more loosely than a route,
+    since W + dW loses up to half a unit of every weight.
+    """
+    merged = engine.merged()
+    error = case.errors({"y": expected["y"], "dx": expected["dx"]}, *_y_dx(case, merged), None)
+    found = case.measure({"forward": lambda: merged.forward(case.x)})
+    return {
+        "merged_forward_us": found["forward_us"],
+        "ulp_merged": error,
+    }
+
+
+def _y_dx(case, engine):
+    y, (dx, _) = case.runs(engine)["step"]()
+    return y, dx
+
+
+def _costs(shape, group, row, ceilings) -> dict:
+    """FLOPs, bytes, ratios over the bare layer, and the share of the roofline."""
+    out = {}
+    peaks = ceilings.get("product_tflop_s", PRODUCT_TFLOP_S), ceilings.get("copy_gb_s", COPY_GB_S)
+    for label, floor in floors(shape, group).items():
+        out[f"{label}_flops"], out[f"{label}_bytes_moved"] = floor.flops, floor.bytes
+        out[f"{label}_ratio"] = row[f"{label}_us"] / row[f"bare_{label}_us"]
+        if GPU:
+            out[f"{label}_roofline"] = floor.us(*peaks) / row[f"{label}_us"]
+    return out

@@ -1,44 +1,75 @@
-"""Time on a GPU: of replays of a captured graph, by events, with the L2 cache flushed before each;
-and wall time of eager calls.
+"""Time and memory of a call: device time of replays of a captured graph, by events, wall time, and
+the high-water mark of what it allocates.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable
 
+import numpy as np
 
-def captured(run: Callable[[], object]) -> Callable[[], None]:
+from lycoris_cupy import bf16, to_device
+
+FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
+COPY_BYTES = 1 << 30
+Run = Callable[[], object]
+
+
+def captured(run: Run) -> Run:
     """run's work as a CUDA graph with a memory pool of its own: no host time is measured."""
     import cupy
 
     pool = cupy.cuda.MemoryPool()
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = _capture_stream()
+    stream.wait_event(cupy.cuda.get_current_stream().record())
     with stream, cupy.cuda.using_allocator(pool.malloc):
         run()
         run()
         stream.synchronize()
         stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
-        kept = run()
-        graph = stream.end_capture()
+        try:
+            kept = run()
+        finally:
+            graph = stream.end_capture()
 
     def replay(keep=(kept, pool)):
         graph.launch(cupy.cuda.get_current_stream())
+        return keep[0]
 
     return replay
 
 
-def device_us(run: Callable[[], object], repeats: int = 20) -> float:
-    """Median device microseconds of one call, L2 flushed before each."""
+@functools.cache
+def _capture_stream():
+    # One for all captures: cuBLASLt keeps a workspace for every stream that it has seen.
     import cupy
 
-    flush = cupy.empty(256 << 20, cupy.uint8)
+    return cupy.cuda.Stream(non_blocking=True)
+
+
+def device_us(run: Run, repeats: int = 20, *, flush: bool = True) -> float:
+    """Median device microseconds of one call.
+
+    flush: empty the L2 cache before each. The host runs ahead: the fills before each call, or one
+    long one before all of them, take longer than it takes to launch a graph.
+    """
+    import cupy
+
+    buffer = _flush_buffer()
     starts, stops = ([cupy.cuda.Event() for _ in range(repeats)] for _ in range(2))
     for _ in range(3):
         run()
+    if not flush:
+        for _ in range(20):
+            buffer.fill(0)
+        run()  # what it reads is in the cache again
     for start, stop in zip(starts, stops, strict=True):
-        flush.fill(0)
+        if flush:
+            buffer.fill(0)
         start.record()
         run()
         stop.record()
@@ -47,14 +78,102 @@ def device_us(run: Callable[[], object], repeats: int = 20) -> float:
     return statistics.median(spans) * 1e3
 
 
-def wall_us(run: Callable[[], object], repeats: int = 20) -> float:
-    """Wall microseconds a call, many in a row, the device's end awaited once."""
+@functools.cache
+def _flush_buffer():
     import cupy
 
+    return cupy.empty(FLUSH_BYTES, cupy.uint8)
+
+
+def wall_us(run: Run, gpu: bool, seconds: float = 0.03, most: int = 2000) -> float:
+    """Wall microseconds a call, many in a row, the device's end awaited once."""
+    synchronize(gpu)
+    start = time.perf_counter()
     run()
-    cupy.cuda.Device().synchronize()
+    synchronize(gpu)
+    repeats = max(3, min(most, int(seconds / max(time.perf_counter() - start, 1e-7))))
     start = time.perf_counter()
     for _ in range(repeats):
         run()
-    cupy.cuda.Device().synchronize()
+    synchronize(gpu)
     return (time.perf_counter() - start) / repeats * 1e6
+
+
+def synchronize(gpu: bool) -> None:
+    if gpu:
+        import cupy
+
+        cupy.cuda.get_current_stream().synchronize()
+
+
+def peak_bytes(run: Run, gpu: bool) -> int:
+    """The most bytes that run holds at once beyond what was there, its result included.
+
+    From CuPy's pool on a GPU, from tracemalloc (which NumPy reports to) on the CPU.
+    """
+    run()  # what stays for good (cuBLASLt's workspace, compiled kernels) is not the call's
+    if gpu:
+        peak = _pool_peak()
+        with peak:
+            kept = run()
+        del kept
+        return peak.most
+    tracemalloc.start()
+    try:
+        kept = run()
+        most = tracemalloc.get_traced_memory()[1]
+        del kept
+        return most
+    finally:
+        tracemalloc.stop()
+
+
+def _pool_peak():
+    import cupy
+
+    class Peak(cupy.cuda.MemoryHook):
+        """Bytes taken from the pool and not given back while the hook is on."""
+
+        name = "peak of used bytes"
+
+        def __init__(self):
+            self.most = self._used = 0
+            self._sizes = {}
+
+        def malloc_postprocess(self, **of):
+            self._sizes[of["pmem_id"], of["mem_ptr"]] = of["mem_size"]
+            self._used += of["mem_size"]
+            self.most = max(self.most, self._used)
+
+        def free_postprocess(self, **of):
+            self._used -= self._sizes.pop((of["pmem_id"], of["mem_ptr"]), 0)
+
+    return Peak()
+
+
+def ceilings() -> dict[str, float]:
+    """What this GPU reaches: GB/s of a device-to-device copy, read and written counted, and TFLOP/s
+    of an 8192^3 product of random bf16 by cuBLASLt.
+    """
+    from lycoris_cupy.gemm import gemm
+
+    n = 8192
+    a = np.random.default_rng(0).standard_normal((n, n), np.float32).astype(bf16)
+    a = to_device(a, "cuda:0")
+    product = device_us(captured(lambda: gemm(a, a)), 10)
+    copied = _copy_us()
+    return {"copy_gb_s": 2 * COPY_BYTES / copied / 1e3, "product_tflop_s": 2 * n**3 / product / 1e6}
+
+
+def _copy_us() -> float:
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    source, target = (cupy.empty(COPY_BYTES, cupy.uint8) for _ in range(2))
+
+    def copy():
+        stream = cupy.cuda.get_current_stream().ptr
+        kind = runtime.memcpyDeviceToDevice
+        runtime.memcpyAsync(target.data.ptr, source.data.ptr, COPY_BYTES, kind, stream)
+
+    return device_us(copy, 10)

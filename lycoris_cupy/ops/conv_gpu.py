@@ -23,7 +23,7 @@ def conv(x, w, window: Window, *, scale=None, add=None, bias=None) -> Array:
     """
     import cupy
 
-    plan = plan_conv(x.dtype, x.shape, w.shape, window, _aligned(x), _aligned(w), _processors())
+    plan = plan_conv(x.dtype, x.shape, w.shape, window, _aligned(x), _aligned(w), processors())
     y = cupy.empty(plan.shape, x.dtype)
     if y.size:
         args = (x, w, scale, add, bias, y, plan.geometry, *plan.numbers)
@@ -42,7 +42,7 @@ def conv_dx(dy, w, window: Window, in_space: tuple[int, ...], *, scale=None, add
 
     space = tuple(in_space)
     plan = plan_dx(
-        dy.dtype, dy.shape, w.shape, window, space, _aligned(dy), _aligned(w), _processors()
+        dy.dtype, dy.shape, w.shape, window, space, _aligned(dy), _aligned(w), processors()
     )
     dx = cupy.empty(plan.shape, dy.dtype)
     if dx.size:
@@ -63,7 +63,7 @@ def conv_dw(x, dy, window: Window, *, scale=None) -> Array:
     dtype = wide_dtype(x.dtype)
     if 0 in x.shape or 0 in dy.shape:
         return cupy.zeros(dw_shape(x.shape, dy.shape, window), dtype)
-    plan = plan_dw(x.dtype, x.shape, dy.shape, window, _aligned(x), _aligned(dy), _processors())
+    plan = plan_dw(x.dtype, x.shape, dy.shape, window, _aligned(x), _aligned(dy), processors())
     dw = cupy.empty(plan.shape, dtype)
     if not plan.sum:
         plan.launch(
@@ -90,7 +90,8 @@ def _aligned(array: Array) -> bool:
     return array.data.ptr % 16 == 0
 
 
-def _processors() -> int:
+def processors() -> int:
+    """Multiprocessors of the current device."""
     import cupy
 
     return _processor_count(cupy.cuda.runtime.getDevice())

@@ -57,7 +57,7 @@ def plan_conv(
     out_space = window.out_space(space)
     shape = (n, *out_space, outer * window.groups)
     pixels, positions = n * prod(space), n * prod(out_space)
-    geometry = _geometry(window, space, out_space)
+    geometry = geometry_of(window, space, out_space)
     copies = (8 if x_aligned and inner % 8 == 0 else 1, 8 if w_aligned and outer % 8 == 0 else 1)
     return _plan_gather(
         "conv",
@@ -94,7 +94,7 @@ def plan_dx(
         )
     shape = (n, *space, inner * window.groups)
     pixels, positions = n * prod(out_space), n * prod(space)
-    geometry = _geometry(window, out_space, space)
+    geometry = geometry_of(window, out_space, space)
     copies = (8, 8) if dy_aligned and w_aligned and outer % 8 == 0 else (1, 1)
     return _plan_gather(
         "conv_dx",
@@ -152,7 +152,7 @@ def plan_dw(
     if tuple(dy_shape) != (n, *out_space, groups * outer):
         raise ShapeError(f"dy has shape {dy_shape}, expected {(n, *out_space, groups * outer)}")
     positions = _countable(n * prod(space), n * prod(out_space))
-    geometry = _geometry(window, space, out_space)
+    geometry = geometry_of(window, space, out_space)
     rows = window.taps * inner
     if groups > 1 and inner * outer <= _DIRECT and rows < 65536:
         blocks = _ceil(groups * outer, 32)
@@ -226,7 +226,7 @@ def _sum(dtype, splits: int, rows: int, repeats: int, columns: int) -> tuple:
 
 
 @functools.lru_cache(maxsize=4096)
-def _geometry(window: Window, read: tuple[int, ...], positions: tuple[int, ...]) -> np.ndarray:
+def geometry_of(window: Window, read: tuple[int, ...], positions: tuple[int, ...]) -> np.ndarray:
     one = (1,) * (3 - window.axes)
     none = (0,) * (3 - window.axes)
     out = np.zeros((), GEOMETRY)

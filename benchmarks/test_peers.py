@@ -1,0 +1,62 @@
+"""The peers' columns: each shape's adapters in torch, right after the project measured the same
+shape (see `conftest`).
+
+    python -m pip install -e ".[peer]"
+    python -m pytest benchmarks --benchmark-enable -n 0 --peer-seconds 300
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from lycoris_cupy.arrays import gpu_missing
+
+from .peers import run
+from .shapes import CPU_SHAPES, SHAPES
+
+GPU = not gpu_missing()
+MEASURED = SHAPES if GPU else CPU_SHAPES
+WARM_SHARE = 0.4  # of the peers' time, in which their kernels are compiled side by side
+
+
+class Clock:
+    """Hands out what is left of the peers' time, in equal parts to the shapes to come."""
+
+    def __init__(self, seconds: float, shapes: int):
+        self._end, self._shapes = time.monotonic() + seconds, shapes
+
+    def part(self) -> float:
+        left, self._shapes = self._end - time.monotonic(), self._shapes - 1
+        return max(left, 0.0) / (self._shapes + 1)
+
+
+@pytest.fixture(scope="module")
+def clock(pytestconfig, results):
+    seconds = pytestconfig.getoption("--peer-seconds")
+    if not seconds:
+        pytest.skip("no time for the peers: give --peer-seconds")
+    if run.missing():
+        pytest.fail(
+            f'--peer-seconds was given, but {run.missing()} is missing: pip install "'
+            'lycoris_cupy[peer]"'
+        )
+    clock = Clock(seconds, len(MEASURED))
+    if GPU:
+        start = time.monotonic()
+        warmed = run.warm(SHAPES, "cuda:0", WARM_SHARE * seconds)
+        results.put("peers_warmed", {"processes": warmed, "seconds": time.monotonic() - start})
+    return clock
+
+
+@pytest.mark.parametrize("shape", MEASURED, ids=[s.name for s in MEASURED])
+def test_peers(shape, clock, cases, results):
+    case, _ = cases(shape)
+    if GPU:
+        import cupy
+
+        cupy.get_default_memory_pool().free_all_blocks()
+    rows = run.measure(case, clock.part())
+    results.add("peers", *rows)
+    assert any("forward_us" in row for row in rows), f"no peer ran: {rows[-1]}"

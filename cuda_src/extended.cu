@@ -1,0 +1,331 @@
+// The extended product: y = x * w + scale * (x2 * w2) + add + bias in one accumulator, rounded once. For Hopper.
+//
+//   y[p, n] = sum over taps t and channels k of x[pixel(p, t), k] * w[t, k, n]
+//           + scale * sum over t, k of x2[pixel(p, t), b * K2 + k] * w2[t, k, n - b * block]      b = n / block
+//           + add[p, n] + bias[n]
+//
+// An adapter is the second term: a few more steps along the inner axis. A linear layer is a convolution with one tap;
+// the gradient of the input is the same product with w turned (B_ROWS=0: rows of K values) and the taps in reverse.
+//
+// A block is persistent: one warpgroup copies tiles (a matrix by boxes, an image by im2col boxes) into a ring of stages,
+// two others multiply, each 128 rows of the tile. Tiles go by bands of `band` row tiles, so that what runs at the same
+// time shares its operands in L2. EXT_N: columns that x2 * w2 does at a time, so that narrow blocks fit a wide tile.
+//
+// only sm_90a
+// variants bf16: TILE_N=64 B_ROWS=0 | TILE_N=96 B_ROWS=0 | TILE_N=128 B_ROWS=0 | TILE_N=144 B_ROWS=0
+// variants bf16: TILE_N=160 B_ROWS=0
+// variants bf16: TILE_N=64 B_ROWS=1 | TILE_N=96 B_ROWS=1 | TILE_N=128 B_ROWS=1 | TILE_N=160 B_ROWS=1
+// variants bf16: TILE_N=160 B_ROWS=1 EXT_N=40 | TILE_N=160 B_ROWS=1 EXT_N=80
+#include "hopper.cuh"
+
+#ifndef EXT_N
+#define EXT_N TILE_N
+#endif
+
+constexpr int TILE_M = 256, TILE_K = 64, WORKERS = 2;
+constexpr int ROWS = TILE_M / WORKERS / 64;  // products of 64 rows a worker
+constexpr int A_BYTES = TILE_M * ROW_BYTES;
+// Along N a box is 64 columns wide, so the last one may hold columns that nobody reads.
+__device__ constexpr int box_bytes(int columns) {
+  return B_ROWS ? (columns + 63) / 64 * TILE_K * ROW_BYTES : columns * ROW_BYTES;
+}
+constexpr int B_BOX = TILE_K * ROW_BYTES;
+constexpr int STAGE = A_BYTES + (box_bytes(TILE_N) + 1023) / 1024 * 1024;
+constexpr int STAGES = (227 * 1024 - 2048) / STAGE;  // 2048: the barriers, and what the alignment may cost
+
+// One of the two sums.
+struct Term {
+  int taps, width;   // width: channels a tap, of one block
+  int axes;          // of space: 0 for a matrix, 2 or 3 for an image
+  int block;         // columns that share one block of channels
+  int flip;          // taps of w in reverse
+};
+
+struct Tile {
+  int row, column;
+  Place at;  // of the first row, as the start of its window
+
+  INLINE Tile(int tile, int tiles_m, int tiles_n, int band, const Geometry& g, bool image) {
+    const int size = band * tiles_n, first = tile / size * band;
+    const int height = min(tiles_m - first, band), inside = tile % size;
+    row = (first + inside % height) * TILE_M;
+    column = inside / height * TILE_N;
+    if (image) {
+      at = Place::of(row, g);
+      at.z = at.z * g.stride[0] - g.padding[0];
+      at.y = at.y * g.stride[1] - g.padding[1];
+      at.x = at.x * g.stride[2] - g.padding[2];
+    }
+  }
+};
+
+// A place in the ring, and how often it was passed.
+struct Stage {
+  int index = 0;
+  unsigned parity = 0;
+
+  INLINE void next() {
+    if (++index == STAGES) index = 0, parity ^= 1;
+  }
+};
+
+INLINE int chunks_of(const Term& term) {
+  return (term.width + TILE_K - 1) / TILE_K;
+}
+
+struct Ring {
+  unsigned memory, full, empty;
+};
+
+// Copies the operands of a term for COLUMNS columns from `column` on, all taps and channels.
+template <int COLUMNS>
+INLINE void fetch(const TensorMap* x, const TensorMap* w, const Term& term, const Tile& tile, int column,
+                  const Geometry& g, const Ring& ring, Stage& stage) {
+  const int b = column / term.block, first = b * term.width;
+  const int n = column - b * term.block;
+  int tz = 0, ty = 0, tx = 0;
+  for (int tap = 0; tap < term.taps; ++tap) {
+    const int w_tap = term.flip ? term.taps - 1 - tap : tap;
+    const int dx = tx * g.dilation[2], dy = ty * g.dilation[1], dz = tz * g.dilation[0];
+    for (int k = 0; k < term.width; k += TILE_K) {
+      const unsigned done = ring.full + 8 * stage.index;
+      const unsigned a_to = ring.memory + stage.index * STAGE, b_to = a_to + A_BYTES;
+      barrier_wait(ring.empty + 8 * stage.index, stage.parity ^ 1);
+      barrier_expect(done, A_BYTES + box_bytes(COLUMNS));
+      if (term.axes == 0)
+        copy_box(a_to, x, done, first + k, tile.row);
+      else if (term.axes == 2)
+        copy_pixels(a_to, x, done, first + k, tile.at.x, tile.at.y, tile.at.n, dx, dy);
+      else
+        copy_voxels(a_to, x, done, first + k, tile.at.x, tile.at.y, tile.at.z, tile.at.n, dx, dy, dz);
+      if (B_ROWS) {
+#pragma unroll
+        for (int box = 0; box < (COLUMNS + 63) / 64; ++box)
+          copy_box(b_to + box * B_BOX, w, done, n + 64 * box, k, w_tap);
+      } else {
+        copy_box(b_to, w, done, k, n, w_tap);
+      }
+      stage.next();
+    }
+    if (++tx == g.kernel[2]) {
+      tx = 0;
+      if (++ty == g.kernel[1]) ty = 0, ++tz;
+    }
+  }
+}
+
+// The compiler keeps its own uses of the sums before or behind this point.
+INLINE void settle(float (&sum)[ROWS][TILE_N / 2]) {
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+    for (int i = 0; i < TILE_N / 2; ++i) asm volatile("" : "+f"(sum[r][i])::"memory");
+}
+
+// sum += the products of `steps` stages in a row, each of SLICES slices of 16 channels. A stage is given back when the
+// products of the next one have been started.
+template <int COLUMNS, int FIRST, int SLICES>
+INLINE void multiply(float (&sum)[ROWS][TILE_N / 2], int steps, int worker, bool chief, const Ring& ring,
+                     Stage& stage) {
+  constexpr unsigned leading = B_ROWS ? B_BOX : 16, b_step = B_ROWS ? 16 * ROW_BYTES : 32;
+  if (steps <= 0) return;
+  unsigned before = 0;
+  settle(sum);
+  for (; steps > 0; --steps) {
+    barrier_wait(ring.full + 8 * stage.index, stage.parity);
+    const unsigned a_at = ring.memory + stage.index * STAGE + worker * (TILE_M / WORKERS) * ROW_BYTES;
+    const unsigned b_at = ring.memory + stage.index * STAGE + A_BYTES;
+    products_begin();
+#pragma unroll
+    for (int s = 0; s < SLICES; ++s)
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r)
+        wgmma<COLUMNS, B_ROWS>(sum[r] + FIRST, operand(a_at + r * 64 * ROW_BYTES + s * 32, 16),
+                               operand(b_at + s * b_step, leading));
+    products_commit();
+    products_wait<1>();
+    if (before && chief) barrier_arrive(before);
+    before = ring.empty + 8 * stage.index;
+    stage.next();
+  }
+  products_wait<0>();
+  settle(sum);
+  if (chief) barrier_arrive(before);
+}
+
+// sum += a term for COLUMNS columns, held from sum[.][FIRST] on. Of a tap's last step only the slices that hold channels
+// are multiplied.
+template <int COLUMNS, int FIRST>
+INLINE void accumulate(float (&sum)[ROWS][TILE_N / 2], const Term& term, int worker, bool chief, const Ring& ring,
+                       Stage& stage) {
+  const int whole = term.width / TILE_K, slices = (term.width % TILE_K + 15) / 16;
+  if (!slices) {
+    multiply<COLUMNS, FIRST, 4>(sum, term.taps * whole, worker, chief, ring, stage);
+    return;
+  }
+  for (int tap = 0; tap < term.taps; ++tap) {
+    multiply<COLUMNS, FIRST, 4>(sum, whole, worker, chief, ring, stage);
+    multiply<COLUMNS, FIRST, 1>(sum, slices == 1, worker, chief, ring, stage);
+    multiply<COLUMNS, FIRST, 2>(sum, slices == 2, worker, chief, ring, stage);
+    multiply<COLUMNS, FIRST, 3>(sum, slices == 3, worker, chief, ring, stage);
+    multiply<COLUMNS, FIRST, 4>(sum, slices == 4, worker, chief, ring, stage);
+  }
+}
+
+// x2 * w2, block by block of the tile's columns; a block past the last column is skipped by both sides.
+template <int SUB = 0>
+INLINE void fetch_other(const TensorMap* x, const TensorMap* w, const Term& term, const Tile& tile, int columns,
+                        const Geometry& g, const Ring& ring, Stage& stage) {
+  if constexpr (SUB * EXT_N < TILE_N) {
+    if (tile.column + SUB * EXT_N < columns)
+      fetch<EXT_N>(x, w, term, tile, tile.column + SUB * EXT_N, g, ring, stage);
+    fetch_other<SUB + 1>(x, w, term, tile, columns, g, ring, stage);
+  }
+}
+
+template <int SUB = 0>
+INLINE void accumulate_other(float (&sum)[ROWS][TILE_N / 2], const Term& term, const Tile& tile, int columns,
+                             int worker, bool chief, const Ring& ring, Stage& stage) {
+  if constexpr (SUB * EXT_N < TILE_N) {
+    if (tile.column + SUB * EXT_N < columns)
+      accumulate<EXT_N, SUB * EXT_N / 2>(sum, term, worker, chief, ring, stage);
+    accumulate_other<SUB + 1>(sum, term, tile, columns, worker, chief, ring, stage);
+  }
+}
+
+// Lane t of four holds values t of four pieces; afterwards it holds all four values of piece t.
+INLINE void exchange(unsigned (&v)[4]) {
+  const int lane = threadIdx.x & 3;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const unsigned other = __shfl_xor_sync(~0u, lane & 1 ? v[i] : v[i + 1], 1);
+    (lane & 1 ? v[i] : v[i + 1]) = other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const unsigned other = __shfl_xor_sync(~0u, lane & 2 ? v[i] : v[i + 2], 2);
+    (lane & 2 ? v[i] : v[i + 2]) = other;
+  }
+}
+
+// The sums times `factor` plus the bias of their columns; sums that are not there yet (FRESH) are zeros.
+template <bool FRESH>
+INLINE void begin(float (&sum)[ROWS][TILE_N / 2], float factor, const bf16* bias, const Tile& tile, int columns) {
+#pragma unroll
+  for (int piece = 0; piece < TILE_N / 8; ++piece) {
+    const int n = tile.column + piece * 8 + threadIdx.x % 4 * 2;
+    float both[2] = {0, 0};
+    if (bias && n < columns) {
+      const Pack<bf16, 2> b = *reinterpret_cast<const Pack<bf16, 2>*>(bias + n);
+      both[0] = widen(b.at[0]), both[1] = widen(b.at[1]);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& s = sum[r][piece * 4 + i];
+        s = FRESH ? both[i % 2] : s * factor + both[i % 2];
+      }
+  }
+}
+
+// Adds `add` (ADD), rounds, and writes: 16 bytes a lane.
+template <bool ADD>
+INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int worker, const bf16* add, bf16* y,
+                   int positions, int columns) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  constexpr int FOURS = TILE_N / 32;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile.row + worker * (TILE_M / WORKERS) + r * 64 + warp * 16 + lane / 4 + half * 8;
+      if (row - lane / 4 >= positions) break;  // of the whole warp
+      const int left = row < positions ? columns - tile.column : 0;
+      const long long start = (long long)row * columns + tile.column;
+      const float* values = &sum[r][half * 2];
+#pragma unroll
+      for (int four = 0; four < FOURS; ++four) {
+        const int n = four * 32 + lane % 4 * 8;
+        unsigned added[4] = {0, 0, 0, 0}, v[4];
+        if (ADD) {
+          if (n < left) {
+            const uint4 a = *reinterpret_cast<const uint4*>(add + start + n);
+            added[0] = a.x, added[1] = a.y, added[2] = a.z, added[3] = a.w;
+          }
+          exchange(added);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = (four * 4 + i) * 4;
+          v[i] = round_pair(values[at] + (ADD ? __uint_as_float(added[i] << 16) : 0),
+                            values[at + 1] + (ADD ? __uint_as_float(added[i] & 0xFFFF0000) : 0));
+        }
+        exchange(v);
+        if (n < left) *reinterpret_cast<uint4*>(y + start + n) = make_uint4(v[0], v[1], v[2], v[3]);
+      }
+#pragma unroll
+      for (int piece = FOURS * 4; piece < TILE_N / 8; ++piece) {
+        const int n = piece * 8 + lane % 4 * 2;
+        const unsigned added = ADD && n < left ? *reinterpret_cast<const unsigned*>(add + start + n) : 0;
+        const unsigned v = round_pair(values[piece * 4] + (ADD ? __uint_as_float(added << 16) : 0),
+                                      values[piece * 4 + 1] + (ADD ? __uint_as_float(added & 0xFFFF0000) : 0));
+        if (n < left) *reinterpret_cast<unsigned*>(y + start + n) = v;
+      }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
+    NAME(extended)(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
+                   const __grid_constant__ TensorMap x2, const __grid_constant__ TensorMap w2,
+                   const float* scale,  // (1,), or null for 1
+                   const bf16* add,     // (positions, columns), or null
+                   const bf16* bias,    // (columns), or null
+                   bf16* y,             // (positions, columns)
+                   const __grid_constant__ Geometry g, const Term own, const Term other, int positions, int columns,
+                   int band) {
+  extern __shared__ char memory[];
+  __shared__ unsigned long long barriers[2 * STAGES];
+  const Ring ring = {(shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers),
+                     shared_address(barriers) + 8 * STAGES};
+  const int tiles_m = (positions + TILE_M - 1) / TILE_M, tiles_n = (columns + TILE_N - 1) / TILE_N;
+  const bool image = own.axes || other.axes;
+  const int group = __shfl_sync(~0u, threadIdx.x / GROUP, 0);  // one for a warp, as the compiler shall see
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; ++i) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.empty + 8 * i, WORKERS);
+    barrier_init_done();
+  }
+  __syncthreads();
+  Stage stage;
+  if (group == WORKERS) {
+    registers_fewer<40>();
+    if (threadIdx.x == WORKERS * GROUP) {
+      prefetch_map(&x), prefetch_map(&w), prefetch_map(&x2), prefetch_map(&w2);
+      for (int t = blockIdx.x; t < tiles_m * tiles_n; t += gridDim.x) {
+        const Tile tile(t, tiles_m, tiles_n, band, g, image);
+        fetch_other(&x2, &w2, other, tile, columns, g, ring, stage);
+        fetch<TILE_N>(&x, &w, own, tile, tile.column, g, ring, stage);
+      }
+    }
+  } else {
+    registers_more<232>();
+    const bool chief = threadIdx.x % GROUP == 0;
+    const float factor = scale ? *scale : 1.0f;
+    for (int t = blockIdx.x; t < tiles_m * tiles_n; t += gridDim.x) {
+      const Tile tile(t, tiles_m, tiles_n, band, g, false);
+      float sum[ROWS][TILE_N / 2];
+      if (other.taps) {
+        begin<true>(sum, 0, nullptr, tile, columns);
+        accumulate_other(sum, other, tile, columns, group, chief, ring, stage);
+        begin<false>(sum, factor, bias, tile, columns);
+      } else {
+        begin<true>(sum, 0, bias, tile, columns);
+      }
+      accumulate<TILE_N, 0>(sum, own, group, chief, ring, stage);
+      if (add)
+        finish<true>(sum, tile, group, add, y, positions, columns);
+      else
+        finish<false>(sum, tile, group, add, y, positions, columns);
+    }
+  }
+}
