@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,19 +41,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", help="where the files are made (default: the temporary one)")
     parser.add_argument("-o", "--output", help="the JSON to write (default: benchmarks/results/)")
     args = parser.parse_args(arguments)
+    output = Path(args.output or RESULTS / f"merge-large-{args.dtype}.json")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         peer_repeats = args.repeats if args.peer_repeats is None else args.peer_repeats
-        data = measure(Path(folder), args.dtype, args.repeats, args.peer, peer_repeats)
-    output = Path(args.output or RESULTS / f"merge-large-{args.dtype}.json")
-    output.write_text(json.dumps(data, indent=1) + "\n")
+        data = {}
+        for data in measure(Path(folder), args.dtype, args.repeats, args.peer, peer_repeats):
+            output.write_text(json.dumps(data, indent=1) + "\n")  # as far as it got
     print(table(data))
     return 0
 
 
 def measure(
     folder: Path, dtype: str, repeats: int, peer: str | None = None, peer_repeats: int = 0
-) -> dict:
-    """Rows of every command, cold and warm."""
+) -> Iterator[dict]:
+    """Rows of every command, cold and warm, again after each."""
     base, style, out = (folder / f"{name}.safetensors" for name in ("base", "style", "out"))
     run([sys.executable, "-m", "benchmarks.merge_files", str(base), str(style), dtype])
     merge = [sys.executable, "-m", "lycoris_cupy", "merge", base, f"{style}:{STRENGTH}", "-o", out]
@@ -78,14 +80,14 @@ def measure(
                 elif name == "lycoris-lora" and agreement is None:
                     agreement = compare(folder / "ours", out)
                 out.unlink(missing_ok=True)
-    return {
-        "machine": machine(),
-        "dtype": dtype,
-        "bytes": base.stat().st_size,
-        "adapter_bytes": style.stat().st_size,
-        "rows": rows,
-        "peer_agreement": agreement,
-    }
+                yield {
+                    "machine": machine(),
+                    "dtype": dtype,
+                    "bytes": base.stat().st_size,
+                    "adapter_bytes": style.stat().st_size,
+                    "rows": rows,
+                    "peer_agreement": agreement,
+                }
 
 
 def prepare(base: Path, cache: str) -> None:
