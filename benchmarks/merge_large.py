@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,20 +36,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--peer", help="the Python of an environment with torch and lycoris-lora")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peer-repeats", type=int, help="of lycoris-lora (default: as the others)")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "f16", "f8_e4m3"))
     parser.add_argument("--folder", help="where the files are made (default: the temporary one)")
     parser.add_argument("-o", "--output", help="the JSON to write (default: benchmarks/results/)")
     args = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        data = measure(Path(folder), args.dtype, args.repeats, args.peer)
     output = Path(args.output or RESULTS / f"merge-large-{args.dtype}.json")
-    output.write_text(json.dumps(data, indent=1) + "\n")
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        peer_repeats = args.repeats if args.peer_repeats is None else args.peer_repeats
+        data = {}
+        for data in measure(Path(folder), args.dtype, args.repeats, args.peer, peer_repeats):
+            output.write_text(json.dumps(data, indent=1) + "\n")  # as far as it got
     print(table(data))
     return 0
 
 
-def measure(folder: Path, dtype: str, repeats: int, peer: str | None) -> dict:
-    """Rows of every command, cold and warm."""
+def measure(
+    folder: Path, dtype: str, repeats: int, peer: str | None = None, peer_repeats: int = 0
+) -> Iterator[dict]:
+    """Rows of every command, cold and warm, again after each."""
     base, style, out = (folder / f"{name}.safetensors" for name in ("base", "style", "out"))
     run([sys.executable, "-m", "benchmarks.merge_files", str(base), str(style), dtype])
     merge = [sys.executable, "-m", "lycoris_cupy", "merge", base, f"{style}:{STRENGTH}", "-o", out]
@@ -56,11 +62,12 @@ def measure(folder: Path, dtype: str, repeats: int, peer: str | None) -> dict:
     if peer:
         script = Path(__file__).parent / "merge_peer.py"
         commands["lycoris-lora"] = [peer, script, base, style, out, STRENGTH]
-    rows = []
-    for _ in range(repeats):
+    rows: list[dict] = []
+    agreement = None
+    for turn in range(repeats):
         for cache in ("cold", "warm"):
             for name, command in commands.items():
-                if name == "lycoris-lora" and dtype.startswith("f8"):
+                if name == "lycoris-lora" and (dtype.startswith("f8") or turn >= peer_repeats):
                     continue  # it refuses 8-bit floats
                 prepare(base, cache)
                 load = os.getloadavg()[0]
@@ -68,19 +75,19 @@ def measure(folder: Path, dtype: str, repeats: int, peer: str | None) -> dict:
                 row = {"command": name, "cache": cache, "s": seconds, "cpu_s": cpu}
                 rows.append({**row, "rss": resident, "load_before": load})
                 print(f"{name}, {cache}: {seconds:.1f} s, {resident / 2**20:.0f} MiB", flush=True)
-                if name == "merge" and peer and "agreement" not in locals():
+                if name == "merge" and peer and agreement is None:
                     out.rename(folder / "ours")
-                elif name == "lycoris-lora" and "agreement" not in locals():
+                elif name == "lycoris-lora" and agreement is None:
                     agreement = compare(folder / "ours", out)
                 out.unlink(missing_ok=True)
-    return {
-        "machine": machine(),
-        "dtype": dtype,
-        "bytes": base.stat().st_size,
-        "adapter_bytes": style.stat().st_size,
-        "rows": rows,
-        "peer_agreement": locals().get("agreement"),
-    }
+                yield {
+                    "machine": machine(),
+                    "dtype": dtype,
+                    "bytes": base.stat().st_size,
+                    "adapter_bytes": style.stat().st_size,
+                    "rows": rows,
+                    "peer_agreement": agreement,
+                }
 
 
 def prepare(base: Path, cache: str) -> None:
@@ -153,7 +160,7 @@ def medians(data: dict) -> dict[tuple[str, str], tuple[float, float, float, int]
                 [r for r in data["rows"] if r["command"] == what and r["cache"] == cache]
                 for what in (name, "copy")
             )
-            ratios = [a["s"] / b["s"] for a, b in zip(mine, copies, strict=True)]
+            ratios = [a["s"] / b["s"] for a, b in zip(mine, copies, strict=False)]
             out[name, cache] = (
                 statistics.median(row["s"] for row in mine),
                 statistics.median(ratios),

@@ -7,7 +7,7 @@ from lycoris_cupy import bf16
 from lycoris_cupy.io import merge_layer
 from lycoris_cupy.io.header import NUMPY
 from lycoris_cupy.io.merge import merge_files
-from lycoris_cupy.io.merge_layer import Part, merged_weight
+from lycoris_cupy.io.merge_layer import Part, merge_into
 from lycoris_cupy.io.safetensors import open_file, write
 from tests.bounds import assert_within, bound
 from tests.cases import KINDS, adapters_for
@@ -31,6 +31,13 @@ def parts_of(kind, name, dtype, strengths=(0.7, -0.4)):
         }
         out.append(Part(adapter, params, strength))
     return rng.standard_normal(kind.weight).astype(dtype), out
+
+
+def merged(weight, parts, device):
+    """A changed copy, and what survived."""
+    new = weight.copy()
+    survival = merge_into("w", new, parts, device)
+    return new, survival
 
 
 def in_f64(weight, parts, absolute=False):
@@ -61,7 +68,7 @@ def magnitude_of(weight, parts):
 def test_two_adapters_and_one_rounding(device, kind, name, dtype, monkeypatch):
     monkeypatch.setattr(merge_layer, "_BLOCK", 200)  # several blocks, the last one short
     weight, parts = parts_of(kind, name, dtype)
-    got, survival = merged_weight("w", weight, parts, device)
+    got, survival = merged(weight, parts, device)
     exact = in_f64(weight, parts)
     limit = bound(exact, magnitude_of(weight, parts), 40, dtype)
     assert got.dtype == dtype and got.shape == weight.shape
@@ -74,7 +81,7 @@ def test_f16_and_8_bit_bases(device):
     for name in ("F16", "F8_E4M3", "F8_E5M2"):
         weight, parts = parts_of(kind, "locon", np.dtype(np.float32), (0.1,))
         weight = (0.5 * weight).astype(NUMPY[name])
-        got, _ = merged_weight("w", weight, parts, device)
+        got, _ = merged(weight, parts, device)
         exact = in_f64(weight, parts).astype(np.float32)
         # The f32 sums may differ in their last bits, so a value at a tie may go to either side.
         assert (got == exact.astype(NUMPY[name])).mean() > 0.98
@@ -95,7 +102,7 @@ def test_a_change_may_read_the_weight(device, kind):
     doubled = Doubled(kind.shape, 3)
     for strengths, factor in ([[1.0], 2], [[1.0, 2.0], 4]):
         parts = [Part(doubled, part.params, strength) for strength in strengths]
-        got, _ = merged_weight("w", weight, parts, device)
+        got, _ = merged(weight, parts, device)
         assert (got == (weight.astype(np.float32) * factor).astype(bf16)).all()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FileFormatError
-from .header import short
+from .header import NUMPY, short
 from .safetensors import Stored, TensorFile, open_file
 
 INDEX = ".safetensors.index.json"
@@ -72,6 +72,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._file(name)[name]
+
+    def into(self, name: str, scratch: np.ndarray) -> np.ndarray:
+        """The tensor in this uint8 memory, which the array then shares."""
+        raw = self._file(name).raw(name, scratch)
+        return raw.view(NUMPY[self.dtype(name)]).reshape(self.shape(name))
 
     def stored(self, name: str) -> Stored:
         """The tensor as `write` takes it, to pass it on bit for bit."""

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from threading import local
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -25,7 +26,7 @@ from ..norms import NormShape
 from .adapter_file import STALE, read_adapter
 from .atomic import new_folder, replacing, require_place
 from .checkpoint import Checkpoint, open_checkpoint
-from .merge_layer import Part, merged_bias, merged_weight
+from .merge_layer import Part, merge_into, merged_bias
 from .merge_report import MergeReport
 from .names import FUSED, tensors_of
 from .output import require_room
@@ -38,7 +39,8 @@ from .strength import LayerStrength, require_used, strength_on
 NOTE = "lycoris_cupy.merged"
 # What stands beside an 8-bit weight that holds the quotient by a scale: a sum with it is wrong.
 _SCALES = ("weight_scale", "scale_weight", "weight_scale_inv", "scale", "weight_scale_2")
-_WORKERS = 2  # threads that compute while a third writes; more do not help against a disk
+_WORKERS = 3  # threads: two cores are busy while one waits for the disk
+_scratch = local()
 Adapters = Sequence[tuple[str | os.PathLike, float]]
 Read = list[tuple[str | os.PathLike, float, dict, LoadReport]]
 
@@ -113,6 +115,14 @@ def merge_files(
     return report
 
 
+def scratch(size: int) -> np.ndarray:
+    """Memory of this thread for one tensor, always the same: fresh pages cost more than sums."""
+    memory = getattr(_scratch, "memory", None)
+    if memory is None or memory.size < size:
+        memory = _scratch.memory = np.empty(size, np.uint8)
+    return memory
+
+
 def layer_shapes(base: Checkpoint) -> dict[str, LayerShape]:
     """The layers of a checkpoint: each `<name>.weight` of two to five axes, groups unknown; one
     axis is taken for a norm's. A fused `in_proj_weight` is a layer of its own name.
@@ -181,8 +191,9 @@ def _merged(
     weight, bias = tensors_of(layer)
 
     def make_weight() -> np.ndarray:
-        out, survival[weight] = merged_weight(weight, base[weight], parts, device)
-        return out
+        array = base.into(weight, scratch(base.stored(weight).nbytes))
+        survival[weight] = merge_into(weight, array, parts, device)
+        return array
 
     out = {weight: Stored(base.dtype(weight), base.shape(weight), make_weight)}
     outputs = parts[0].adapter.shape.outputs

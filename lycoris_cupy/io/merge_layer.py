@@ -37,30 +37,32 @@ class Part(NamedTuple):
 
 
 @np.errstate(over="ignore", invalid="ignore")  # `_rounded_block` says it
-def merged_weight(
-    name: str, old: np.ndarray, parts: Sequence[Part], device: str = "cpu"
-) -> tuple[np.ndarray, Survival]:
-    """The changed weight, in the shape and dtype of the old one, and what survived the rounding
-    (of an eighth of the blocks of a large one).
+def merge_into(
+    name: str, weight: np.ndarray, parts: Sequence[Part], device: str = "cpu"
+) -> Survival:
+    """Change a weight in place, rounded once to its dtype; what survived the rounding (of an eighth
+    of the blocks of a large one).
 
     device: where the changes are computed; those of an f64 weight on the CPU always. Raises
-    FileFormatError for a sum that the dtype cannot hold; name: of the tensor, for that message.
+    FileFormatError for a sum that the dtype cannot hold, when the weight is half changed; name: of
+    the tensor, for that message.
     """
-    outputs, inputs = (*old.shape, 1)[:2]  # a norm's weight has one axis
-    before = old.reshape(outputs, inputs, -1)
-    out, survival = np.empty_like(before), Survival()
-    for i, (rows, change) in enumerate(_changes(before, parts, device)):
-        wide = widened(before[rows])
-        out[rows] = _rounded_block(name, before[rows], wide + change)
+    outputs, inputs = (*weight.shape, 1)[:2]  # a norm's weight has one axis
+    matrix, survival = weight.reshape(outputs, inputs, -1), Survival()
+    assert np.shares_memory(matrix, weight) or not weight.size
+    for i, (rows, change) in enumerate(_changes(matrix, parts, device)):
+        wide = widened(matrix[rows])
+        new = _rounded_block(name, matrix[rows], wide + change)
         if i % _MEASURED == 0:
-            survival = survival.plus(_survival(change, widened(out[rows]) - wide))
-    return out.reshape(old.shape), survival
+            survival = survival.plus(_survival(change, widened(new) - wide))
+        matrix[rows] = new
+    return survival
 
 
 @np.errstate(over="ignore", invalid="ignore")
 def merged_bias(name: str, old: np.ndarray, parts: Sequence[Part], new: bool = False) -> np.ndarray:
     """The changed bias, (OUT,), in the dtype of the old one. new: the layer has none, old is zero.
-    Raises as `merged_weight` does.
+    Raises as `merge_into` does.
     """
     kept = sum_dtype(old.dtype)
     total = widened(old).astype(kept)

@@ -1,5 +1,5 @@
-"""Writing much: what no one changes is copied by the system, what is computed is computed ahead by
-threads, and errors say how far it got.
+"""Writing much: pieces of a file at their places, by several threads; what no one changes is copied
+by the system; and errors say how far it got.
 """
 
 from __future__ import annotations
@@ -7,67 +7,74 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Any, BinaryIO
 
 _CHUNK = 16 << 20  # bytes a write: progress and Ctrl-C are noticed in between
-_AHEAD = 64 << 20  # bytes of results that wait for their turn, at most one result more
 # What says that this pair of files, or this system, cannot copy inside the kernel.
 _CANNOT = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 
 class Output:
-    """An unbuffered file that is written from its beginning to a known end."""
+    """An unbuffered file of a known size. Threads may write and copy at the same time."""
 
     def __init__(
         self, handle: BinaryIO, total: int, progress: Callable[[int, int], None] | None = None
     ):
         self._handle, self._total, self._progress = handle, total, progress
-        self._done = 0
+        self._done, self._lock = 0, Lock()
         self._copies = hasattr(os, "copy_file_range")
 
-    def write(self, data: Any) -> None:
+    def write(self, data: Any, offset: int) -> None:
         """All of these bytes, or an OSError that says how many of the file are done."""
         left = memoryview(data)
         while left:
-            left = left[self._counted(self._handle.write, left[:_CHUNK]) :]
+            count = self._counted(self._write_some, left[:_CHUNK], offset)
+            left, offset = left[count:], offset + count
 
-    def copy(self, source: BinaryIO, offset: int, count: int) -> bool:
+    def copy(self, source: BinaryIO, start: int, count: int, offset: int) -> bool:
         """Have the system copy bytes of another file; False if it cannot, and none were."""
-        end = offset + count
-        while self._copies and offset < end:
+        if not self._copies:
+            return False
+        done = 0
+        while done < count:
+            size = min(_CHUNK, count - done)
+            places = source.fileno(), self._handle.fileno(), size, start + done, offset + done
             try:
-                size = min(_CHUNK, end - offset)
-                offset += self._counted(
-                    os.copy_file_range, source.fileno(), self._handle.fileno(), size, offset
-                )
+                done += self._counted(os.copy_file_range, *places)
             except OSError as error:
-                if error.errno not in _CANNOT or offset != end - count:
+                if error.errno not in _CANNOT or done:
                     raise
                 self._copies = False
-        return offset == end and self._copies
+                return False
+        return True
+
+    def _write_some(self, data: memoryview, offset: int) -> int:
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self._handle.fileno(), data, offset)
+        with self._lock:
+            self._handle.seek(offset)
+            return self._handle.write(data)
 
     def _counted(self, step: Callable[..., int], *arguments: Any) -> int:
         try:
             count = step(*arguments)
         except OSError as error:
             raise OSError(
-                error.errno,
-                f"cannot be written, {self._done} of {self._total} bytes done: {error.strerror}",
-                self._handle.name,
+                error.errno, self._failed(str(error.strerror)), self._handle.name
             ) from None
-        if not count:  # the source ends early: it was cut while we read it
-            raise OSError(
-                errno.EIO,
-                f"cannot be written, {self._done} of {self._total} bytes done: the source ended",
-                self._handle.name,
-            )
-        self._done += count
-        if self._progress is not None:
-            self._progress(self._done, self._total)
+        if not count:  # the source was cut while we read it
+            raise OSError(errno.EIO, self._failed("the source ended"), self._handle.name)
+        with self._lock:
+            self._done += count
+            if self._progress is not None:
+                self._progress(self._done, self._total)
         return count
+
+    def _failed(self, why: str) -> str:
+        return f"cannot be written, {self._done} of {self._total} bytes done: {why}"
 
 
 def require_room(folder: str | os.PathLike, total: int) -> None:
@@ -81,28 +88,20 @@ def require_room(folder: str | os.PathLike, total: int) -> None:
         )
 
 
-def made_ahead(
-    makers: Sequence[Callable[[], Any]], sizes: Sequence[int], workers: int
-) -> Iterator[Any]:
-    """The results in order, made by threads while earlier ones are used; an error comes in its
-    place. sizes: bytes of each result, of which few are held. workers: 0 makes each when asked.
+def in_threads(tasks: Iterable[Callable[[], None]], workers: int) -> None:
+    """Run them all, begun in order; the first error in their order is raised, and what was not
+    begun by then never is. workers: 0 runs them here.
     """
     if not workers:
-        for make in makers:
-            yield make()
+        for task in tasks:
+            task()
         return
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[tuple[int, Future]] = deque()
-        held = begun = 0
+        futures = [pool.submit(task) for task in tasks]
         try:
-            while begun < len(makers) or waiting:
-                while begun < len(makers) and (held < _AHEAD or not waiting):
-                    waiting.append((sizes[begun], pool.submit(makers[begun])))
-                    held, begun = held + sizes[begun], begun + 1
-                size, future = waiting.popleft()
-                result = future.result()
-                held -= size
-                yield result
-        finally:
-            for _, future in waiting:
+            for future in futures:
+                future.result()
+        except BaseException:
+            for future in futures:
                 future.cancel()
+            raise

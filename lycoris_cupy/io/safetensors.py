@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, NamedTuple
@@ -23,14 +23,14 @@ from safetensors import SafetensorError, safe_open
 from ..errors import DtypeError, FileFormatError
 from .atomic import replacing
 from .header import BITS, MAX_HEADER, NUMPY, read_header, short
-from .output import Output, made_ahead, require_room
+from .output import Output, in_threads, require_room
 
 _NAMES = {dtype: name for name, dtype in NUMPY.items()}
 
 
 class Stored(NamedTuple):
     """A tensor for `write` that is made when its turn comes: its bytes, or an array of them, from
-    `read()`.
+    `read()`. What that gives is written before the same thread asks for another.
 
     span: an open file and the offset in it where these very bytes stand, so that the system can
     copy them without our reading them.
@@ -56,7 +56,7 @@ class TensorFile(Mapping[str, np.ndarray]):
         if self.path.exists() and not self.path.is_file():
             raise FileFormatError(f"{path}: is not a regular file")
         self._handle = open(self.path, "rb")
-        self._lock = Lock()  # several threads may read: the position is the file's
+        self._lock = Lock()
         try:
             self._data, self._entries, self.metadata = read_header(self._handle, str(path))
             with safe_open(self.path, "np"):
@@ -77,18 +77,29 @@ class TensorFile(Mapping[str, np.ndarray]):
             )
         return self.raw(name).view(NUMPY[entry.dtype]).reshape(entry.shape)
 
-    def raw(self, name: str) -> np.ndarray:
-        """The tensor's bytes, (nbytes,) uint8, whatever its dtype."""
+    def raw(self, name: str, scratch: np.ndarray | None = None) -> np.ndarray:
+        """The tensor's bytes, (nbytes,) uint8, whatever its dtype. scratch: uint8 memory to put
+        them into, at its beginning; new memory otherwise.
+        """
         entry = self._entries[name]
-        with self._lock:
-            self._handle.seek(self._data + entry.begin)
-            out = np.fromfile(self._handle, np.uint8, entry.end - entry.begin)
-        if out.size != entry.end - entry.begin:
-            raise FileFormatError(
-                f"{self.path}: tensor {name!r} has {entry.end - entry.begin} bytes, the file ends "
-                f"after {out.size}"
-            )
+        size, offset = entry.end - entry.begin, self._data + entry.begin
+        out = np.empty(size, np.uint8) if scratch is None else scratch[:size]
+        view, done = memoryview(out), 0
+        while done < size:
+            count = self._read_some(view[done:], offset + done)
+            if not count:
+                raise FileFormatError(
+                    f"{self.path}: tensor {name!r} has {size} bytes, the file ends after {done}"
+                )
+            done += count
         return out
+
+    def _read_some(self, view: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._handle.fileno(), [view], offset)
+        with self._lock:  # several threads may read: the position is the file's
+            self._handle.seek(offset)
+            return self._handle.readinto(view)  # pyright: ignore
 
     def stored(self, name: str) -> Stored:
         """The tensor as `write` takes it, to pass it on bit for bit."""
@@ -146,7 +157,8 @@ def dump(
     workers: int = 0,
 ) -> None:
     """The bytes of a file, tensor after tensor. progress: called with the bytes written so far and
-    in all. workers: threads that make the next tensors while one is written.
+    in all. workers: threads that each make a tensor, write it to its place and go on with the next;
+    0 does so here.
     """
     stored = {name: _stored(name, tensor) for name, tensor in tensors.items()}
     # Wide dtypes first, otherwise in the order given: every tensor then starts at a multiple of its
@@ -156,19 +168,19 @@ def dump(
     total = len(header) + sum(one.nbytes for one in stored.values())
     require_room(os.path.dirname(handle.name), total)
     out = Output(handle, total, progress)
-    out.write(header)
-    made = [stored[name] for name in order if stored[name].span is None]
-    with closing(
-        made_ahead([one.read for one in made], [one.nbytes for one in made], workers)
-    ) as m:
-        for name in order:
-            one = stored[name]
-            if one.span is not None and out.copy(*one.span, one.nbytes):
-                continue
-            array = one.read() if one.span is not None else next(m)
-            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            assert data.size == one.nbytes
-            out.write(data)
+    out.write(header, 0)
+    tasks, offset = [], len(header)
+    for name in order:
+        tasks.append(partial(_put, out, stored[name], offset))
+        offset += stored[name].nbytes
+    in_threads(tasks, workers)
+
+
+def _put(out: Output, one: Stored, offset: int) -> None:
+    if one.span is None or not out.copy(*one.span, one.nbytes, offset):
+        data = np.ascontiguousarray(one.read()).reshape(-1).view(np.uint8)
+        assert data.size == one.nbytes
+        out.write(data, offset)
 
 
 def _header(stored, order, metadata) -> bytes:
