@@ -1,0 +1,145 @@
+"""Captured forwards and captured training steps do what the same work does uncaptured."""
+
+import numpy as np
+import pytest
+
+from lycoris_cupy import Conv2d, Engine, Linear, bf16, kernels, to_device
+from lycoris_cupy.errors import KernelError, LycorisError, ShapeError
+from lycoris_cupy.optim import AdamW
+
+
+def engine_on(device, seed=0):
+    rng = np.random.default_rng(seed)
+    layers = {
+        "conv": Conv2d(rng.standard_normal((3, 3, 8, 16), np.float32) / 8, padding=1),
+        "head": Linear(rng.standard_normal((16, 8), np.float32) / 4, np.zeros(8, np.float32)),
+    }
+    engine = Engine(layers, device=device)
+    engine.add("a", "locon", rank=8, alpha=4.0)
+    return engine
+
+
+def loss(y, target):
+    """Half the mean squared error, and its gradient."""
+    difference = y.astype(np.float32) - target.astype(np.float32)
+    return (difference * difference).mean() / 2, (difference / y.size).astype(y.dtype)
+
+
+def data(device):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((2, 6, 5, 8), np.float32).astype(bf16)
+    target = rng.standard_normal((2, 6, 5, 8), np.float32).astype(bf16)
+    return to_device(x, device), to_device(target, device)
+
+
+def host(array):
+    return np.asarray(to_device(array, "cpu"), np.float64)
+
+
+def test_a_captured_step_is_the_step(device):
+    """Ten steps with a rate that changes, captured and not: the same factors, the same losses."""
+    x, target = data(device)
+    plain, fast = engine_on(device), engine_on(device)
+    optimizers = [AdamW(e.parameters("a"), lr=0.05, weight_decay=0.1) for e in (plain, fast)]
+    step = fast.capture_step("a", loss, optimizers[1], x, targets=[target])
+    for layer, factors in plain.parameters("a").items():
+        for name, value in factors.items():  # capturing has taken no step
+            assert (host(value) == host(fast.parameters("a")[layer][name])).all()
+    seen = []
+    for i in range(10):
+        rate = 0.05 / (1 + i)
+        y, pullback = plain.vjp(x)
+        value, dy = loss(y, target)
+        optimizers[0].lr = optimizers[1].lr = rate
+        plain.set_parameters("a", optimizers[0].step(pullback(dy)[1]["a"]))
+        got = step(x, target)
+        np.testing.assert_allclose(float(host(got)), float(host(value)), rtol=1e-6)
+        seen.append(float(host(got)))
+    assert seen[-1] < 0.8 * seen[0]
+    for layer, factors in plain.parameters("a").items():
+        for name, value in factors.items():
+            assert (host(value) == host(fast.parameters("a")[layer][name])).all(), (layer, name)
+
+
+def test_strength_needs_no_new_capture(device):
+    x, target = data(device)
+    engine = engine_on(device)
+    rng = np.random.default_rng(3)
+    factors = {
+        layer: {
+            n: to_device(rng.standard_normal(v.shape, np.float32), device) for n, v in p.items()
+        }
+        for layer, p in engine.parameters("a").items()
+    }
+    captured = engine.capture(x)
+    engine.set_parameters("a", factors)
+    for strength in (1.0, 0.0, -0.5):
+        engine.strength["a"] = strength
+        assert (host(captured(x)) == host(engine.forward(x))).all()
+
+
+def test_inputs_may_be_written_in_place(device):
+    x, _ = data(device)
+    engine = engine_on(device)
+    captured = engine.capture(x)
+    captured.inputs[0][...] = x * 0 + 1
+    first = host(captured())
+    assert (first == host(engine.forward(x * 0 + 1))).all()
+    assert (host(captured(x)) == host(engine.forward(x))).all()
+
+
+def test_other_shapes_are_refused(device):
+    x, target = data(device)
+    engine = engine_on(device)
+    step = engine.capture_step("a", loss, AdamW(engine.parameters("a")), x, targets=[target])
+    with pytest.raises(ShapeError, match="captured for inputs of shapes"):
+        step(x[:1], target)
+    with pytest.raises(LycorisError, match="no adapter named 'b'"):
+        engine.capture_step("b", loss, AdamW(engine.parameters("a")), x, targets=[target])
+
+
+@pytest.mark.gpu
+def test_a_host_copy_inside_is_the_error_that_is_told():
+    x, _ = data("cuda:0")
+    engine = engine_on("cuda:0")
+    calls = []
+
+    def topology(call, x):
+        calls.append(0)
+        if len(calls) > 2:  # the capture itself
+            raise ShapeError("from inside")
+        return call("head", call("conv", x))
+
+    engine.topology = topology
+    with pytest.raises(ShapeError, match="from inside"):
+        engine.capture(x)
+    engine.topology = lambda call, x: call("head", call("conv", x))
+    assert engine.capture(x)(x).shape == (2, 6, 5, 8)  # nothing is left in capture mode
+
+
+@pytest.mark.gpu
+def test_warmup_leaves_nothing_to_compile(monkeypatch):
+    kernels._kernel.cache_clear()  # launchers that have loaded nothing
+    x, _ = data("cuda:0")
+    engine = engine_on("cuda:0")
+    assert engine.warmup(x, workers=4) > 3
+    before = engine.forward(x)
+
+    def refuse(*args):
+        raise KernelError("compiled after the warm-up")
+
+    monkeypatch.setattr(kernels.Kernel, "_load", refuse)
+    y, pullback = engine.vjp(x)
+    pullback(y)
+    assert (host(y) == host(before)).all()
+
+
+def test_warmup_on_the_cpu_has_nothing_to_do():
+    assert engine_on("cpu").warmup(data("cpu")[0]) == 0
+
+
+def test_explain_tells_what_runs(device):
+    x, _ = data(device)
+    text = engine_on(device).explain(x)
+    assert "locon rank 8" in text
+    assert "BLAS" in text if device == "cpu" else "GFLOP" in text and "w (9, 8, 16)" in text
