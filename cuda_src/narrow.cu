@@ -4,7 +4,7 @@
 // spread       columns[q, t, r] = g[o, r] where position o reads pixel q at tap t, else 0: the way back
 //
 // x is then read once, not once a tap. A thread does VEC neighbouring r.
-// variants bf16: VEC=4 | VEC=1
+// variants bf16: VEC=8 | VEC=4 | VEC=1
 #include "types.cuh"
 #include "conv_walk.cuh"
 
@@ -22,8 +22,8 @@ extern "C" __global__ void __launch_bounds__(256)
                       T* y,            // (positions, R)
                       const Geometry g, int positions, int R) {
   const int chunks = R / VEC, taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
-  const long long i = blockIdx.x * 256LL + threadIdx.x;
-  const int p = int(i / chunks), r = int(i % chunks) * VEC;
+  const unsigned i = blockIdx.x * 256u + threadIdx.x;  // positions * R is below 2^31
+  const int p = i / chunks, r = i % chunks * VEC;
   if (p >= positions) return;
   const Place at = Place::of(p, g);
   A sum[VEC] = {};

@@ -150,7 +150,8 @@ def test_new_adapters_change_nothing(kind, name, device):
     else:  # another route sums in another order
         size = product(np.abs(x), np.abs(layer.matrix), layer.window, bias=np.abs(layer.bias))
         value, ref = (np.asarray(to_device(a, "cpu"), np.float64) for a in (changed, base))
-        assert_within(value, ref, bound(ref, size, 9 * 30, bf16))
+        # Both are rounded: by half an ulp each, which may differ by one.
+        assert_within(value, ref, bound(ref, size, 9 * 30, bf16) + 2.0**-8 * np.abs(ref))
     starts_at_nothing = ("full", "ia3", "diag-oft", "boft", "oft")
     assert any(np.any(v) for v in factors.values()) or name.startswith(starts_at_nothing)
 

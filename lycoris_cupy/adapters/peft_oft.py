@@ -167,6 +167,9 @@ class PeftOFT(Rotation):
     ) -> PeftOFT:
         """options: PEFT's configuration, or what `network_args` wrote."""
         require_two_axes(tensors, "oft_R.weight")
+        if tensors["oft_R.weight"].ndim != 2:
+            given = tuple(tensors["oft_R.weight"].shape)
+            raise ShapeError(f"oft_R.weight has shape {given}, expected (blocks, entries)")
         blocks, entries = tensors["oft_R.weight"].shape
         size = block_size_of(entries)
         shared = blocks == 1 and shape.inputs * shape.taps > size

@@ -30,6 +30,7 @@ _SHARED = 226 * 1024  # sm_90 has 227 KiB for a block; the barriers stand in the
 _TILES = {False: (64, 96, 128, 144, 160), True: (64, 96, 128, 160)}
 _NARROW_BLOCKS = (40, 80)  # EXT_N of the variants whose tile of 160 holds several blocks
 _L2_BYTES = 52  # a multiprocessor's share of L2 a cycle; 64 is the port's width
+_WASTE = 0.3  # of the columns that are fetched and not read, as time
 _END = 30  # cycles a column of a tile, to hand it over and to begin the next
 _ALL = 1 << 30  # columns of a block where all columns share one
 
@@ -226,7 +227,8 @@ def _choose(b_rows, positions, columns, steps, count, block) -> tuple[int, int, 
         waves = _ceil(_ceil(positions, _TILE_M) * _ceil(columns, tile), count)
         wide = _ceil(tile, ROW) * ROW if b_rows else tile  # columns that are fetched
         fetched = (_TILE_M + wide) * ROW * 2
-        return waves * (steps * max(8 * tile, fetched / _L2_BYTES) + tile * _END)
+        step = max(8 * tile, fetched / _L2_BYTES)
+        return waves * (steps * step + tile * _END) * (1 + _WASTE * (wide / tile - 1))
 
     return min(((*c, cycles(c[0])) for c in choices), key=lambda c: c[2], default=None)
 

@@ -94,5 +94,5 @@ def side_by_side(w: Array) -> Array:
 
 def _launch(op: str, dtype, columns: int, rows: int, *arrays):
     aligned = all(a is None or a.data.ptr % 16 == 0 for a in arrays)
-    vec = 4 if columns % 4 == 0 and aligned else 1
+    vec = next(v for v in (8, 4, 1) if columns % v == 0 and (aligned or v == 1))
     return kernel("narrow.cu", op, dtype, VEC=vec), (-(-rows * (columns // vec) // 256),)

@@ -48,10 +48,11 @@ def dx(g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None
     there."""
     if extra is not None and suits(extra.w.shape[1], extra.w.shape[2], extra.window, extra.x.dtype):
         extra = narrow_extra(extra, in_space)
-    plain = extra is None or (extra.window.pointwise and extra.window.groups == 1)
+    if extra is not None and not (extra.window.pointwise and extra.window.groups == 1):
+        add, extra = dx(extra.x, extra.w, extra.window, in_space, scale=extra.scale, add=add), None
     second = () if extra is None else (extra.x, extra.w)
     sizes = None if extra is None else tuple(extra.w.shape)
-    hopper = plain and scale is None and g.size > 0 and takes(g, w, add, *second)
+    hopper = scale is None and g.size > 0 and takes(g, w, add, *second)
     ways = _dx_ways(
         tuple(g.shape), tuple(w.shape), window, tuple(in_space), sizes, hopper, g.dtype,
         processors(),
@@ -60,19 +61,20 @@ def dx(g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None
     if way == "extended":
         return extended_dx(g, w, window, in_space, extra=extra, add=add)
     if extra is not None:
-        add = _extra_dx(extra, in_space, add, window)
+        positions = (g.shape[0], *in_space) if window.axes else g.shape[:-1]
+        add = _rows_dx(extra, positions, add)
     if way == "library":
         return pointwise_dx(g, w, window, scale=scale, add=add)
     run = narrow_dx if way == "narrow" else conv_dx
     return run(g, w, window, in_space, scale=scale, add=add)
 
 
-def _extra_dx(extra: Extra, in_space, add, window: Window) -> Array:
-    rows = None if add is None or not extra.window.pointwise else add.reshape(-1, add.shape[-1])
-    if extra.x.ndim == 2 and window.axes:  # `narrow_extra` has made rows of it
-        out = dx(extra.x, extra.w, extra.window, (), scale=extra.scale, add=rows)
-        return out.reshape(-1, *in_space, out.shape[-1])
-    return dx(extra.x, extra.w, extra.window, in_space, scale=extra.scale, add=add)
+def _rows_dx(extra: Extra, positions, add) -> Array:
+    """add + extra, of an extra whose rows are the positions of an input."""
+    rows = None if add is None else add.reshape(-1, add.shape[-1])
+    g = extra.x.reshape(-1, extra.x.shape[-1])
+    out = pointwise_dx(g, extra.w, Window(), scale=extra.scale, add=rows)
+    return out.reshape(*positions, out.shape[-1])
 
 
 def dw(x, g, window: Window, *, scale) -> Array:
