@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -135,15 +136,13 @@ def machine() -> dict:
         ),
         platform.processor(),
     )
-    import numpy
-
     return {
         "cpu": model,
         "cores": os.cpu_count(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "numpy": numpy.__version__,
+        "numpy": version("numpy"),
         "load": os.getloadavg(),
         "free_disk": shutil.disk_usage(tempfile.gettempdir()).free,
     }

@@ -39,7 +39,7 @@ from .strength import LayerStrength, require_used, strength_on
 NOTE = "lycoris_cupy.merged"
 # What stands beside an 8-bit weight that holds the quotient by a scale: a sum with it is wrong.
 _SCALES = ("weight_scale", "scale_weight", "weight_scale_inv", "scale", "weight_scale_2")
-_WORKERS = 3  # threads: two cores are busy while one waits for the disk
+_WORKERS = 2  # threads; a third only waits for its turn to write
 _scratch = local()
 Adapters = Sequence[tuple[str | os.PathLike, float]]
 Read = list[tuple[str | os.PathLike, float, dict, LoadReport]]

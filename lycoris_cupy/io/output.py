@@ -25,6 +25,8 @@ class Output:
     ):
         self._handle, self._total, self._progress = handle, total, progress
         self._done, self._lock = 0, Lock()
+        # The system lets one thread at a time write a file, and has the others wait by spinning.
+        self._turn = Lock()
         self._copies = hasattr(os, "copy_file_range")
 
     def write(self, data: Any, offset: int) -> None:
@@ -54,13 +56,13 @@ class Output:
     def _write_some(self, data: memoryview, offset: int) -> int:
         if hasattr(os, "pwrite"):
             return os.pwrite(self._handle.fileno(), data, offset)
-        with self._lock:
-            self._handle.seek(offset)
-            return self._handle.write(data)
+        self._handle.seek(offset)
+        return self._handle.write(data)
 
     def _counted(self, step: Callable[..., int], *arguments: Any) -> int:
         try:
-            count = step(*arguments)
+            with self._turn:
+                count = step(*arguments)
         except OSError as error:
             raise OSError(
                 error.errno, self._failed(str(error.strerror)), self._handle.name
