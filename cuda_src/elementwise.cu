@@ -17,6 +17,10 @@ extern "C" __global__ void NAME(add)(const T* a, const T* b, T* out, long long n
   EACH(i, n) out[i] = narrow(widen(a[i]) + widen(b[i]));
 }
 
+extern "C" __global__ void NAME(add_wide)(const T* a, const A* b, T* out, long long n) {
+  EACH(i, n) out[i] = narrow(widen(a[i]) + b[i]);
+}
+
 extern "C" __global__ void NAME(multiply)(const T* a, const T* b, T* out, long long n) {
   EACH(i, n) out[i] = narrow(widen(a[i]) * widen(b[i]));
 }

@@ -16,6 +16,7 @@
 // variants bf16: TILE_N=160 B_ROWS=0
 // variants bf16: TILE_N=64 B_ROWS=1 | TILE_N=96 B_ROWS=1 | TILE_N=128 B_ROWS=1 | TILE_N=160 B_ROWS=1
 // variants bf16: TILE_N=160 B_ROWS=1 EXT_N=40 | TILE_N=160 B_ROWS=1 EXT_N=80
+// variants bf16: TILE_N=160 B_ROWS=0 EXT_N=40 | TILE_N=160 B_ROWS=0 EXT_N=80
 #include "hopper.cuh"
 
 #ifndef EXT_N

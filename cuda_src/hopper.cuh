@@ -118,6 +118,10 @@ INLINE void registers_fewer() {
 template <int N, bool ALONG_N>
 INLINE void wgmma(float* d, unsigned long long a, unsigned long long b);
 
+// wgmma_turned<N>: the same for an a whose rows of 64 values run along M in shared memory, and a b whose rows run along N.
+template <int N>
+INLINE void wgmma_turned(float* d, unsigned long long a, unsigned long long b);
+
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
 #define OUT4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -147,6 +151,11 @@ INLINE void wgmma(float* d, unsigned long long a, unsigned long long b);
   INLINE void wgmma<N, true>(float* d, unsigned long long a, unsigned long long b) {                        \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT "}, %" TEXT(   \
         A) ", %" TEXT(B) ", 1, 1, 1, 0, 1;" : OUT##COUNT : "l"(a), "l"(b));                                 \
+  }                                                                                                         \
+  template <>                                                                                               \
+  INLINE void wgmma_turned<N>(float* d, unsigned long long a, unsigned long long b) {                       \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT "}, %" TEXT(   \
+        A) ", %" TEXT(B) ", 1, 1, 1, 1, 1;" : OUT##COUNT : "l"(a), "l"(b));                                 \
   }
 DEFINE_WGMMA(40, 20, 20, 21)
 DEFINE_WGMMA(64, 32, 32, 33)

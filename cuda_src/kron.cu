@@ -22,6 +22,28 @@ extern "C" __global__ void NAME(kron_weight)(const T* w1,     // (L, M)
   }
 }
 
+// The weight with this product added, rounded once. Grid as above; a thread does VEC columns, which lie in one l.
+extern "C" __global__ void NAME(kron_changed)(const T* weight,  // (taps, M * N, L * K)
+                                              const A* w1,      // (L, M)
+                                              const A* w2,      // (taps, N, K)
+                                              const A* scale,   // (1,)
+                                              T* out,           // (taps, M * N, L * K)
+                                              int L, int M, int N, int K) {
+  const int column = (blockIdx.x * blockDim.x + threadIdx.x) * VEC, l = column / K, k = column - l * K;
+  const long long t = blockIdx.z;
+  if (column >= L * K) return;
+  for (int row = blockIdx.y; row < M * N; row += gridDim.y) {
+    const int m = row / N, n = row - m * N;
+    const A factor = scale[0] * w1[l * M + m];
+    const A* from = w2 + (t * N + n) * K + k;
+    const long long at = (t * M * N + row) * L * K + column;
+    Pack<T, VEC> v = *reinterpret_cast<const Pack<T, VEC>*>(weight + at);
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) v.at[j] = narrow(widen(v.at[j]) + factor * from[j]);
+    *reinterpret_cast<Pack<T, VEC>*>(out + at) = v;
+  }
+}
+
 // dw1[l][m] = scale * sum over t, n, k of g[t][m * N + n][l * K + k] * w2[t][n][k]. One block (256) an element (l, m).
 extern "C" __global__ void NAME(kron_weight_dw1)(const A* g,      // (taps, M * N, L * K)
                                                  const T* w2,     // (taps, N, K)

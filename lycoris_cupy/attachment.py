@@ -99,6 +99,16 @@ class Attachment:
         weight = adapter.delta_weight(layer.matrix, p, factor)
         return weight, None if bias is None else scale(cast(bias, factor.dtype), factor)
 
+    def changed(self, name: str, layer: Layer) -> Array | None:
+        """A layer's weight (taps, IN, OUT) with this adapter at the present strength, rounded once,
+        where that takes one pass over the weight and the bias is not changed; else None.
+        """
+        adapter = self.adapters[name]
+        p = adapter.canonical(self.parameters[name])
+        if adapter.delta_bias(p, layer.bias) is not None:
+            return None
+        return adapter.changed(layer.matrix, p, self.scales[name])
+
     def set(self, values: Mapping[str, Mapping[str, Array]]) -> None:
         """Copy values into the factors in place, rounded once. Raises before anything changes."""
         for layer, factors in values.items():

@@ -42,6 +42,7 @@ from .io.adapter_file import read_adapter, write_adapter
 from .io.report import LoadReport
 from .kernels import asking, load_all
 from .layers import Layer, LayerShape
+from .ops.changed import changed
 from .ops.elementwise import add, cast
 from .plan import recording
 from .tape import Tape, Var, value_of
@@ -290,12 +291,16 @@ class Engine:
         layers = dict(self.layers)
         for name, layer in self.layers.items():
             weight = bias = None
-            for attached in self.attachments.values():
-                if name in attached.adapters:
-                    dw, db = attached.delta(name, layer)
-                    weight = dw if weight is None else add(weight, dw)
-                    if db is not None:
-                        bias = db if bias is None else add(bias, db)
+            on_it = [a for a in self.attachments.values() if name in a.adapters]
+            at_once = on_it[0].changed(name, layer) if len(on_it) == 1 else None
+            if at_once is not None:
+                layers[name] = layer.replaced(at_once, layer.bias)
+                continue
+            for attached in on_it:
+                dw, db = attached.delta(name, layer)
+                weight = dw if weight is None else add(weight, dw)
+                if db is not None:
+                    bias = db if bias is None else add(bias, db)
             if weight is not None:
                 layers[name] = _with_change(layer, weight, bias)
         return Engine(layers, self.topology, device=self.device, dtype=self.dtype)
@@ -425,7 +430,7 @@ def _in_order(names: list[str]) -> Topology:
 
 def _with_change(layer: Layer, weight: Array, bias: Array | None) -> Layer:
     kept = wide_dtype(layer.weight.dtype)
-    weight = cast(add(cast(layer.matrix, kept), weight), layer.weight.dtype)
+    weight = changed(layer.matrix, weight)
     if bias is not None:
         bias = bias if layer.bias is None else add(cast(layer.bias, kept), bias)
         bias = cast(bias, layer.weight.dtype)

@@ -9,7 +9,7 @@ import pytest
 from lycoris_cupy import bf16, ops, plan, to_device
 from lycoris_cupy.arrays import gpu_missing
 from lycoris_cupy.errors import DtypeError, ShapeError
-from lycoris_cupy.ops import conv_cpu, extended_gpu, narrow_gpu, product_gpu
+from lycoris_cupy.ops import conv_cpu, extended_gpu, narrow_gpu, outer_gpu, product_gpu
 from lycoris_cupy.ops.extended_gpu import Extra
 from lycoris_cupy.ops.window import Window
 from tests.bounds import assert_within, bound
@@ -204,6 +204,71 @@ def test_narrow(x_shape, window, columns):
     dw = to_device(narrow_gpu.narrow_dw(on[0], on[2], window, scale=None), "cpu")
     expected, size = conv_cpu.conv_dw(x, g, window), conv_cpu.conv_dw(abs(x), abs(g), window)
     assert_within(dw, expected, bound(expected, size, g[..., 0].size, np.float32))
+
+
+SHARED = {
+    "blocks of 40": ((2, 13, 17, 320), (9, 40, 40), blocks(square(padding=1), 8)),
+    "blocks of 80 to 24": ((2, 13, 17, 320), (9, 80, 24), blocks(square(padding=1), 4)),
+    "blocks of 64": ((3, 9, 14, 128), (9, 64, 16), blocks(square(padding=2, dilation=2), 2)),
+    "a line": ((3, 57, 256), (4, 128, 40), blocks(Window.of((4,), 1, 3), 2)),
+    "a volume": ((2, 5, 6, 7, 160), (12, 160, 24), blocks(Window.of((2, 3, 2), 1, (1, 1, 0)), 1)),
+    "stride": ((2, 13, 17, 48), (9, 24, 40), blocks(square(padding=1, stride=2), 2)),
+    "one group": ((2, 23, 25, 72), (9, 72, 136), square(padding=1)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [n for n in SHARED if n not in ("stride", "one group")])
+def test_input_gradient_of_shared_groups(name):
+    need_hopper()
+    x_shape, w_shape, window = SHARED[name]
+    window = blocks(window, window.groups)  # one group counts as shared too
+    rng = np.random.default_rng([*name.encode()])
+    space = x_shape[1:-1]
+    g = draw(rng, (x_shape[0], *window.out_space(space), w_shape[2] * window.groups))
+    w, add = draw(rng, w_shape), draw(rng, x_shape)
+    expected = SCALE * conv_cpu.conv_dx(g, w, window, space) + add
+    size = conv_cpu.conv_dx(abs(g), abs(w), window, space) + abs(add)
+    g, w, add = on_gpu(g, w, add)
+    scale = to_device(SCALE, "cuda:0")
+    out = to_device(extended_gpu.blocks_dx(g, w, window, space, scale=scale, add=add), "cpu")
+    limit = bound(expected, size, w_shape[0] * w_shape[2], bf16)
+    assert_within(out.astype(np.float64), expected, limit, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", SHARED)
+def test_weight_gradient(name, scaled):
+    need_hopper()
+    x_shape, w_shape, window = SHARED[name]
+    rng = np.random.default_rng([*name.encode()])
+    x = draw(rng, x_shape)
+    g = draw(rng, (x_shape[0], *window.out_space(x_shape[1:-1]), w_shape[2] * window.groups))
+    factor = SCALE if scaled else np.float32(1)
+    expected = factor * conv_cpu.conv_dw(x, g, window)
+    size = conv_cpu.conv_dw(abs(x), abs(g), window)
+    depth = g[..., 0].size * window.groups
+    x, g = on_gpu(x, g)
+    plan = outer_gpu.plan_for(x, g, window)
+    scale = to_device(SCALE, "cuda:0") if scaled else None
+    out = [to_device(outer_gpu.outer_dw(x, g, window, plan, scale=scale), "cpu") for _ in range(2)]
+    assert (out[0] == out[1]).all()
+    assert_within(out[0], expected, bound(expected, size, depth + 64, np.float32), name)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_weight_gradient_is_split_into_whole_steps(name):
+    x_shape, w_shape, window = SHARED[name]
+    g = (x_shape[0], *window.out_space(x_shape[1:-1]), w_shape[2] * window.groups)
+    plan = outer_gpu.plan_outer(x_shape, g, window, 132)
+    positions, span = plan.numbers[-2:]
+    assert plan.shape == w_shape and span % 64 == 0
+    assert (plan.splits - 1) * span < positions <= plan.splits * span
+    assert bool(plan.sum) == (plan.splits > 1)
+    grouped = Window.of((3, 3), 1, 1, groups=2)
+    assert outer_gpu.plan_outer((2, 7, 9, 32), (2, 7, 9, 32), grouped, 132) is None
+    assert outer_gpu.plan_outer((9, 32), (9, 32), FLAT, 132) is None
 
 
 # -- the planner, which needs no GPU ----------------------------------------------------------------

@@ -85,6 +85,12 @@ class Adapter(ABC):
         rank.
         """
 
+    def changed(self, weight: Array, p: Parameters, scale: Array) -> Array | None:
+        """weight + delta_weight(weight, p, scale) in the dtype of weight, rounded once, in one pass
+        over the weight; None where there is no such pass.
+        """
+        return None
+
     def square(self, weight: Array, p: Parameters, square: Array, scale: Array, axis: str) -> Array:
         """|weight + delta_weight(weight, p, scale)|^2 of each 'output' or 'input', wide, without
         building either. square: the same of the weight alone. Only where `decomposable`.

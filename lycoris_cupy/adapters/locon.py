@@ -18,6 +18,7 @@ import numpy as np
 from ..arrays import Array
 from ..errors import FileFormatError, ShapeError
 from ..layers import Layer, LayerShape
+from ..ops.changed import low_rank_changed
 from ..ops.extended import pending
 from ..ops.low_rank import fold_core, low_rank_weight, tucker_weight
 from ..ops.product import product
@@ -93,6 +94,11 @@ class LoCon(Adapter):
             down, up = reshape(p["down"], p["down"].shape[1:]), reshape(p["up"], p["up"].shape[1:])
             return tucker_weight(down, p["mid"], up, scale)
         return low_rank_weight(p["down"], p["up"], scale)
+
+    def changed(self, weight: Array, p: Parameters, scale: Array) -> Array | None:
+        if self.tucker or self.per_tap:
+            return None
+        return low_rank_changed(weight, p["down"], p["up"], scale)
 
     def square(self, weight: Array, p: Parameters, square: Array, scale: Array, axis: str) -> Array:
         down = p["down"]

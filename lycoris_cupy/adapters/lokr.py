@@ -21,6 +21,7 @@ import numpy as np
 from ..arrays import Array
 from ..errors import ShapeError
 from ..layers import Layer, LayerShape
+from ..ops.changed import kron_changed
 from ..ops.elementwise import cast
 from ..ops.extended import pending
 from ..ops.kron import kron_weight, mix_blocks
@@ -185,6 +186,9 @@ class LoKr(Adapter):
         if w1.dtype != w2.dtype:  # the side that is a product is wide
             w1, w2 = (cast(w, max(w1.dtype, w2.dtype, key=lambda d: d.itemsize)) for w in (w1, w2))
         return kron_weight(w1, w2, scale)
+
+    def changed(self, weight: Array, p: Parameters, scale: Array) -> Array | None:
+        return kron_changed(weight, self._w1(p), self._w2(p), scale)
 
     def square(self, weight: Array, p: Parameters, square: Array, scale: Array, axis: str) -> Array:
         return kron_square(self._w1(p), self._w2(p), weight, square, scale, axis=axis)

@@ -157,7 +157,7 @@ def plan_dw(
     if groups > 1 and inner * outer <= _DIRECT and rows < 65536:
         blocks = _ceil(groups * outer, 32)
         span, splits = _spans(positions, 16 * processors // (blocks * rows), least=64)
-        total = _sum(dtype, splits, rows, groups if window.shared else 1, shape[2])
+        total = sum_of_splits(dtype, splits, rows, groups if window.shared else 1, shape[2])
         launch = kernel("conv.cu", "conv_narrow_dw", dtype, DIRECT=1)
         numbers = (positions, inner, outer, groups, span)
         grid = (blocks, splits, rows)
@@ -174,7 +174,7 @@ def plan_dw(
         positions, slots // tiles, least=8 * _TILE_K
     )  # 8 steps a split pay for the sum of the partials
     numbers = (positions, inner, outer, groups, int(window.shared), span)
-    total = _sum(dtype, splits, rows, 1, shape[2]) if splits > 1 else ()
+    total = sum_of_splits(dtype, splits, rows, 1, shape[2]) if splits > 1 else ()
     grid = (tiles * splits,)
     return Plan(shape, launch, grid, block, geometry, numbers, shared, splits, prod(shape), total)
 
@@ -220,7 +220,8 @@ def _spans(positions: int, splits: int, least: int) -> tuple[int, int]:
     return span, _ceil(positions, span)
 
 
-def _sum(dtype, splits: int, rows: int, repeats: int, columns: int) -> tuple:
+def sum_of_splits(dtype, splits: int, rows: int, repeats: int, columns: int) -> tuple:
+    """(kernel, grid, numbers) of the sum of partial weight gradients, in a fixed order."""
     launch = kernel("conv.cu", "conv_dw_sum", dtype, DIRECT=1)
     return launch, (_ceil(rows * columns, 256),), (splits, rows, repeats, columns)
 

@@ -66,8 +66,8 @@ def run(plan: Plan, x, w, out, *, extra: Extra | None, add, bias) -> Array:
     """Write the sum into `out`, (positions, columns) in any shape, and return it."""
     x2, w2, scale = (extra.x, extra.w, extra.scale) if extra else (None, None, None)
     maps = (
-        _map_x(x, plan.image),
-        matrix_map(w.data.ptr, w.shape, plan.boxes[0]),
+        NOTHING if x is None else _map_x(x, plan.image),
+        NOTHING if w is None else matrix_map(w.data.ptr, w.shape, plan.boxes[0]),
         NOTHING if x2 is None else _map_x(x2, plan.other_image),
         NOTHING if w2 is None else matrix_map(w2.data.ptr, w2.shape, plan.boxes[1]),
     )
@@ -119,11 +119,11 @@ def plan_forward(x_shape, w_shape, window: Window, extra, count: int) -> Plan | 
         return None
     space = x_shape[1:-1] if not window.pointwise else ()
     to = window.out_space(space) if space else ()
-    image, geometry = _walk(window, x_shape[0], space, to, window.padding, window.stride)
+    image, geometry = walk_of(window, x_shape[0], space, to, window.padding, window.stride)
     if geometry is None:
         return None
     positions = (x_shape[0] * prod(to)) if space else prod(x_shape[:-1])
-    columns, steps = w_shape[2], w_shape[0] * _ceil(w_shape[1], ROW)
+    columns, steps, more = w_shape[2], w_shape[0] * _ceil(w_shape[1], ROW), 0
     own = _term(w_shape[0], w_shape[1], image)
     other, block, other_image = _term(0, 0, None), _ALL, None
     if extra is not None:
@@ -135,8 +135,8 @@ def plan_forward(x_shape, w_shape, window: Window, extra, count: int) -> Plan | 
         block = block_columns if extra_window.groups > 1 else _ALL
         other_image = None if extra_window.pointwise else image
         other = _term(taps, width, other_image, block)
-        steps += taps * _ceil(width, ROW)
-    choice = _choose(True, positions, columns, steps, count, block)
+        more = taps * _ceil(width, ROW)
+    choice = _choose(True, positions, columns, steps, more, count, block)
     if choice is None:
         return None
     tile_n, ext_n, cycles = choice
@@ -159,19 +159,19 @@ def plan_dx(g_shape, w_shape, window: Window, in_space, extra, count: int) -> Pl
     to = tuple(in_space) if space else ()
     reach = [d * (k - 1) for d, k in zip(window.dilation, window.kernel, strict=True)]
     padding = tuple(r - p for r, p in zip(reach, window.padding, strict=True))
-    image, geometry = _walk(window, g_shape[0], space, to, padding, window.stride)
+    image, geometry = walk_of(window, g_shape[0], space, to, padding, window.stride)
     if geometry is None:
         return None
     positions = (g_shape[0] * prod(to)) if space else prod(g_shape[:-1])
-    columns, steps = w_shape[1], w_shape[0] * _ceil(w_shape[2], ROW)
+    columns, steps, more = w_shape[1], w_shape[0] * _ceil(w_shape[2], ROW), 0
     if columns % 8:
         return None
     own = _term(w_shape[0], w_shape[2], image, flip=1)
     other = _term(0, 0, None)
     if extra is not None:
         other = _term(1, extra[2], None)
-        steps += _ceil(extra[2], ROW)
-    choice = _choose(False, positions, columns, steps, count, _ALL)
+        more = _ceil(extra[2], ROW)
+    choice = _choose(False, positions, columns, steps, more, count, _ALL)
     assert choice is not None  # any tile serves where there are no blocks
     tile_n, _, cycles = choice
     return Plan(
@@ -182,7 +182,7 @@ def plan_dx(g_shape, w_shape, window: Window, in_space, extra, count: int) -> Pl
     )  # fmt: skip
 
 
-def _walk(window: Window, images: int, space, to, padding, stride):
+def walk_of(window: Window, images: int, space, to, padding, stride):
     """(what a pixel map needs, Geometry), or (None, None) for a walk that the copy engine does not
     know."""
     if not space:
@@ -216,21 +216,26 @@ def _term(taps: int, width: int, image, block: int = _ALL, flip: int = 0) -> np.
     return out
 
 
-def _choose(b_rows, positions, columns, steps, count, block) -> tuple[int, int, float] | None:
+def _choose(
+    b_rows, positions, columns, own: int, other: int, count, block
+) -> tuple[int, int, float] | None:
     """(TILE_N, EXT_N, cycles) with the least time on the busiest multiprocessor; None if the blocks
-    fit no tile."""
+    fit no tile. own, other: steps of the two sums, of the second for one block.
+    """
     choices = [(t, t) for t in _TILES[b_rows] if block == _ALL or block % t == 0]
     if block in _NARROW_BLOCKS:
         choices = [(160, block)]
 
-    def cycles(tile):
-        waves = _ceil(_ceil(positions, _TILE_M) * _ceil(columns, tile), count)
-        wide = _ceil(tile, ROW) * ROW if b_rows else tile  # columns that are fetched
-        fetched = (_TILE_M + wide) * ROW * 2
-        step = max(8 * tile, fetched / _L2_BYTES)
-        return waves * (steps * step + tile * _END) * (1 + _WASTE * (wide / tile - 1))
+    def step(width):
+        wide = _ceil(width, ROW) * ROW if b_rows else width  # columns that are fetched
+        waste = 1 + _WASTE * (wide / width - 1)
+        return max(8 * width, (_TILE_M + wide) * ROW * 2 / _L2_BYTES) * waste
 
-    return min(((*c, cycles(c[0])) for c in choices), key=lambda c: c[2], default=None)
+    def cycles(tile, ext):
+        waves = _ceil(_ceil(positions, _TILE_M) * _ceil(columns, tile), count)
+        return waves * (own * step(tile) + tile // ext * other * step(ext) + tile * _END)
+
+    return min(((*c, cycles(*c)) for c in choices), key=lambda c: c[2], default=None)
 
 
 def _grid(positions, columns, tile, count) -> tuple[int]:
@@ -244,6 +249,44 @@ def _band(tile: int, count: int) -> int:
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_blocks_dx(g_shape, w_shape, window: Window, in_space, count: int) -> Plan | None:
+    """The plan of the input's gradient where groups share w: a second sum without a first."""
+    if window.pointwise or not window.shared or any(s != 1 for s in window.stride):
+        return None
+    reach = [d * (k - 1) for d, k in zip(window.dilation, window.kernel, strict=True)]
+    padding = tuple(r - p for r, p in zip(reach, window.padding, strict=True))
+    to = tuple(in_space)
+    image, geometry = walk_of(window, g_shape[0], g_shape[1:-1], to, padding, window.stride)
+    if geometry is None:
+        return None
+    taps, inner, outer = w_shape
+    positions, columns = g_shape[0] * prod(to), inner * window.groups
+    choice = _choose(False, positions, columns, 0, taps * _ceil(outer, ROW), count, inner)
+    if choice is None or columns % 8:
+        return None
+    tile_n, ext_n, cycles = choice
+    defines = {"TILE_N": tile_n, "B_ROWS": 0} | ({"EXT_N": ext_n} if ext_n != tile_n else {})
+    return Plan(
+        kernel("extended.cu", "extended", bf16, **defines),
+        _grid(positions, columns, tile_n, count), geometry,
+        _term(0, 0, None), _term(taps, outer, image, inner, flip=1),
+        (positions, columns, _band(tile_n, count)), None, image,
+        ((1, tile_n, ROW), (1, ext_n, ROW)), cycles,
+    )  # fmt: skip
+
+
+def blocks_dx(g, w, window: Window, in_space, *, scale, add) -> Array:
+    """add + scale * the gradient of x where groups share w. Only where `plan_blocks_dx` says so."""
+    import cupy
+
+    shapes = tuple(g.shape), tuple(w.shape)
+    plan = plan_blocks_dx(*shapes, window, tuple(in_space), processors())
+    assert plan is not None
+    out = cupy.empty((g.shape[0], *in_space, w.shape[1] * window.groups), g.dtype)
+    return run(plan, None, None, out, extra=Extra(g, w, window, scale), add=add, bias=None)
 
 
 def extended_forward(x, w, window: Window, *, extra: Extra | None, add, bias) -> Array:

@@ -5,6 +5,7 @@ gradient.
     extended   one kernel for both sums, linear or convolution; on Hopper
     portable   a convolution by mma.sync or, for groups of a few channels, a thread an output
     narrow     a convolution to a few columns: all taps side by side, and a shifted sum
+    blocks     the extended product's second sum alone, for an input gradient of shared groups
 
 All but `extended` write x2 * w2 by itself first and add it. `plan` estimates the time of each way
 that is possible.
@@ -17,8 +18,18 @@ from math import prod
 
 from .. import plan
 from ..arrays import Array
+from . import outer_gpu
 from .conv_gpu import conv, conv_dw, conv_dx, processors
-from .extended_gpu import Extra, extended_dx, extended_forward, plan_dx, plan_forward, takes
+from .extended_gpu import (
+    Extra,
+    blocks_dx,
+    extended_dx,
+    extended_forward,
+    plan_blocks_dx,
+    plan_dx,
+    plan_forward,
+    takes,
+)
 from .narrow_gpu import narrow_conv, narrow_dw, narrow_dx, narrow_extra, suits
 from .pointwise_gpu import pointwise, pointwise_dw, pointwise_dx
 from .window import Window
@@ -52,10 +63,10 @@ def dx(g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None
         add, extra = dx(extra.x, extra.w, extra.window, in_space, scale=extra.scale, add=add), None
     second = () if extra is None else (extra.x, extra.w)
     sizes = None if extra is None else tuple(extra.w.shape)
-    hopper = scale is None and g.size > 0 and takes(g, w, add, *second)
+    hopper = g.size > 0 and takes(g, w, add, *second)
     ways = _dx_ways(
-        tuple(g.shape), tuple(w.shape), window, tuple(in_space), sizes, hopper, g.dtype,
-        processors(),
+        tuple(g.shape), tuple(w.shape), window, tuple(in_space), sizes, hopper, scale is None,
+        g.dtype, processors(),
     )  # fmt: skip
     way = plan.choose(*ways)
     if way == "extended":
@@ -65,7 +76,7 @@ def dx(g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None
         add = _rows_dx(extra, positions, add)
     if way == "library":
         return pointwise_dx(g, w, window, scale=scale, add=add)
-    run = narrow_dx if way == "narrow" else conv_dx
+    run = {"portable": conv_dx, "narrow": narrow_dx, "blocks": blocks_dx}[way]
     return run(g, w, window, in_space, scale=scale, add=add)
 
 
@@ -83,6 +94,9 @@ def dw(x, g, window: Window, *, scale) -> Array:
         return pointwise_dw(x, g, window, scale=scale)
     if x.size and g.size and suits(x.shape[-1], g.shape[-1], window, x.dtype):
         return narrow_dw(x, g, window, scale=scale)
+    planned = outer_gpu.plan_for(x, g, window) if takes(x, g) else None
+    if planned is not None:
+        return outer_gpu.outer_dw(x, g, window, planned, scale=scale)
     return conv_dw(x, g, window, scale=scale)
 
 
@@ -107,7 +121,7 @@ def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int):
 
 
 @functools.lru_cache(maxsize=4096)
-def _dx_ways(g, w, window: Window, in_space, extra, hopper: bool, dtype, count: int):
+def _dx_ways(g, w, window: Window, in_space, extra, hopper: bool, plain: bool, dtype, count: int):
     """As `_forward_ways`, for the gradient of the input."""
     positions = g[0] * prod(in_space) if window.axes else prod(g[:-1])
     inputs = w[1] * window.groups
@@ -118,9 +132,12 @@ def _dx_ways(g, w, window: Window, in_space, extra, hopper: bool, dtype, count: 
     later = plan.apart(result, more) if extra else 0.0
     ways = _ways(window, operations, inputs, w[2], dtype, moved, prod(g[:-1]), positions)
     ways = {name: seconds + later for name, seconds in ways.items()}
-    planned = plan_dx(g, w, window, in_space, extra, count) if hopper else None
+    planned = plan_dx(g, w, window, in_space, extra, count) if hopper and plain else None
     if planned is not None:
         ways["extended"] = plan.extended(planned.cycles)
+    planned = plan_blocks_dx(g, w, window, in_space, count) if hopper and extra is None else None
+    if planned is not None:
+        ways["blocks"] = plan.extended(planned.cycles)
     what = f"g {g} * w {w} turned" + (f" + g2 * w2 {extra} turned" if extra else "")
     return what, ways, operations + more, moved
 
@@ -130,7 +147,9 @@ def _ways(window: Window, operations, channels, columns, dtype, moved, positions
     if window.pointwise:
         return {"library": max(plan.library(operations), plan.moving(moved))}
     reads = window.taps * pixels * channels * dtype.itemsize * -(-columns // 128)
-    ways = {"portable": max(plan.portable(operations), plan.moving(moved), plan.rereading(reads))}
+    # Tiles of 64 or 128 columns fit the columns of many groups badly.
+    portable = plan.portable(operations * (2 if window.groups > 1 else 1))
+    ways = {"portable": max(portable, plan.moving(moved), plan.rereading(reads))}
     if suits(channels, columns, window, dtype):
         parts = 2 * pixels * window.taps * columns * 4
         ways["narrow"] = plan.moving(moved) + plan.moving(parts)

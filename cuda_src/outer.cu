@@ -1,0 +1,108 @@
+// The gradient of a convolution's weight, for Hopper: an outer product summed over positions.
+//
+//   dw[t, i, o] = scale * sum over positions p and blocks b of x[pixel(p, t), b * I + i] * g[p, b * O + o]
+//
+// Both operands lie with their channels in a row, which is along the sides of the product, not along its inner axis; the
+// warpgroup products take them so. Positions are split over blocks, whose sums are added afterwards in a fixed order
+// (conv_dw_sum of conv.cu). One warpgroup copies 64 positions at a time into a ring of stages, two multiply.
+//
+// only sm_90a
+// variants bf16: TILE_N=40 | TILE_N=80 | TILE_N=128 | TILE_N=160
+#include "hopper.cuh"
+
+constexpr int TILE_M = 128, TILE_K = 64, WORKERS = 2;
+constexpr int BOX = TILE_K * ROW_BYTES;  // 64 positions by 64 channels
+constexpr int A_BOXES = TILE_M / 64, B_BOXES = (TILE_N + 63) / 64;
+constexpr int STAGE = (A_BOXES + B_BOXES) * BOX;
+constexpr int STAGES = 4;
+
+extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
+    NAME(outer)(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap g,
+                const float* scale,  // (1,), or null; null where the sums are added afterwards
+                float* dw,           // (splits, taps, I, O)
+                const __grid_constant__ Geometry walk, int axes, int I, int O, int blocks, int positions,
+                int span) {  // positions a split, a multiple of 64
+  extern __shared__ char memory[];
+  __shared__ unsigned long long barriers[2 * STAGES];
+  const unsigned ring = (shared_address(memory) + 1023) / 1024 * 1024;
+  const unsigned full = shared_address(barriers), empty = full + 8 * STAGES;
+  const int tiles_m = (I + TILE_M - 1) / TILE_M, tiles_n = (O + TILE_N - 1) / TILE_N;
+  const int taps = walk.kernel[0] * walk.kernel[1] * walk.kernel[2], tiles = taps * tiles_m * tiles_n;
+  const int tile = blockIdx.x % tiles, split = blockIdx.x / tiles;
+  const int tap = tile / (tiles_m * tiles_n), row = tile / tiles_n % tiles_m * TILE_M, column = tile % tiles_n * TILE_N;
+  const int start = split * span, end = min(start + span, positions);
+  const int group = __shfl_sync(~0u, threadIdx.x / GROUP, 0);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; ++i) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WORKERS);
+    barrier_init_done();
+  }
+  __syncthreads();
+  int stage = 0;
+  unsigned parity = 0;
+  if (group == WORKERS) {
+    registers_fewer<40>();
+    if (threadIdx.x == WORKERS * GROUP) {
+      prefetch_map(&x), prefetch_map(&g);
+      const int dx = tap % walk.kernel[2] * walk.dilation[2];
+      const int dy = tap / walk.kernel[2] % walk.kernel[1] * walk.dilation[1];
+      const int dz = tap / walk.kernel[2] / walk.kernel[1] * walk.dilation[0];
+#pragma unroll 1
+      for (int p = start; p < end; p += TILE_K) {
+        Place at = Place::of(p, walk);
+        at.z = at.z * walk.stride[0] - walk.padding[0];
+        at.y = at.y * walk.stride[1] - walk.padding[1];
+        at.x = at.x * walk.stride[2] - walk.padding[2];
+#pragma unroll 1
+        for (int b = 0; b < blocks; ++b) {
+          const unsigned done = full + 8 * stage, to = ring + stage * STAGE;
+          barrier_wait(empty + 8 * stage, parity ^ 1);
+          barrier_expect(done, STAGE);
+#pragma unroll
+          for (int box = 0; box < A_BOXES; ++box)
+            if (axes == 2)
+              copy_pixels(to + box * BOX, &x, done, b * I + row + 64 * box, at.x, at.y, at.n, dx, dy);
+            else
+              copy_voxels(to + box * BOX, &x, done, b * I + row + 64 * box, at.x, at.y, at.z, at.n, dx, dy, dz);
+#pragma unroll
+          for (int box = 0; box < B_BOXES; ++box)
+            copy_box(to + (A_BOXES + box) * BOX, &g, done, b * O + column + 64 * box, p);
+          if (++stage == STAGES) stage = 0, parity ^= 1;
+        }
+      }
+    }
+  } else {
+    registers_more<232>();
+    const bool chief = threadIdx.x % GROUP == 0;
+    float sum[TILE_N / 2];
+#pragma unroll
+    for (int i = 0; i < TILE_N / 2; ++i) sum[i] = 0;
+    const int steps = (end - start + TILE_K - 1) / TILE_K * blocks;
+    for (int step = 0; step < steps; ++step) {
+      barrier_wait(full + 8 * stage, parity);
+      const unsigned a_at = ring + stage * STAGE + group * BOX, b_at = ring + stage * STAGE + A_BOXES * BOX;
+      products_begin();
+#pragma unroll
+      for (int s = 0; s < TILE_K / 16; ++s)
+        wgmma_turned<TILE_N>(sum, operand(a_at + s * 16 * ROW_BYTES, BOX), operand(b_at + s * 16 * ROW_BYTES, BOX));
+      products_commit();
+      products_wait<0>();
+      if (chief) barrier_arrive(empty + 8 * stage);
+      if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+    const float factor = scale ? *scale : 1.0f;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = row + group * 64 + warp * 16 + lane / 4 + half * 8;
+      if (i >= I) continue;
+      float* to = dw + (((long long)split * taps + tap) * I + i) * O;
+#pragma unroll
+      for (int piece = 0; piece < TILE_N / 8; ++piece) {
+        const int o = column + piece * 8 + lane % 4 * 2;
+        if (o < O)
+          *reinterpret_cast<float2*>(to + o) =
+              make_float2(factor * sum[piece * 4 + half * 2], factor * sum[piece * 4 + half * 2 + 1]);
+      }
+    }
+  }
+}

@@ -1,0 +1,93 @@
+"""The launch of a convolution's weight gradient on Hopper, cuda_src/outer.cu.
+
+A plan is made once for shapes; `plan_outer` gives None for what the kernel does not take: groups
+with columns of their own, walks that the copy engine does not know, one position each.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from ..arrays import Array, bf16, f32
+from ..kernels import Kernel, kernel
+from ..tensor_map import ROW, matrix_map, pixel_map
+from .conv_gpu import processors
+from .conv_plan import sum_of_splits
+from .extended_gpu import walk_of
+from .window import Window
+
+_TILES = (40, 80, 128, 160)
+_TILE_M, _TILE_K, _THREADS = 128, 64, 384
+_SHARED = 4 * 5 * 64 * 128 + 1024  # of the widest tile, and what its alignment may cost
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch but for its arrays. sum: of the splits, as `conv_plan` gives it; empty for one."""
+
+    shape: tuple[int, int, int]
+    launch: Kernel
+    grid: tuple[int]
+    geometry: np.ndarray
+    image: tuple
+    numbers: tuple[int, ...]
+    splits: int
+    sum: tuple
+
+
+def outer_dw(x, g, window: Window, plan: Plan, *, scale) -> Array:
+    """scale * the gradient of conv's w, (taps, I, O) in f32."""
+    import cupy
+
+    shape, *corners = plan.image
+    x_map = pixel_map(x.data.ptr, (*shape, x.shape[-1]), _TILE_K, *corners)
+    rows = prod(g.shape[:-1])
+    g_map = matrix_map(g.data.ptr, (rows, g.shape[-1]), (_TILE_K, ROW))
+    dw = cupy.empty(plan.shape, f32)
+    out = dw if plan.splits == 1 else cupy.empty((plan.splits, *plan.shape), f32)
+    own = scale if plan.splits == 1 else None
+    args = (x_map, g_map, own, out, plan.geometry, *plan.numbers)
+    plan.launch(plan.grid, (_THREADS,), *args, shared=_SHARED)
+    if plan.splits > 1:
+        total, grid, numbers = plan.sum
+        total(grid, (256,), out, scale, dw, *numbers)
+    return dw
+
+
+def plan_for(x, g, window: Window) -> Plan | None:
+    """The plan for these arrays, which `extended_gpu.takes`."""
+    return plan_outer(tuple(x.shape), tuple(g.shape), window, processors())
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_outer(x_shape, g_shape, window: Window, count: int) -> Plan | None:
+    """count: multiprocessors."""
+    groups = window.groups
+    if window.pointwise or (groups > 1 and not window.shared):
+        return None
+    space, to = tuple(x_shape[1:-1]), tuple(g_shape[1:-1])
+    image, geometry = walk_of(window, x_shape[0], space, to, window.padding, window.stride)
+    inner, outer = x_shape[-1] // groups, g_shape[-1] // groups
+    if image is None or outer % 2:
+        return None
+    positions = g_shape[0] * prod(to)
+    tile = min(_TILES, key=lambda t: -(-outer // t) * max(t, 64))
+    tiles = window.taps * -(-inner // _TILE_M) * -(-outer // tile)
+    chunks = -(-positions // _TILE_K)
+
+    def rounds(splits):  # of all blocks, each as long as a split; and the sum of the splits
+        return -(-tiles * splits // count) / splits + splits / 64
+
+    splits = min(range(1, max(1, min(chunks // 8, 32)) + 1), key=rounds)
+    span = -(-chunks // splits) * _TILE_K
+    splits = -(-positions // span)
+    shape = (window.taps, inner, outer)
+    axes = len(image[0]) - 1
+    numbers = (axes, inner, outer, groups, positions, span)
+    total = sum_of_splits(bf16, splits, window.taps * inner, 1, outer) if splits > 1 else ()
+    launch = kernel("outer.cu", "outer", bf16, TILE_N=tile)
+    return Plan(shape, launch, (tiles * splits,), geometry, image, numbers, splits, total)

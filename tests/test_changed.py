@@ -1,0 +1,84 @@
+"""W + dW in one pass over W: against the sum in f64, rounded once."""
+
+import numpy as np
+import pytest
+
+from lycoris_cupy import bf16, to_device
+from lycoris_cupy.arrays import wide_dtype
+from lycoris_cupy.errors import DtypeError, ShapeError
+from lycoris_cupy.ops.changed import changed, kron_changed, low_rank_changed
+from tests.bounds import assert_within, bound
+
+SCALE = 0.703125
+DTYPES = (bf16, np.dtype(np.float32), np.dtype(np.float64))
+
+
+def draw(rng, *shape):
+    return rng.standard_normal(shape).astype(bf16).astype(np.float64)
+
+
+def host(array):
+    return np.asarray(to_device(array, "cpu"), np.float64)
+
+
+def scale_on(device, dtype):
+    return to_device(np.array([SCALE], wide_dtype(dtype)), device)
+
+
+def put(device, dtype, *arrays):
+    return [to_device(a.astype(dtype), device) for a in arrays]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 5, 7), (9, 24, 40), (1, 0, 3)])
+def test_a_change_is_added(shape, dtype, device):
+    rng = np.random.default_rng(0)
+    w, d = draw(rng, *shape), draw(rng, *shape) / 8
+    (weight,), (delta,) = put(device, dtype, w), put(device, wide_dtype(dtype), d)
+    out = changed(weight, delta)
+    assert out.dtype == dtype and (host(weight) == w).all()
+    assert_within(host(out), w + d, bound(w + d, abs(w) + abs(d), 2, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "taps, inputs, rank, outputs", [(1, 24, 8, 40), (9, 7, 3, 11), (4, 8, 1, 1)]
+)
+def test_low_rank(taps, inputs, rank, outputs, dtype, device):
+    rng = np.random.default_rng(1)
+    w, down, up = (
+        draw(rng, *s) for s in ((taps, inputs, outputs), (taps, inputs, rank), (1, rank, outputs))
+    )
+    out = low_rank_changed(*put(device, dtype, w, down, up), scale_on(device, dtype))
+    expected = w + SCALE * down @ up
+    size = abs(w) + SCALE * abs(down) @ abs(up)
+    assert out.dtype == dtype
+    assert_within(host(out), expected, bound(expected, size, rank + 2, dtype))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(3, 2, 1, 5, 16), (2, 4, 9, 3, 7), (1, 1, 1, 1, 1)])
+def test_kron(sizes, dtype, wide, device):
+    rows, columns, taps, n, k = sizes
+    rng = np.random.default_rng(2)
+    w1, w2 = draw(rng, rows, columns), draw(rng, taps, n, k)
+    w = draw(rng, taps, columns * n, rows * k)
+    delta = SCALE * np.stack([np.kron(w1.T, w2[t]) for t in range(taps)])
+    (weight,) = put(device, dtype, w)
+    factors = put(device, wide_dtype(dtype) if wide else dtype, w1, w2)
+    out = kron_changed(weight, *factors, scale_on(device, dtype))
+    assert out.dtype == dtype
+    assert_within(host(out), w + delta, bound(w + delta, abs(w) + abs(delta), 3, dtype))
+
+
+def test_what_does_not_fit_is_refused():
+    w, scale = np.zeros((1, 4, 6)), np.ones(1)
+    with pytest.raises(ShapeError, match="weight has shape"):
+        changed(w, np.zeros((1, 4, 5)))
+    with pytest.raises(ShapeError, match="weight has shape"):
+        low_rank_changed(w, np.zeros((1, 4, 2)), np.zeros((1, 2, 5)), scale)
+    with pytest.raises(ShapeError, match="weight has shape"):
+        kron_changed(w, np.zeros((2, 2)), np.zeros((1, 2, 2)), scale)
+    with pytest.raises(DtypeError, match="cast one of them"):
+        low_rank_changed(w, np.zeros((1, 4, 2), np.float32), np.zeros((1, 2, 6)), scale)
