@@ -3,7 +3,9 @@ tables are those of the code, of the tests or of the measurements.
 """
 
 import argparse
+import dataclasses
 import importlib
+import inspect
 import json
 import os
 import re
@@ -180,7 +182,7 @@ def rows(page: str, heading: str) -> list[list[str]]:
     _, found, rest = page.partition(f"{heading}")
     assert found, f"no table begins with {heading!r}"
     lines = rest.split("\n\n")[0].splitlines()[2:]
-    return [[cell.strip().strip("`") for cell in line.strip("|").split(" | ")] for line in lines]
+    return [[cell.strip().strip("`") for cell in line[1:-1].split("|")] for line in lines]
 
 
 def test_tables_list_what_there_is():
@@ -192,7 +194,13 @@ def test_tables_list_what_there_is():
         known = DIALECTS[row[0]].algorithms
         titles = {"locon": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
         assert row[-1] == ("all" if known is None else ", ".join(titles[k] for k in known))
-    assert [row[0] for row in rows(PAGES["docs/algorithms.md"], "| `add` | ")] == list(ALGORITHMS)
+    listed = rows(PAGES["docs/algorithms.md"], "| `add` | ")
+    assert [row[0] for row in listed] == list(ALGORITHMS)
+    for name, options, _ in listed:
+        kind, told = ALGORITHMS[name], set(re.findall(r"`(\w+)`", f"`{options}`"))
+        assert ("dora" in told) == kind.decomposable
+        fields = {field.name for field in dataclasses.fields(kind)}
+        assert told - {"dora"} <= fields | set(inspect.signature(kind.create).parameters), name
 
 
 def test_the_merge_table_is_the_measured_one():
