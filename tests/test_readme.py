@@ -7,9 +7,9 @@ import dataclasses
 import importlib
 import inspect
 import json
-import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -114,10 +114,7 @@ def files(tmp_path_factory):
 @pytest.fixture
 def here(files, tmp_path, monkeypatch):
     """A folder of its own for each page, with the files."""
-    for path in files.iterdir():
-        os.symlink(path, tmp_path / path.name) if path.is_dir() else (
-            tmp_path / path.name
-        ).write_bytes(path.read_bytes())
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
