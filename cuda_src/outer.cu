@@ -58,14 +58,17 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
           barrier_wait(empty + 8 * stage, parity ^ 1);
           barrier_expect(done, STAGE);
 #pragma unroll
-          for (int box = 0; box < A_BOXES; ++box)
+          for (int box = 0; box < A_BOXES; ++box) {
+            // A box that no row is written from is copied from where there are channels.
+            const int c = b * I + row + (row + 64 * box < I ? 64 * box : 0);
             if (axes == 2)
-              copy_pixels(to + box * BOX, &x, done, b * I + row + 64 * box, at.x, at.y, at.n, dx, dy);
+              copy_pixels(to + box * BOX, &x, done, c, at.x, at.y, at.n, dx, dy);
             else
-              copy_voxels(to + box * BOX, &x, done, b * I + row + 64 * box, at.x, at.y, at.z, at.n, dx, dy, dz);
+              copy_voxels(to + box * BOX, &x, done, c, at.x, at.y, at.z, at.n, dx, dy, dz);
+          }
 #pragma unroll
           for (int box = 0; box < B_BOXES; ++box)
-            copy_box(to + (A_BOXES + box) * BOX, &g, done, b * O + column + 64 * box, p);
+            copy_box(to + (A_BOXES + box) * BOX, &g, done, b * O + column + (column + 64 * box < O ? 64 * box : 0), p);
           if (++stage == STAGES) stage = 0, parity ^= 1;
         }
       }

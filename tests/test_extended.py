@@ -212,7 +212,7 @@ SHARED = {
     "blocks of 64": ((3, 9, 14, 128), (9, 64, 16), blocks(square(padding=2, dilation=2), 2)),
     "a line": ((3, 57, 256), (4, 128, 40), blocks(Window.of((4,), 1, 3), 2)),
     "a volume": ((2, 5, 6, 7, 160), (12, 160, 24), blocks(Window.of((2, 3, 2), 1, (1, 1, 0)), 1)),
-    "stride": ((2, 13, 17, 48), (9, 24, 40), blocks(square(padding=1, stride=2), 2)),
+    "stride": ((2, 13, 17, 80), (9, 40, 40), blocks(square(padding=1, stride=2), 2)),
     "one group": ((2, 23, 25, 72), (9, 72, 136), square(padding=1)),
 }
 
@@ -269,6 +269,8 @@ def test_a_weight_gradient_is_split_into_whole_steps(name):
     grouped = Window.of((3, 3), 1, 1, groups=2)
     assert outer_gpu.plan_outer((2, 7, 9, 32), (2, 7, 9, 32), grouped, 132) is None
     assert outer_gpu.plan_outer((9, 32), (9, 32), FLAT, 132) is None
+    narrow = blocks(square(padding=1), 4)
+    assert outer_gpu.plan_outer((4, 32, 32, 64), (4, 32, 32, 64), narrow, 132) is None
 
 
 # -- the planner, which needs no GPU ----------------------------------------------------------------

@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from lycoris_cupy import Full, LayerShape, LoCon, LoHa, bf16
+from lycoris_cupy import Engine, Full, LayerShape, Linear, LoCon, LoHa, bf16
 from lycoris_cupy.adapters import Adapter
 from lycoris_cupy.errors import MatchError
 from lycoris_cupy.io.adapter_file import write_adapter
@@ -263,3 +264,28 @@ def test_a_long_list_is_cut_in_the_text(tmp_path):
     found = inspect_file(tmp_path / "m.safetensors")
     assert len(found.text().splitlines()) < 70 and "and 40 more (--json has all)" in found.text()
     assert len(found.as_dict()["unmatched"]) == 100
+
+
+def test_diff_sees_magnitudes_and_biases(tmp_path):
+    """What stands beside the factors is part of what a file does."""
+    layer = Linear(np.ones((6, 4), np.float32), np.zeros(4, np.float32))
+    engine = Engine({"proj": layer}, device="cpu")
+    engine.add("a", "locon", rank=2, dora="output")
+    engine.save_adapter("a", tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    (key,) = (name for name in tensors if name.endswith("dora_scale"))
+    save_file({**tensors, key: 2 * tensors[key]}, tmp_path / "b.safetensors")
+    (found,) = diff_files(tmp_path / "a.safetensors", tmp_path / "b.safetensors").layers
+    assert found.what == "changed" and found.by == pytest.approx(1)
+    assert "magnitudes per output by 1" in found.detail
+    del tensors[key]
+    bias = np.arange(4, dtype=np.float32)
+    module = key.removesuffix("dora_scale")
+    for name, values in (("c", bias), ("d", 3 * bias), ("e", 0 * bias)):
+        save_file({**tensors, f"{module}diff_b": values}, tmp_path / f"{name}.safetensors")
+    save_file(tensors, tmp_path / "f.safetensors")
+    for other, what in (("c", "same"), ("d", "changed"), ("e", "changed"), ("f", "changed")):
+        got = diff_files(tmp_path / "c.safetensors", tmp_path / f"{other}.safetensors")
+        assert [one.what for one in got.layers] == [what], other
+        assert what == "same" or "the bias by" in got.layers[0].detail
+    assert diff_files(tmp_path / "e.safetensors", tmp_path / "f.safetensors").same

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import FileFormatError, LycorisError, MatchError
 from .checkpoint import open_checkpoint
-from .exact import EXACT, loss
+from .exact import EXACT, beside, loss
 from .merge import layer_shapes
 from .names import BaseNames, fold
 from .placing import Placed, survey, told_rows
@@ -144,7 +144,28 @@ def _compare(layer: str, one: Placed | None, other: Placed | None) -> LayerDiff:
         by = loss((a, one.params), (b, other.params))
     except (LycorisError, FileFormatError) as error:
         return LayerDiff(layer, "not comparable", None, str(error))
-    return LayerDiff(layer, "changed" if by > EXACT else "equal", by, detail)
+    more = _beside((a, one.params), (b, other.params))
+    by = max(by, *more.values()) if more else by
+    details = [detail, *(f"{what} by {much:.3g}" for what, much in more.items())]
+    what = "changed" if by > EXACT else "equal"
+    return LayerDiff(layer, what, by, "; ".join(filter(None, details)))
+
+
+def _beside(one, other) -> dict[str, float]:
+    """What differs beside the change itself, by |B - A| / |A|; infinite where only one has it."""
+    left, right = beside(one), beside(other)
+    out = {}
+    for what in (*left, *(name for name in right if name not in left)):
+        if what not in left or what not in right:
+            only = left.get(what, right.get(what))
+            much = float("inf") if np.any(only) or what != "the bias" else 0.0
+        else:
+            whole = float(np.linalg.norm(left[what]))
+            apart = float(np.linalg.norm(right[what] - left[what]))
+            much = apart / whole if whole else (float("inf") if apart else 0.0)
+        if much > EXACT:
+            out[what] = much
+    return out
 
 
 def _told(one: Placed) -> str:

@@ -95,6 +95,21 @@ def loss(before: tuple[Adapter, Params], after: tuple[Adapter, Params]) -> float
     return lost if lost > _NOISE else 0.0
 
 
+def beside(side: tuple[Adapter, Params]) -> dict[str, np.ndarray]:
+    """What `loss` leaves out, f64: DoRA's magnitudes, and the change of the bias beside factors."""
+    adapter, params = side
+    out = {}
+    if isinstance(adapter, Biased) or (isinstance(adapter, Full) and adapter.bias):
+        change = adapter.delta_bias(params)
+        assert change is not None
+        out["the bias"] = change.astype(np.float64).ravel() * adapter.scale
+    if isinstance(adapter, Biased):
+        adapter, params = adapter.on, without_bias(params)
+    if isinstance(adapter, DoRA):
+        out[f"magnitudes per {adapter.axis}"] = params[KEY].astype(np.float64).ravel()
+    return out
+
+
 def _same_product(before: tuple[Adapter, Params], after: tuple[Adapter, Params]) -> bool:
     """Whether only the scale moved into a factor, exactly: no need to decompose anything."""
     (old, p), (new, q) = before, after

@@ -1,7 +1,8 @@
 """The launch of a convolution's weight gradient on Hopper, cuda_src/outer.cu.
 
 A plan is made once for shapes; `plan_outer` gives None for what the kernel does not take: groups
-with columns of their own, walks that the copy engine does not know, one position each.
+with columns of their own or of a few inputs, walks that the copy engine does not know, one
+position each.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ def forward(x, w, window: Window, *, scale, add, bias, extra: Extra | None = Non
         return extended_forward(x, w, window, extra=extra, add=add, bias=bias)
     if extra is not None:
         add = forward(extra.x, extra.w, extra.window, scale=extra.scale, add=add, bias=None)
+        return forward(x, w, window, scale=None, add=add, bias=bias)
     run = {"library": pointwise, "portable": conv, "narrow": narrow_conv}[way]
     return run(x, w, window, scale=scale, add=add, bias=bias)
 
@@ -74,6 +75,7 @@ def dx(g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None
     if extra is not None:
         positions = (g.shape[0], *in_space) if window.axes else g.shape[:-1]
         add = _rows_dx(extra, positions, add)
+        return dx(g, w, window, in_space, scale=None, add=add)
     if way == "library":
         return pointwise_dx(g, w, window, scale=scale, add=add)
     run = {"portable": conv_dx, "narrow": narrow_dx, "blocks": blocks_dx}[way]
