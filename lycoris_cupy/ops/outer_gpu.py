@@ -22,6 +22,7 @@ from .extended_gpu import walk_of
 from .window import Window
 
 _TILES = (40, 80, 128, 160)
+_LEAST = 32  # inputs of a group; a tile of fewer would be mostly empty
 _TILE_M, _TILE_K, _THREADS = 128, 64, 384
 _SHARED = 4 * 5 * 64 * 128 + 1024  # of the widest tile, and what its alignment may cost
 
@@ -73,7 +74,7 @@ def plan_outer(x_shape, g_shape, window: Window, count: int) -> Plan | None:
     space, to = tuple(x_shape[1:-1]), tuple(g_shape[1:-1])
     image, geometry = walk_of(window, x_shape[0], space, to, window.padding, window.stride)
     inner, outer = x_shape[-1] // groups, g_shape[-1] // groups
-    if image is None or outer % 2:
+    if image is None or outer % 2 or inner < _LEAST:
         return None
     positions = g_shape[0] * prod(to)
     tile = min(_TILES, key=lambda t: -(-outer // t) * max(t, 64))
