@@ -60,9 +60,12 @@ def run_line(line: str, monkeypatch) -> None:
 def collect(arguments: list[str]) -> None:
     """pytest finds tests with these arguments; without any it is the run that this is part of."""
     if arguments:
+        # Without what a worker of this very run is told of its own.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *arguments, "--collect-only", "-q"],
             cwd=ROOT,
+            env=env,
             capture_output=True,
             text=True,
         )
