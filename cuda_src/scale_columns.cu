@@ -56,6 +56,9 @@ extern "C" __global__ void __launch_bounds__(LANES* ROWS) NAME(scale_columns_d)(
       centre[v] = bias ? widen(bias[first + v]) : A(0);
     }
     const long long past = rows * columns, step = (long long)gridDim.y * ROWS * columns;
+#if __CUDA_ARCH__ >= 1000  // unrolled, ptxas 13.0 spills a register there
+#pragma unroll 1
+#endif
     for (long long at = (blockIdx.y * (long long)ROWS + threadIdx.y) * columns + first; at < past; at += step) {
       const Row value = *reinterpret_cast<const Row*>(y + at), flow = *reinterpret_cast<const Row*>(g + at);
       Row made;

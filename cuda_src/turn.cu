@@ -89,6 +89,9 @@ extern "C" __global__ void __launch_bounds__(LANES) NAME(turn_blocks_d)(const T*
         seen[r][threadIdx.x] = widen(y[(r0 + r) * columns + here]) - (bias ? widen(bias[here]) : A(0));
     __syncthreads();
     if (!at.inside) continue;
+#if __CUDA_ARCH__ >= 1000  // unrolled, ptxas 13.0 spills a register there
+#pragma unroll 1
+#endif
     for (int r = 0; r < count; r++) {
       const A flow = widen(g[(r0 + r) * columns + at.column]);
 #pragma unroll

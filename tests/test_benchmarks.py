@@ -225,6 +225,10 @@ def test_time_for_the_peers_is_shared_out(monkeypatch):
 @pytest.mark.skipif(bool(run.missing()), reason="the extra peer is not installed")
 def test_the_peers_give_what_the_project_gives():
     rows = run.measure(Case(LINE, "cpu"), 60.0, ("LoRA r16", "LoKr factor 8"))
+    ended = [r["error"] for r in rows if "mode" not in r]
+    if any("too long" in why for why in ended):
+        pytest.skip("the peers had too little of this machine to finish")
+    assert not ended, ended
     cells = {(r["adapter"], r["peer"], r["mode"]): r for r in rows}
     assert cells["none", "torch", "eager"]["step_us"] > 0
     for cell in (
