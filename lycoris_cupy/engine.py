@@ -27,7 +27,6 @@ from .arrays import (
     bf16,
     device_context,
     dtype_of,
-    module_of,
     require_float,
     resolve_device,
     to_device,
@@ -37,15 +36,16 @@ from .attachment import Attachment, Strengths, select
 from .conditions import captured, checked
 from .errors import LycorisError, MatchError
 from .explain import explain
+from .gradients import vjp
 from .graph import capture_step
 from .io.adapter_file import read_adapter, write_adapter
 from .io.report import LoadReport
 from .kernels import asking, load_all
 from .layers import Layer, LayerShape
-from .ops.changed import changed
-from .ops.elementwise import add, cast
+from .merged import merged_layers
+from .ops.elementwise import cast
 from .plan import recording
-from .tape import Tape, Var, value_of
+from .tape import Var
 
 Topology = Callable[..., Any]
 
@@ -243,44 +243,15 @@ class Engine:
         loss: to sit inside somebody else's backward pass. conditions: as for `forward`.
         """
         conditions = self._conditions(conditions)
-        tape = Tape()
-        watched = [tape.watch(x) for x in self._inputs(inputs)]
-        views = {
-            name: {
-                layer: {factor: tape.watch(array) for factor, array in p.items()}
-                for layer, p in attached.canonical().items()
-            }
-            for name, attached in self.attachments.items()
-        }
-        y = self.topology(lambda name, x: self._call(name, x, views, conditions), *watched)
-        if not isinstance(y, Var):
-            raise LycorisError("vjp: the topology must return one array that depends on its inputs")
 
-        def pullback(dy: Array):
-            with device_context(self.device):
-                (dy,) = self._inputs([dy], y.dtype)
-                if dy.shape != y.shape:
-                    raise LycorisError(
-                        f"dy has shape {tuple(dy.shape)}, expected that of y, {tuple(y.shape)}"
-                    )
-                leaves = [v for p in views.values() for layer in p.values() for v in layer.values()]
-                found = dict(
-                    zip(
-                        map(id, [*watched, *leaves]),
-                        tape.gradients(y, dy, [*watched, *leaves]),
-                        strict=True,
-                    )
-                )
-                dx = [_or_zeros(found[id(v)], v, self.dtype) for v in watched]
-                grads = {
-                    name: self.attachments[name].flame(
-                        views[name], lambda v: _or_zeros(found[id(v)], v, wide_dtype(self.dtype))
-                    )
-                    for name in views
-                }
-            return (dx[0] if len(dx) == 1 else tuple(dx)), grads
+        def run(watched, views):
+            return self.topology(lambda name, x: self._call(name, x, views, conditions), *watched)
 
-        return y.value, pullback
+        def taken(dy, dtype):
+            return self._inputs([dy], dtype)[0]
+
+        arrays = self._inputs(inputs)
+        return vjp(run, arrays, dict(self.attachments), self.device, self.dtype, taken)
 
     @_on_device
     def merged(self) -> Engine:
@@ -288,21 +259,7 @@ class Engine:
 
         f32 sums over all adapters, one rounding. This engine and its weights are untouched.
         """
-        layers = dict(self.layers)
-        for name, layer in self.layers.items():
-            weight = bias = None
-            on_it = [a for a in self.attachments.values() if name in a.adapters]
-            at_once = on_it[0].changed(name, layer) if len(on_it) == 1 else None
-            if at_once is not None:
-                layers[name] = layer.replaced(at_once, layer.bias)
-                continue
-            for attached in on_it:
-                dw, db = attached.delta(name, layer)
-                weight = dw if weight is None else add(weight, dw)
-                if db is not None:
-                    bias = db if bias is None else add(bias, db)
-            if weight is not None:
-                layers[name] = _with_change(layer, weight, bias)
+        layers = merged_layers(self.layers, self.attachments.values())
         return Engine(layers, self.topology, device=self.device, dtype=self.dtype)
 
     @_on_device
@@ -426,16 +383,3 @@ def _in_order(names: list[str]) -> Topology:
         return x
 
     return topology
-
-
-def _with_change(layer: Layer, weight: Array, bias: Array | None) -> Layer:
-    kept = wide_dtype(layer.weight.dtype)
-    weight = changed(layer.matrix, weight)
-    if bias is not None:
-        bias = bias if layer.bias is None else add(cast(layer.bias, kept), bias)
-        bias = cast(bias, layer.weight.dtype)
-    return layer.replaced(weight, layer.bias if bias is None else bias)
-
-
-def _or_zeros(g: Array | None, v: Var, dtype) -> Array:
-    return module_of(value_of(v)).zeros(v.shape, dtype) if g is None else cast(g, dtype)

@@ -68,7 +68,7 @@ LEVELS = [
     {"io.diff", "io.inspection", "io.charts", "io.page_style"},
     {"io.page"},
     {"attachment", "explain", "graph"},
-    {"conditions"},
+    {"conditions", "gradients", "merged"},
     {"engine"},
     {""},  # the package itself
     {"demo"},

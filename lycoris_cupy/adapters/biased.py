@@ -11,7 +11,7 @@ lora_up.bias.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,64 +24,28 @@ from ..ops.extended import ready
 from ..svd import Svd
 from .base import Adapter, Parameters, Share, Turn, zeros
 from .factor import Factor
+from .stacked import Stacked
 
 BIAS = "bias"
 KEYS = {"diff_b": False, "lora_up.bias": True}  # file key -> whether alpha / rank scales it
 
 
 @dataclass(frozen=True)
-class Biased(Adapter):
+class Biased(Stacked):
     """on: the adapter of the weight. scaled: whether its scale is the bias's. Made by `over`."""
 
-    on: Adapter = None  # pyright: ignore
     scaled: bool = False
 
     keys = tuple(KEYS)
-    marks = ()
 
     @classmethod
     def over(cls, on: Adapter, scaled: bool = False) -> Biased:
         """A change of the bias beside an adapter that leaves the bias alone."""
         return cls(on.shape, on.rank, on.alpha, on=on, scaled=scaled)
 
-    def with_alpha(self, alpha: float | None) -> Biased:
-        return replace(self, alpha=alpha, on=self.on.with_alpha(alpha))
-
-    @property
-    def algorithm(self) -> str:  # pyright: ignore
-        return self.on.algorithm
-
     @property
     def title(self) -> str:
         return f"{self.on.title} with a bias"
-
-    @property
-    def scale(self) -> float:
-        return 1.0  # the adapter's own stands with its factors
-
-    @property
-    def reported_scale(self) -> float:
-        return self.on.reported_scale
-
-    @property
-    def scale_reason(self) -> str:
-        return self.on.scale_reason
-
-    @property
-    def has_rank(self) -> bool:
-        return self.on.has_rank
-
-    @property
-    def ignores_alpha(self) -> bool:
-        return self.on.ignores_alpha
-
-    @property
-    def saved_alpha(self) -> float | None:
-        return self.on.saved_alpha
-
-    @property
-    def network_args(self) -> dict[str, object]:
-        return self.on.network_args
 
     def factors(self) -> dict[str, Factor]:
         key = next(key for key, scaled in KEYS.items() if scaled == self.scaled)
@@ -92,12 +56,6 @@ class Biased(Adapter):
 
     def start(self, rng: np.random.Generator, weight: Array) -> dict[str, np.ndarray]:
         return {**self.on.start(rng, weight), BIAS: zeros((self.shape.outputs,))}
-
-    def kept(self, weight: Array) -> dict[str, Array]:
-        return self.on.kept(weight)
-
-    def costs(self) -> dict[str, int]:
-        return self.on.costs()
 
     def delta_weight(self, weight: Array, p: Parameters, scale: Array) -> Array:
         return self.on.delta_weight(weight, without_bias(p), scale * self.on.scale)

@@ -14,7 +14,7 @@ its last factor. dora_scale is kept wide.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,22 +31,22 @@ from ..ops.squares import AXES, changed_square
 from ..tape import value_of
 from .base import RULES, Adapter, Parameters, Share, by_columns
 from .factor import Factor
+from .stacked import Stacked
 
 KEY = "dora_scale"
 
 
 @dataclass(frozen=True)
-class DoRA(Adapter):
-    """on: the adapter whose change is decomposed. axis: 'output' or 'input'. rule: see above. Made
+class DoRA(Stacked):
+    """on: the adapter whose change is decomposed; alpha / rank stands inside the norm, outside is
+    the strength alone. axis: 'output' or 'input'. rule: see above. Made
     by `DoRA.over`.
     """
 
-    on: Adapter = None  # pyright: ignore
     axis: str = "output"
     rule: str = "base"  # pyright: ignore
 
     keys = (KEY,)
-    marks = ()
 
     @classmethod
     def over(cls, on: Adapter, axis: str = "output", rule: str = "base") -> DoRA:
@@ -60,40 +60,13 @@ class DoRA(Adapter):
             )
         return cls(on.shape, on.rank, on.alpha, on=on, axis=axis, rule=rule)
 
-    def with_alpha(self, alpha: float | None) -> DoRA:
-        return replace(self, alpha=alpha, on=self.on.with_alpha(alpha))
-
-    @property
-    def algorithm(self) -> str:  # pyright: ignore
-        return self.on.algorithm
-
     @property
     def title(self) -> str:
         return f"{self.on.title} with dora per {self.axis}"
 
     @property
-    def scale(self) -> float:
-        return 1.0  # alpha / rank stands inside the norm; outside is the strength alone
-
-    @property
-    def reported_scale(self) -> float:
-        return self.on.scale
-
-    @property
     def scale_reason(self) -> str:
         return f"{self.on.scale_reason}, inside the norm"
-
-    @property
-    def has_rank(self) -> bool:
-        return self.on.has_rank
-
-    @property
-    def ignores_alpha(self) -> bool:
-        return self.on.ignores_alpha
-
-    @property
-    def saved_alpha(self) -> float | None:
-        return self.on.saved_alpha
 
     @property
     def network_args(self) -> dict[str, object]:
@@ -127,9 +100,6 @@ class DoRA(Adapter):
 
     def _alpha_over_rank(self, weight: Array) -> Array:
         return module_of(weight).full(1, self.on.scale, wide_dtype(weight.dtype))
-
-    def costs(self) -> dict[str, int]:
-        return self.on.costs()
 
     def delta_weight(self, weight: Array, p: Parameters, scale: Array) -> Array:
         delta, total = self._built(weight, p)
