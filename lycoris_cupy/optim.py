@@ -76,7 +76,7 @@ class AdamW:
         rate, eps = self.lr * root / (1 - b1**self._steps), self.eps * root
         now = np.array([rate, eps, 1 - self.lr * self.weight_decay], self._numbers.dtype)
         if on_gpu(self._numbers):
-            self._numbers.set(now)
+            self._numbers.set(now)  # pyright: ignore[reportAttributeAccessIssue]
         else:
             self._numbers[...] = now
 

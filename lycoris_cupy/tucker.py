@@ -74,7 +74,10 @@ def _leading(wide: Array, rank: int) -> Array:
     rows, by way of the triangle of its transpose: no squares are taken, small values stay exact.
     """
     xp = module_of(wide)
-    core = xp.linalg.qr(wide.T, mode="r").T if wide.shape[1] > wide.shape[0] else wide
+    core: Array = wide
+    if wide.shape[1] > wide.shape[0]:
+        triangle: Array = xp.linalg.qr(wide.T, mode="r")  # pyright: ignore
+        core = triangle.T
     return xp.linalg.svd(core, full_matrices=False)[0][:, :rank]
 
 

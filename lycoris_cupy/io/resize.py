@@ -92,14 +92,19 @@ def _module(
     chosen = rule if conv_rule is None or before.shape.taps == 1 else conv_rule
     notes: tuple[str, ...] = ()
     try:
-        found = (cut if isinstance(chosen, int) else resized)(before, params, chosen)
+        if isinstance(chosen, int):
+            found = cut(before, params, chosen)
+        else:
+            found = resized(before, params, chosen)
     except LycorisError as error:
         if not keep_others:
             raise FileFormatError(f"{where}: {error}; --keep-others passes it on") from None
         found, notes = Resized(before, params, 0.0), ("passed on as it is",)
     adapter = found.adapter
     if adapter is before:
-        same = {key: source.file.stored(key) for key in module.keys.values()}
+        same: dict[str, np.ndarray | Stored] = {
+            key: source.file.stored(key) for key in module.keys.values()
+        }
         form = f"{before.algorithm} rank {before.rank}, as before"
         numbers = sum(value.size for value in params.values())
         return same, LayerChange(module.name, told(before), form, 0.0, numbers, notes=notes), None

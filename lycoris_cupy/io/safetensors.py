@@ -84,7 +84,7 @@ class TensorFile(Mapping[str, np.ndarray]):
         entry = self._entries[name]
         size, offset = entry.end - entry.begin, self._data + entry.begin
         out = np.empty(size, np.uint8) if scratch is None else scratch[:size]
-        view, done = memoryview(out), 0
+        view, done = memoryview(out), 0  # pyright: ignore[reportArgumentType]
         while done < size:
             count = self._read_some(view[done:], offset + done)
             if not count:

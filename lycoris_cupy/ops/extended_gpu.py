@@ -235,7 +235,8 @@ def _choose(
         waves = _ceil(_ceil(positions, _TILE_M) * _ceil(columns, tile), count)
         return waves * (own * step(tile) + tile // ext * other * step(ext) + tile * _END)
 
-    return min(((*c, cycles(*c)) for c in choices), key=lambda c: c[2], default=None)
+    timed = ((tile, ext, cycles(tile, ext)) for tile, ext in choices)
+    return min(timed, key=lambda c: c[2], default=None)
 
 
 def _grid(positions, columns, tile, count) -> tuple[int]:

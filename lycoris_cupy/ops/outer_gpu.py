@@ -74,7 +74,7 @@ def plan_outer(x_shape, g_shape, window: Window, count: int) -> Plan | None:
     space, to = tuple(x_shape[1:-1]), tuple(g_shape[1:-1])
     image, geometry = walk_of(window, x_shape[0], space, to, window.padding, window.stride)
     inner, outer = x_shape[-1] // groups, g_shape[-1] // groups
-    if image is None or outer % 2 or inner < _LEAST:
+    if image is None or geometry is None or outer % 2 or inner < _LEAST:
         return None
     positions = g_shape[0] * prod(to)
     tile = min(_TILES, key=lambda t: -(-outer // t) * max(t, 64))
