@@ -37,7 +37,7 @@ LEVELS = [
     },
     {"gemm"},
     {"ops"},
-    {"layers", "optim"},
+    {"layers"},
     {"norms"},
     {"adapters"},
     {
@@ -67,7 +67,7 @@ LEVELS = [
     {"io.convert_items", "io.convert", "io.resize", "io.extract"},
     {"io.diff", "io.inspection", "io.charts", "io.page_style"},
     {"io.page"},
-    {"attachment", "explain", "graph"},
+    {"attachment", "explain", "graph", "optim"},
     {"conditions", "gradients", "merged"},
     {"engine"},
     {""},  # the package itself

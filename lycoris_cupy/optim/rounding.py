@@ -1,0 +1,28 @@
+"""Stochastic rounding to bf16: a value goes up with the probability of the share that it has left.
+
+So the mean of many roundings is the value, and steps far below bf16's 8 bits move it on average.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..arrays import Array, bf16, module_of
+from ..errors import DtypeError
+from .philox import random_bits
+
+
+def round_stochastically(array: Array, seed: int, step: Array, tensor: int) -> Array:
+    """bf16 of an f32 array, with the bits of `random_bits(array.shape, seed, step, tensor)`.
+
+    A value of bf16 stays what it is, so do infinities; NaN stays NaN.
+    """
+    if array.dtype != np.float32:
+        raise DtypeError(f"the array to round has dtype {array.dtype}, expected f32")
+    xp = module_of(array)
+    bits = xp.ascontiguousarray(array).view(np.uint32).reshape(array.shape)
+    noise = random_bits(array.shape, seed, step, tensor) & np.uint32(0xFFFF)
+    # The carry out of the 16 bits that go is the rounding; in a NaN it could reach the sign.
+    up = (bits + noise) >> np.uint32(16)
+    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
+    return xp.where(xp.isnan(array), quiet, up).astype(np.uint16).view(bf16)
