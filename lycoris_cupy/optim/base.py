@@ -78,7 +78,8 @@ class Optimizer:
     def prepare(self) -> None:
         """Count a step, and put its numbers, with the present `lr`, where `apply` reads them."""
         steps = int(self._counts["steps"]) + 1
-        lr = self.lr(steps - 1) if callable(self.lr) else self.lr
+        lr: Any = self.lr
+        lr = float(lr(steps - 1) if callable(lr) else lr)
         self._counts["steps"] = steps
         self._count(lr)
         now = [self._numbers_of(lr * factor, steps) for factor in self._factors]
