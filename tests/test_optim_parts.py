@@ -269,3 +269,15 @@ def test_max_norm_of_rotations_is_that_of_the_blocks_and_leaves_others(device):
     assert apply_max_norm(adapters, {"b": p["b"]}, 0.1) == (0, 0, 0)
     with pytest.raises(LycorisError, match="bound of the norm is nan"):
         apply_max_norm(adapters, p, float("nan"))
+
+
+def test_max_norm_of_bf16_factors_is_rounded_once(device):
+    engine = Engine({"a": Linear(np.ones((8, 8), np.float32))}, device=device)
+    engine.add("x", "locon", rank=2)
+    ones = {"down": np.ones((8, 2), bf16), "up": np.full((2, 8), 3, bf16)}
+    p = on(device, {"a": ones})
+    norm = 3 * 2 * 8  # every value of the change is 6, on 8 x 8
+    assert apply_max_norm(engine.attachments["x"].adapters, p, norm / 3) == (1, norm / 3, norm / 3)
+    for name, value in (("down", 1), ("up", 3)):
+        found = to_device(p["a"][name], "cpu")
+        assert (found == np.float32(value * 3**-0.5).astype(bf16)).all() and found.dtype == bf16

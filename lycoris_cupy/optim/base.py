@@ -7,7 +7,7 @@ on arrays alone, so that a captured graph can hold it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -78,8 +78,7 @@ class Optimizer:
     def prepare(self) -> None:
         """Count a step, and put its numbers, with the present `lr`, where `apply` reads them."""
         steps = int(self._counts["steps"]) + 1
-        lr: Any = self.lr
-        lr = float(lr(steps - 1) if callable(lr) else lr)
+        lr = cast("Any", self.lr)(steps - 1) if callable(self.lr) else self.lr
         self._counts["steps"] = steps
         self._count(lr)
         now = [self._numbers_of(lr * factor, steps) for factor in self._factors]

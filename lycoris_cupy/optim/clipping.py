@@ -17,6 +17,7 @@ def clip_by_global_norm(grads: Nested, bound: float) -> tuple[Own, Array]:
     """
     if not bound > 0:
         raise LycorisError(f"the bound of the norm is {bound}, expected a number above 0")
+    bound = float(bound)
     wide = mapped(lambda g: g.astype(wide_dtype(g.dtype), copy=False), grads)
     arrays = [g for _, _, g in items(wide)]
     if not arrays:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..adapters import Adapter
 from ..adapters.stacked import Stacked
-from ..arrays import Array, to_device
+from ..arrays import Array, to_device, wide_dtype
 from ..errors import LycorisError
 from ..spectrum import spectrum_of
 
@@ -38,9 +38,9 @@ def apply_max_norm(
     Frobenius's, of alpha / rank times the change at strength 1, from the factors in f64 on the CPU:
     LoCon, LoHa and LoKr are never multiplied out. The t factors of a product are each multiplied by
     (bound / norm)^(1/t), so that their balance stays. Of Diag-OFT and BOFT the norm is that of the
-    blocks, and those are scaled. Magnitudes, biases
-    and all other algorithms are left alone, as LyCORIS does.
-    Reads values: call it between steps, not inside a captured one.
+    blocks, and those are scaled. Magnitudes, biases and all other algorithms are left alone, as
+    LyCORIS does. Reads values: call it between steps, not inside a captured one. Raises
+    LycorisError for a bound that is not above 0.
     """
     if not 0 < bound < float("inf"):
         raise LycorisError(f"the bound of the norm is {bound}, expected a number above 0")
@@ -59,7 +59,8 @@ def apply_max_norm(
         if norm > bound:
             ratio = (bound / norm) ** (1 / len(taken))
             for name in taken:
-                factors[name][...] = factors[name] * ratio
+                p = factors[name]
+                p[...] = (p.astype(wide_dtype(p.dtype), copy=False) * ratio).astype(p.dtype)
             norm, scaled = bound, scaled + 1
         norms.append(norm)
     if not norms:
