@@ -28,7 +28,7 @@ class Optimizer:
     has 8 bits and would lose any step below 2^-9 of a value. lr: a number, which may be set between
     steps, or a schedule, step -> rate, the first step being 0. rates: layer -> factor -> what its
     rate is multiplied by, as `rate_factors` makes them. clip: the bound of the gradients' global
-    norm, which is left in `grad_norm`, (1,), either way where it is set. seed: keep bf16 parameters
+    norm; what it was before is left in `grad_norm`, (1,). seed: keep bf16 parameters
     in bf16 alone, without f32 masters, each step rounded stochastically with this seed.
     Raises LycorisError for settings out of range.
     """
@@ -83,7 +83,8 @@ class Optimizer:
         self._count(lr)
         now = [self._numbers_of(lr * factor, steps) for factor in self._factors]
         _write(self._numbers, np.array(now, self._numbers.dtype))
-        _write(self._clock, np.array([steps % 2**32], np.uint32))
+        if self._seed is not None:
+            _write(self._clock, np.array([steps % 2**32], np.uint32))
 
     def apply(self, grads: Nested) -> Own:
         """The step that was prepared, on arrays alone; returns the masters."""
@@ -94,12 +95,12 @@ class Optimizer:
             self.grad_norm[...] = norm
         self._before(grads)
         for index, (layer, name, p) in enumerate(items(self.masters)):
-            wide = p.astype(wide_dtype(p.dtype), copy=False)
+            wide = p.astype(f32) if p.dtype == bf16 else p
             g = grads[layer][name].astype(wide.dtype, copy=False)
             row = self._numbers[self._rows[layer][name]]
             numbers = [row[i : i + 1] for i in range(row.shape[0])]
             self._update(wide, g, self._slots[layer][name], numbers)
-            if wide is not p:
+            if p.dtype == bf16:
                 p[...] = round_stochastically(wide, self._seed or 0, self._clock, index)
         return self.masters
 
