@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from lycoris_cupy import Engine, Linear, LycorisError, bf16, to_device
-from lycoris_cupy.optim import SGD, AdamW, Lion, Prodigy, ScheduleFreeAdamW, rate_factors
+from lycoris_cupy.optim import (
+    SGD,
+    AdamW,
+    Lion,
+    Prodigy,
+    ScheduleFreeAdamW,
+    rate_factors,
+    round_stochastically,
+)
 from tests.test_optim import SHAPES, adamw, draw, on
 
 RATES = [0.01, 0.02, 0.02, 0.005, 0.001, 0.03]
@@ -235,6 +243,8 @@ def test_a_snapshot_is_bit_for_bit(name, seed, device):
         for g in grads[3:]:
             optimizer.step(g)
         runs.append([flat(on("cpu", n)) for n in (optimizer.masters, evaluated(optimizer))])
+        if kind is Prodigy:
+            runs[-1] += [to_device(x, "cpu").copy() for x in (optimizer.d, optimizer.d_numerator)]
         optimizer.restore(kept)
     assert all((a == b).all() for a, b in zip(*runs, strict=True))
     assert not (runs[0][0] == flat(on("cpu", optimizer.masters))).all()  # the steps do something
@@ -304,6 +314,22 @@ def test_bf16_alone_moves_on_average(device):
     assert found.dtype == bf16 and len(set(found.tolist())) > 1
     spread = 2**-7 * math.sqrt(32 * 1 / 32 * 31 / 32 / 4096)  # of the mean, by 32 binomial steps
     assert abs(found.astype(np.float64).mean() - 1 - 32 * 2**-12) < 5 * spread
+
+
+def test_the_bits_of_the_rounding_are_of_step_and_place(device):
+    """Each step is the f32 step, rounded with the bits of seed, step (from 1) and the place."""
+    start = {"a": {"up": np.ones(64, bf16)}, "b": {"up": np.ones(64, bf16)}}
+    optimizer = SGD(on(device, start), lr=0.001, momentum=0, seed=11)
+    expected = [np.ones(64, bf16), np.ones(64, bf16)]
+    g = np.ones(64, np.float32)
+    for step in (1, 2, 3):
+        masters = on("cpu", optimizer.step(on(device, {"a": {"up": g}, "b": {"up": g}})))
+        for place, layer in enumerate("ab"):
+            wide = expected[place].astype(np.float32) - np.float32(0.001) * g
+            clock = np.array([step], np.uint32)
+            expected[place] = round_stochastically(wide, 11, clock, place)
+            assert (masters[layer]["up"] == expected[place]).all()
+    assert (expected[0] != expected[1]).any()
 
 
 def test_clip_is_in_the_step_and_leaves_the_norm(device):
