@@ -333,6 +333,13 @@ def test_a_plan_covers_its_result(name):
         assert found.other["block"] == w2[2]
 
 
+def test_what_the_copy_engine_cannot_read():
+    """Strided views, odd rows, other dtypes and nothing: refused before a device is looked at."""
+    whole = np.zeros((4, 16), bf16)
+    for array in (whole[:, ::2], whole[:, :8], whole[:0], whole.astype(np.float32), whole[0, :3]):
+        assert not extended_gpu.takes(array)
+
+
 def test_what_no_plan_takes():
     strided = square(padding=1, stride=2)
     assert extended_gpu.plan_dx((2, 7, 9, 40), (9, 32, 40), strided, (13, 17), None, 132) is None

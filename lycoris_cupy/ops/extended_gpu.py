@@ -85,16 +85,15 @@ def _map_x(x, image):
 
 
 def takes(*arrays) -> bool:
-    """Whether the copy engine can read these: bf16 on Hopper, rows and addresses multiples of 16
-    bytes."""
-    return (
-        all(
-            a is None
-            or (a.dtype == bf16 and a.size and a.shape[-1] % 8 == 0 and a.data.ptr % 16 == 0)
-            for a in arrays
-        )
-        and hopper()
-    )
+    """Whether the copy engine can read these: bf16 on Hopper, contiguous (it is told an address and
+    a shape alone), rows and addresses multiples of 16 bytes.
+    """
+    return all(a is None or _readable(a) for a in arrays) and hopper()
+
+
+def _readable(a: Array) -> bool:
+    contiguous = a.flags.c_contiguous and a.dtype == bf16 and a.size > 0
+    return contiguous and a.shape[-1] % 8 == 0 and a.data.ptr % 16 == 0
 
 
 def hopper() -> bool:

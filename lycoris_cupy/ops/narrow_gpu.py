@@ -14,6 +14,7 @@ from __future__ import annotations
 from math import prod
 
 from ..arrays import Array, bf16, wide_dtype
+from ..errors import ShapeError
 from ..gemm import gemm
 from ..kernels import kernel
 from .columns import moved, rows_of
@@ -95,4 +96,6 @@ def side_by_side(w: Array) -> Array:
 def _launch(op: str, dtype, columns: int, rows: int, *arrays):
     aligned = all(a is None or a.data.ptr % 16 == 0 for a in arrays)
     vec = next(v for v in (8, 4, 1) if columns % v == 0 and (aligned or v == 1))
+    if rows * columns >= 2**31:  # the kernels number their values so
+        raise ShapeError(f"{rows} rows of {columns} are more than 2^31 values: split the batch")
     return kernel("narrow.cu", op, dtype, VEC=vec), (-(-rows * (columns // vec) // 256),)
