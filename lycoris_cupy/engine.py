@@ -289,7 +289,7 @@ class Engine:
         value for y. optimizer: as AdamW, over `engine.parameters(name)`. The callable takes inputs
         and targets of the same shapes and returns the value, which the next call writes over. On a
         GPU it is one CUDA graph, without a synchronisation: a change of strength, of factors, of
-        `lr` needs no new capture. Capturing takes no step.
+        `lr` needs no new capture. Targets keep their dtype. Capturing takes no step.
         """
         self._known(name)
         return capture_step(self, name, loss, optimizer, self._inputs(inputs), targets)

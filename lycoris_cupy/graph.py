@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .arrays import Array, device_context
+from .arrays import Array, device_context, to_device
 from .errors import ShapeError
 
 
@@ -48,13 +48,15 @@ class Captured:
         same = len(given) == len(self.inputs) and all(
             x is b for x, b in zip(given, self.inputs, strict=True)
         )
-        arrays = given if same else self._convert(given)
+        if same:
+            return given
+        arrays = self._convert(given)
         if [tuple(x.shape) for x in arrays] != self._shapes:
             raise ShapeError(
                 f"captured for inputs of shapes {self._shapes}, called with "
                 f"{[tuple(x.shape) for x in arrays]}"
             )
-        return arrays
+        return [x.astype(b.dtype, copy=False) for x, b in zip(arrays, self.inputs, strict=True)]
 
     def _fill(self, buffer: Array, x: Array) -> None:
         import cupy
@@ -105,15 +107,20 @@ def capture_step(engine, name: str, loss, optimizer, inputs, targets) -> Callabl
         return value
 
     def convert(given):
-        return [*engine._inputs(given[:count]), *engine._inputs(given[count:])]
+        # Targets are the loss's own affair: they keep their dtype.
+        rest = (to_device(target, engine.device) for target in given[count:])
+        return [*engine._inputs(given[:count]), *rest]
 
-    # Warming up takes steps; what they change is put back.
+    # Warming up takes steps; what they change is put back, also if the capture fails.
+    factors = engine.parameters(name)
+    before = {layer: {n: v.copy() for n, v in p.items()} for layer, p in factors.items()}
     kept = optimizer.snapshot()
-    optimizer.prepare()
-    made = Captured(run, convert([*inputs, *targets]), engine.device, convert)
-    optimizer.restore(kept)
-    if engine.device != "cpu":
-        engine.set_parameters(name, optimizer.masters)
+    try:
+        optimizer.prepare()
+        made = Captured(run, convert([*inputs, *targets]), engine.device, convert)
+    finally:
+        optimizer.restore(kept)
+        engine.set_parameters(name, before)
 
     def step(*given: Array) -> Array:
         with device_context(engine.device):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lycoris_cupy import Conv2d, Engine, Linear, bf16, kernels, to_device
+from lycoris_cupy import Conv2d, Engine, Linear, bf16, graph, kernels, to_device
 from lycoris_cupy.errors import KernelError, LycorisError, ShapeError
 from lycoris_cupy.optim import AdamW
 
@@ -143,3 +143,48 @@ def test_explain_tells_what_runs(device):
     text = engine_on(device).explain(x)
     assert "locon rank 8" in text
     assert "BLAS" in text if device == "cpu" else "GFLOP" in text and "w (9, 8, 16)" in text
+
+
+def test_targets_keep_their_dtype(device):
+    """A loss may want more digits than bf16 has, or whole numbers."""
+    x, _ = data(device)
+    engine = engine_on(device)
+    wanted = to_device(np.full((2, 6, 5, 8), 1 + 2.0**-20, np.float32), device)
+    labels = to_device(np.arange(2, dtype=np.int64), device)
+
+    def exact(y, target, labels):
+        difference = y.astype(np.float32) - target
+        return target.sum() + labels.sum(), difference.astype(y.dtype)
+
+    optimizer = AdamW(engine.parameters("a"))
+    step = engine.capture_step("a", exact, optimizer, x, targets=[wanted, labels])
+    expected = 480 * (1 + 2.0**-20) + 1
+    assert float(host(step(x, wanted, labels))) == pytest.approx(expected, rel=4e-7)
+    # The captured dtype counts: another one is cast, not taken as bytes.
+    assert float(host(step(x, wanted.astype(np.float64), labels))) == pytest.approx(
+        expected, rel=1e-7
+    )
+
+
+def test_a_capture_that_fails_changes_nothing(monkeypatch):
+    x, target = data("cpu")
+    engine = engine_on("cpu")
+    optimizer = AdamW(engine.parameters("a"), lr=0.1)
+    marked = {
+        layer: {n: v + np.asarray(0.25, v.dtype) for n, v in p.items()}
+        for layer, p in engine.parameters("a").items()
+    }
+    engine.set_parameters("a", marked)  # not what the masters are
+    before = {k: {n: host(v) for n, v in p.items()} for k, p in engine.parameters("a").items()}
+
+    def failing(run, inputs, device, convert):
+        run(*inputs)
+        raise ShapeError("in the middle")
+
+    monkeypatch.setattr(graph, "Captured", failing)
+    with pytest.raises(ShapeError, match="in the middle"):
+        engine.capture_step("a", loss, optimizer, x, targets=[target])
+    for layer, factors in engine.parameters("a").items():
+        for name, value in factors.items():
+            assert (host(value) == before[layer][name]).all()
+            assert not np.any(optimizer.masters[layer][name] == before[layer][name])
