@@ -10,7 +10,7 @@
 // the gradient of the input is the same product with w turned (B_ROWS=0: rows of K values) and the taps in reverse.
 //
 // A block is persistent: one warpgroup copies tiles (a matrix by boxes, an image by im2col boxes) into a ring of stages,
-// two others multiply, each 128 rows of the tile. Tiles go by bands of `band` row tiles, so that what runs at the same
+// the others multiply: two, 128 rows of the tile each, or three, 64 rows each. Tiles go by bands of `band` row tiles, so that what runs at the same
 // time shares its operands in L2. EXT_N: columns that x2 * w2 does at a time, so that narrow blocks fit a wide tile.
 //
 // only sm_90a
@@ -19,6 +19,8 @@
 // variants bf16: TILE_N=64 B_ROWS=1 | TILE_N=96 B_ROWS=1 | TILE_N=128 B_ROWS=1 | TILE_N=160 B_ROWS=1
 // variants bf16: TILE_N=64 B_ROWS=1 SCALED=1 | TILE_N=96 B_ROWS=1 SCALED=1 | TILE_N=128 B_ROWS=1 SCALED=1
 // variants bf16: TILE_N=160 B_ROWS=1 SCALED=1
+// variants bf16: TILE_M=192 TILE_N=192 B_ROWS=0 | TILE_M=192 TILE_N=192 B_ROWS=1
+// variants bf16: TILE_M=192 TILE_N=192 B_ROWS=1 SCALED=1
 // variants bf16: TILE_N=160 B_ROWS=1 EXT_N=40 | TILE_N=160 B_ROWS=1 EXT_N=80
 // variants bf16: TILE_N=160 B_ROWS=0 EXT_N=40 | TILE_N=160 B_ROWS=0 EXT_N=80
 #include "hopper.cuh"
@@ -29,8 +31,11 @@
 #ifndef SCALED
 #define SCALED 0
 #endif
+#ifndef TILE_M
+#define TILE_M 256
+#endif
 
-constexpr int TILE_M = 256, TILE_K = 64, WORKERS = 2;
+constexpr int TILE_K = 64, WORKERS = TILE_M == 192 ? 3 : 2;  // warpgroups that multiply, each an equal share of the rows
 constexpr int ROWS = TILE_M / WORKERS / 64;  // products of 64 rows a worker
 constexpr int A_BYTES = TILE_M * ROW_BYTES;
 // Along N a box is 64 columns wide, so the last one may hold columns that nobody reads.
@@ -139,6 +144,7 @@ INLINE void multiply(float (&sum)[ROWS][TILE_N / 2], int steps, int worker, bool
   if (steps <= 0) return;
   unsigned before = 0;
   settle(sum);
+#pragma unroll 1
   for (; steps > 0; --steps) {
     barrier_wait(ring.full + 8 * stage.index, stage.parity);
     const unsigned a_at = ring.memory + stage.index * STAGE + worker * (TILE_M / WORKERS) * ROW_BYTES;
@@ -311,7 +317,7 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
   __syncthreads();
   Stage stage;
   if (group == WORKERS) {
-    registers_fewer<40>();
+    registers_fewer<WORKERS == 2 ? 40 : 32>();
     if (threadIdx.x == WORKERS * GROUP) {
       prefetch_map(&x), prefetch_map(&w), prefetch_map(&x2), prefetch_map(&w2);
       for (int t = blockIdx.x; t < tiles_m * tiles_n; t += gridDim.x) {
@@ -322,7 +328,7 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
       }
     }
   } else {
-    registers_more<232>();
+    registers_more<WORKERS == 2 ? 232 : 160>();
     const bool chief = threadIdx.x % GROUP == 0;
     const float factor = scale ? *scale : 1.0f;
     for (int t = blockIdx.x; t < tiles_m * tiles_n; t += gridDim.x) {

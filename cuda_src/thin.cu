@@ -220,15 +220,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     }
 }
 
-// The sums of the parts, in a fixed order: dx = scale * sum, rounded; dw = scale * sum; dc = sum. Eight threads share the
-// parts of an element; elements are numbered in that order. With one chunk dx has been written already.
+// The sums of the parts, in a fixed order: dx = scale * sum, rounded; dw = scale * sum; dc = sum. Elements are numbered in that
+// order, the parts of one shared by blockDim.y threads (1 or 8). With one chunk dx has been written already.
 extern "C" __global__ void __launch_bounds__(256)
     NAME(thin_sum)(const float* dx_parts, const float* dw_parts, const float* dc_parts,  // dc_parts: null without c
                    const float* scale,                                                   // (1,), or null for 1
                    bf16* dx, float* dw, float* dc, long long rows, int columns, int ranks, int chunks, int strips) {
-  __shared__ float shares[8][32];
+  __shared__ float shares[256];
   const long long thin = chunks > 1 ? rows * ranks : 0, wide = (long long)ranks * columns;
-  const long long i = blockIdx.x * 32ll + threadIdx.x;
+  const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   const float* from = dx_parts + i;
   long long step = thin;
   int count = chunks;
@@ -237,12 +237,11 @@ extern "C" __global__ void __launch_bounds__(256)
   if (i >= thin + wide + columns) count = 0;
   float total = 0;
 #pragma unroll 4
-  for (int s = threadIdx.y; s < count; s += 8) total += from[s * step];
-  shares[threadIdx.y][threadIdx.x] = total;
+  for (int s = threadIdx.y; s < count; s += blockDim.y) total += from[s * step];
+  shares[threadIdx.y * blockDim.x + threadIdx.x] = total;
   __syncthreads();
   if (threadIdx.y || !count) return;
-#pragma unroll
-  for (int s = 1; s < 8; ++s) total += shares[s][threadIdx.x];
+  for (int s = 1; s < blockDim.y; ++s) total += shares[s * blockDim.x + threadIdx.x];
   const float factor = scale ? *scale : 1.0f;
   if (i < thin)
     dx[i] = narrow(factor * total);

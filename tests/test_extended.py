@@ -97,13 +97,18 @@ def on_gpu(*arrays):
     return [None if a is None else to_device(a.astype(bf16), "cuda:0") for a in arrays]
 
 
+def tile_of(columns):
+    """The variant whose tile has so many columns."""
+    return extended_plan.Tile(192 if columns == 192 else 256, columns, columns, 0.0)
+
+
 def need_hopper():
     if not extended_gpu.hopper():
         pytest.skip("not a Hopper GPU")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [None, 64, 96, 128, 160])
+@pytest.mark.parametrize("tile", [None, 64, 96, 128, 160, 192])
 @pytest.mark.parametrize("name", FORWARD)
 def test_forward(name, tile, monkeypatch):
     need_hopper()
@@ -127,7 +132,7 @@ def test_forward(name, tile, monkeypatch):
         block = second[1][2] if second is not None and second[2].groups > 1 else tile
         if block % tile:
             pytest.skip("the tile does not fit the blocks")
-        monkeypatch.setattr(extended_plan, "_choose", lambda *args: (tile, tile, 0.0))
+        monkeypatch.setattr(extended_plan, "_choose", lambda *args: tile_of(tile))
         extended_plan.plan_forward.cache_clear()
     add, bias = on_gpu(add, bias)
     x, w = on_gpu(x, w)
@@ -144,7 +149,7 @@ def test_forward(name, tile, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [None, 64, 96, 128, 160])
+@pytest.mark.parametrize("tile", [None, 64, 96, 128, 160, 192])
 @pytest.mark.parametrize("name", [name for name, case in FORWARD.items() if case[3] is not None])
 def test_scaled_columns(name, tile, monkeypatch):
     """c * (x * w) with the second term behind it, and x * w by itself."""
@@ -166,7 +171,7 @@ def test_scaled_columns(name, tile, monkeypatch):
         if more is not None:
             y, sizes = y + more, sizes + abs(more)
     if tile is not None:
-        monkeypatch.setattr(extended_plan, "_choose", lambda *args: (tile, tile, 0.0))
+        monkeypatch.setattr(extended_plan, "_choose", lambda *args: tile_of(tile))
     extended_plan.plan_forward.cache_clear()
     extra = Extra(*on_gpu(x2, w2), second[2], None)
     add, bias = on_gpu(add, bias)
@@ -180,7 +185,7 @@ def test_scaled_columns(name, tile, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [None, 64, 96, 128, 144, 160])
+@pytest.mark.parametrize("tile", [None, 64, 96, 128, 144, 160, 192])
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward(name, tile, monkeypatch):
     need_hopper()
@@ -202,7 +207,7 @@ def test_backward(name, tile, monkeypatch):
         size = size + (abs(g2) @ abs(w2[0]).T).reshape(x_shape)
         extra = Extra(*on_gpu(g2, w2), FLAT, to_device(SCALE, "cuda:0"))
     if tile is not None:
-        monkeypatch.setattr(extended_plan, "_choose", lambda *args: (tile, tile, 0.0))
+        monkeypatch.setattr(extended_plan, "_choose", lambda *args: tile_of(tile))
         extended_plan.plan_dx.cache_clear()
     g, w, add = on_gpu(g, w, add)
     assert extended_gpu.takes(g, w, add)

@@ -13,10 +13,13 @@ from typing import NamedTuple
 from ..arrays import Array, bf16
 from ..tensor_map import NOTHING, ROW, matrix_map, pixel_map
 from .conv_gpu import processors
-from .extended_plan import TILE_M, Plan, plan_blocks_dx, plan_dx, plan_forward
+from .extended_plan import Plan, plan_blocks_dx, plan_dx, plan_forward
 from .window import Window
 
-_THREADS = 384
+_THREADS = {
+    256: 384,
+    192: 512,
+}  # by the rows of a tile: one warpgroup that copies, two or three more
 _SHARED = 226 * 1024  # sm_90 has 227 KiB for a block; the barriers stand in the rest
 
 
@@ -35,34 +38,22 @@ def run(plan: Plan, x, w, out, *, extra: Extra | None, add, bias, c=None, kept=N
     where x * w is left by itself, or None."""
     x2, w2, scale = (extra.x, extra.w, extra.scale) if extra else (None, None, None)
     maps = (
-        NOTHING if x is None else _map_x(x, plan.image),
+        NOTHING if x is None else _map_x(x, plan.image, plan.tile.rows),
         NOTHING if w is None else matrix_map(w.data.ptr, w.shape, plan.boxes[0]),
-        NOTHING if x2 is None else _map_x(x2, plan.other_image),
+        NOTHING if x2 is None else _map_x(x2, plan.other_image, plan.tile.rows),
         NOTHING if w2 is None else matrix_map(w2.data.ptr, w2.shape, plan.boxes[1]),
     )
-    args = (
-        *maps,
-        scale,
-        c,
-        add,
-        bias,
-        kept,
-        out,
-        plan.geometry,
-        plan.own,
-        plan.other,
-        *plan.numbers,
-    )
-    plan.launch(plan.grid, (_THREADS,), *args, shared=_SHARED)
+    args = (*maps, scale, c, add, bias, kept, out, plan.geometry, plan.own, plan.other)
+    plan.launch(plan.grid, (_THREADS[plan.tile.rows],), *args, *plan.numbers, shared=_SHARED)
     return out
 
 
-def _map_x(x, image):
+def _map_x(x, image, tile_rows):
     if image is None:
         rows, channels = prod(x.shape[:-1]), x.shape[-1]
-        return matrix_map(x.data.ptr, (rows, channels), (TILE_M, ROW))
+        return matrix_map(x.data.ptr, (rows, channels), (tile_rows, ROW))
     shape, *corners = image
-    return pixel_map(x.data.ptr, (*shape, x.shape[-1]), TILE_M, *corners)
+    return pixel_map(x.data.ptr, (*shape, x.shape[-1]), tile_rows, *corners)
 
 
 def takes(*arrays) -> bool:

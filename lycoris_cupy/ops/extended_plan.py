@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from math import isqrt, prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,15 +21,41 @@ from .conv_plan import geometry_of
 from .window import Window
 
 _TERM = np.dtype([(name, np.int32) for name in ("taps", "width", "axes", "block", "flip")])
-TILE_M = 256
-# TILE_N of the variants. 144 is for w whose rows run along the inner axis: along the columns it was
-# 18 % slower than its size says (H100).
-_TILES = {False: (64, 96, 128, 144, 160), True: (64, 96, 128, 160)}
+# (TILE_M, TILE_N) of the variants, by B_ROWS. 144 is for w whose rows run along the inner axis:
+# along the columns it was 18 % slower than its size says (H100).
+_TILES = {
+    False: [*((256, n) for n in (64, 96, 128, 144, 160)), (192, 192)],
+    True: [*((256, n) for n in (64, 96, 128, 160)), (192, 192)],
+}
 _NARROW_BLOCKS = (40, 80)  # EXT_N of the variants whose tile of 160 holds several blocks
 _L2_BYTES = 52  # a multiprocessor's share of L2 a cycle; 64 is the port's width
 _WASTE = 0.3  # of the columns that are fetched and not read, as time
-_END = 30  # cycles a column of a tile, to hand it over and to begin the next
+_END = 30 / 256  # cycles a value of a tile, to hand it over and to begin the next
 _ALL = 1 << 30  # columns of a block where all columns share one
+
+
+class Tile(NamedTuple):
+    """A variant of the kernel, and the cycles that it was estimated to take. ext: columns that the
+    second sum does at a time.
+    """
+
+    rows: int
+    columns: int
+    ext: int
+    cycles: float
+
+    def launch(self, b_rows: int, **more: int) -> Kernel:
+        defines = {"TILE_N": self.columns, "B_ROWS": b_rows, **more}
+        defines |= {"TILE_M": self.rows} if self.rows != 256 else {}
+        defines |= {"EXT_N": self.ext} if self.ext != self.columns else {}
+        return kernel("extended.cu", "extended", bf16, **defines)
+
+    def grid(self, positions: int, columns: int, count: int) -> tuple[int]:
+        return (min(_ceil(positions, self.rows) * _ceil(columns, self.columns), count),)
+
+    def band(self, count: int) -> int:
+        """As many rows as columns of operands are then in use at a time."""
+        return max(1, isqrt(count * self.columns // self.rows))
 
 
 @dataclass(frozen=True)
@@ -45,7 +72,7 @@ class Plan:
     image: tuple | None
     other_image: tuple | None
     boxes: tuple[tuple[int, int, int], tuple[int, int, int]]  # of w and w2
-    cycles: float  # estimated
+    tile: Tile
 
 
 @functools.lru_cache(maxsize=4096)
@@ -76,20 +103,14 @@ def plan_forward(
         other_image = None if extra_window.pointwise else image
         other = _term(taps, width, other_image, block)
         more = taps * _ceil(width, ROW)
-    choice = _choose(True, positions, columns, steps, more, count, block)
-    if choice is None:
+    tile = _choose(True, positions, columns, steps, more, count, block)
+    if tile is None or (scaled and tile.ext != tile.columns):
         return None
-    tile_n, ext_n, cycles = choice
-    defines = {"TILE_N": tile_n, "B_ROWS": 1} | ({"EXT_N": ext_n} if ext_n != tile_n else {})
-    if scaled:
-        if ext_n != tile_n:
-            return None
-        defines["SCALED"] = 1
     return Plan(
-        kernel("extended.cu", "extended", bf16, **defines),
-        _grid(positions, columns, tile_n, count), geometry, own, other,
-        (positions, columns, _band(tile_n, count)), image, other_image,
-        ((1, ROW, ROW), (1, ROW, ROW)), cycles,
+        tile.launch(1, **({"SCALED": 1} if scaled else {})),
+        tile.grid(positions, columns, count), geometry, own, other,
+        (positions, columns, tile.band(count)), image, other_image,
+        ((1, ROW, ROW), (1, ROW, ROW)), tile,
     )  # fmt: skip
 
 
@@ -115,14 +136,12 @@ def plan_dx(g_shape, w_shape, window: Window, in_space, extra, count: int) -> Pl
     if extra is not None:
         other = _term(1, extra[2], None)
         more = _ceil(extra[2], ROW)
-    choice = _choose(False, positions, columns, steps, more, count, _ALL)
-    assert choice is not None  # any tile serves where there are no blocks
-    tile_n, _, cycles = choice
+    tile = _choose(False, positions, columns, steps, more, count, _ALL)
+    assert tile is not None  # any serves where there are no blocks
     return Plan(
-        kernel("extended.cu", "extended", bf16, TILE_N=tile_n, B_ROWS=0),
-        _grid(positions, columns, tile_n, count), geometry, own, other,
-        (positions, columns, _band(tile_n, count)), image, None,
-        ((1, tile_n, ROW), (1, tile_n, ROW)), cycles,
+        tile.launch(0), tile.grid(positions, columns, count), geometry, own, other,
+        (positions, columns, tile.band(count)), image, None,
+        ((1, tile.columns, ROW), (1, tile.columns, ROW)), tile,
     )  # fmt: skip
 
 
@@ -160,36 +179,26 @@ def _term(taps: int, width: int, image, block: int = _ALL, flip: int = 0) -> np.
     return out
 
 
-def _choose(
-    b_rows, positions, columns, own: int, other: int, count, block
-) -> tuple[int, int, float] | None:
-    """(TILE_N, EXT_N, cycles) with the least time on the busiest multiprocessor; None if the blocks
-    fit no tile. own, other: steps of the two sums, of the second for one block.
+def _choose(b_rows, positions, columns, own: int, other: int, count, block) -> Tile | None:
+    """The tile with the least time on the busiest multiprocessor; None if the blocks fit none. own,
+    other: steps of the two sums, of the second for one block.
     """
-    choices = [(t, t) for t in _TILES[b_rows] if block == _ALL or block % t == 0]
+    choices = [(m, n, n) for m, n in _TILES[b_rows] if block == _ALL or block % n == 0]
     if block in _NARROW_BLOCKS:
-        choices = [(160, block)]
+        choices = [(256, 160, block)]
 
-    def step(width):
+    def step(rows, width):
         wide = _ceil(width, ROW) * ROW if b_rows else width  # columns that are fetched
         waste = 1 + _WASTE * (wide / width - 1)
-        return max(8 * width, (TILE_M + wide) * ROW * 2 / _L2_BYTES) * waste
+        return max(rows * width / 32, (rows + wide) * ROW * 2 / _L2_BYTES) * waste
 
-    def cycles(tile, ext):
-        waves = _ceil(_ceil(positions, TILE_M) * _ceil(columns, tile), count)
-        return waves * (own * step(tile) + tile // ext * other * step(ext) + tile * _END)
+    def cycles(rows, tile, ext):
+        waves = _ceil(_ceil(positions, rows) * _ceil(columns, tile), count)
+        steps = own * step(rows, tile) + tile // ext * other * step(rows, ext)
+        return waves * (steps + rows * tile * _END)
 
-    timed = ((tile, ext, cycles(tile, ext)) for tile, ext in choices)
-    return min(timed, key=lambda c: c[2], default=None)
-
-
-def _grid(positions, columns, tile, count) -> tuple[int]:
-    return (min(_ceil(positions, TILE_M) * _ceil(columns, tile), count),)
-
-
-def _band(tile: int, count: int) -> int:
-    # As many rows as columns of operands are then in use at a time.
-    return max(1, isqrt(count * tile // TILE_M))
+    timed = (Tile(*choice, cycles(*choice)) for choice in choices)
+    return min(timed, key=lambda tile: tile.cycles, default=None)
 
 
 def _ceil(a: int, b: int) -> int:
@@ -209,15 +218,12 @@ def plan_blocks_dx(g_shape, w_shape, window: Window, in_space, count: int) -> Pl
         return None
     taps, inner, outer = w_shape
     positions, columns = g_shape[0] * prod(to), inner * window.groups
-    choice = _choose(False, positions, columns, 0, taps * _ceil(outer, ROW), count, inner)
-    if choice is None or columns % 8:
+    tile = _choose(False, positions, columns, 0, taps * _ceil(outer, ROW), count, inner)
+    if tile is None or columns % 8:
         return None
-    tile_n, ext_n, cycles = choice
-    defines = {"TILE_N": tile_n, "B_ROWS": 0} | ({"EXT_N": ext_n} if ext_n != tile_n else {})
     return Plan(
-        kernel("extended.cu", "extended", bf16, **defines),
-        _grid(positions, columns, tile_n, count), geometry,
+        tile.launch(0), tile.grid(positions, columns, count), geometry,
         _term(0, 0, None), _term(taps, outer, image, inner, flip=1),
-        (positions, columns, _band(tile_n, count)), None, image,
-        ((1, tile_n, ROW), (1, ext_n, ROW)), cycles,
+        (positions, columns, tile.band(count)), None, image,
+        ((1, tile.columns, ROW), (1, tile.ext, ROW)), tile,
     )  # fmt: skip

@@ -125,7 +125,7 @@ def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int):
     ways = {name: seconds + later for name, seconds in ways.items()}
     planned = plan_forward(x, w, window, extra, count) if hopper else None
     if planned is not None:
-        ways["extended"] = plan.extended(planned.cycles)
+        ways["extended"] = plan.extended(planned.tile.cycles)
     what = f"x {x} * w {w}" + (f" + x2 * w2 {extra[0]}" if extra else "")
     return what, ways, operations + more, moved
 
@@ -138,7 +138,7 @@ def _scaled_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int):
     ways = {name: seconds + plan.moving(3 * result) for name, seconds in ways.items()}
     planned = plan_forward(x, w, window, extra, count, True) if hopper else None
     if planned is not None:
-        ways["extended"] = plan.extended(planned.cycles)
+        ways["extended"] = plan.extended(planned.tile.cycles)
     return f"columns of {what}", ways, operations, moved
 
 
@@ -156,10 +156,10 @@ def _dx_ways(g, w, window: Window, in_space, extra, hopper: bool, plain: bool, d
     ways = {name: seconds + later for name, seconds in ways.items()}
     planned = plan_dx(g, w, window, in_space, extra, count) if hopper and plain else None
     if planned is not None:
-        ways["extended"] = plan.extended(planned.cycles)
+        ways["extended"] = plan.extended(planned.tile.cycles)
     planned = plan_blocks_dx(g, w, window, in_space, count) if hopper and extra is None else None
     if planned is not None:
-        ways["blocks"] = plan.extended(planned.cycles)
+        ways["blocks"] = plan.extended(planned.tile.cycles)
     what = f"g {g} * w {w} turned" + (f" + g2 * w2 {extra} turned" if extra else "")
     return what, ways, operations + more, moved
 
