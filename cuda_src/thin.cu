@@ -236,8 +236,16 @@ extern "C" __global__ void __launch_bounds__(256)
   if (i >= thin + wide) from = dc_parts + (i - thin - wide), step = columns, count = dc_parts ? strips : 0;
   if (i >= thin + wide + columns) count = 0;
   float total = 0;
-#pragma unroll 4
-  for (int s = threadIdx.y; s < count; s += blockDim.y) total += from[s * step];
+  for (int s = threadIdx.y; s < count; s += 8 * blockDim.y) {  // eight loads under way at a time
+    float next[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int at = s + j * blockDim.y;
+      next[j] = at < count ? from[at * step] : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) total += next[j];
+  }
   shares[threadIdx.y * blockDim.x + threadIdx.x] = total;
   __syncthreads();
   if (threadIdx.y || !count) return;

@@ -13,12 +13,14 @@ from lycoris_cupy.ops import (
     conv_cpu,
     extended_gpu,
     extended_plan,
+    halo_gpu,
     narrow_gpu,
     outer_gpu,
     product_gpu,
 )
 from lycoris_cupy.ops.extended_gpu import Extra
 from lycoris_cupy.ops.window import Window
+from lycoris_cupy.tape import Tape
 from tests.bounds import assert_within, bound
 
 FLAT = Window()
@@ -252,6 +254,52 @@ def test_narrow(x_shape, window, columns):
     dw = to_device(narrow_gpu.narrow_dw(on[0], on[2], window, scale=None), "cpu")
     expected, size = conv_cpu.conv_dw(x, g, window), conv_cpu.conv_dw(abs(x), abs(g), window)
     assert_within(dw, expected, bound(expected, size, g[..., 0].size, np.float32))
+    tape = Tape()
+    watched = tape.watch(on[0]), tape.watch(on[1])
+    found = tape.gradients(ops.product(*watched, window), on[2], watched)  # g is spread once
+    assert (to_device(found[0], "cpu") == dx).all()
+    assert (to_device(found[1], "cpu") == dw).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("terms", [False, True])
+@pytest.mark.parametrize(
+    ("x_shape", "window", "columns"),
+    [
+        ((2, 13, 37, 40), square(padding=1), 16),
+        ((1, 8, 32, 32), square(padding=1), 8),
+        ((3, 21, 65, 328), square(padding=1), 16),
+        ((2, 19, 33, 24), square(), 16),
+        ((2, 19, 33, 72), square(padding=2, dilation=2), 8),
+        ((2, 5, 70, 96), Window.of((2, 3), 1, (1, 0)), 16),
+        ((1, 40, 40, 64), Window.of((1, 1)), 16),
+    ],
+)
+def test_halo(x_shape, window, columns, terms):
+    """A convolution to a few columns from a piece of the image with its halo."""
+    rng = np.random.default_rng(x_shape)
+    x, w = draw(rng, x_shape), draw(rng, (window.taps, x_shape[-1], columns))
+    expected, size = wide_conv(x, w, window), wide_conv(abs(x), abs(w), window)
+    add, bias, scale = None, None, None
+    if terms:
+        add, bias, scale = (
+            draw(rng, expected.shape),
+            draw(rng, (columns,)),
+            to_device(SCALE, "cuda:0"),
+        )
+        expected, size = add + SCALE * expected + bias, abs(add) + size + abs(bias)
+    limit = bound(expected, size, w.shape[0] * w.shape[1] + 2, bf16)
+    x, w, add, bias = on_gpu(x, w, add, bias)
+    assert halo_gpu.takes_halo(x, w, window, add, bias, least=1)
+    out = to_device(halo_gpu.halo_conv(x, w, window, scale=scale, add=add, bias=bias), "cpu")
+    assert_within(out.astype(np.float64), expected, limit)
+
+
+def test_what_the_halo_does_not_take():
+    x, w = np.zeros((1, 64, 64, 32), bf16), np.zeros((9, 32, 16), bf16)
+    for window in (square(padding=1, stride=2), square(padding=8, dilation=8), blocks(square(), 2)):
+        assert not halo_gpu.takes_halo(x, w, window, least=1)
+    assert not halo_gpu.takes_halo(x, w[..., :12], square(padding=1), least=1)
 
 
 SHARED = {

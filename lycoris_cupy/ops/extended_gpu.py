@@ -10,8 +10,9 @@ import functools
 from math import prod
 from typing import NamedTuple
 
-from ..arrays import Array, bf16
+from ..arrays import Array
 from ..tensor_map import NOTHING, ROW, matrix_map, pixel_map
+from .aligned import aligned
 from .conv_gpu import processors
 from .extended_plan import Plan, plan_blocks_dx, plan_dx, plan_forward
 from .window import Window
@@ -60,12 +61,7 @@ def takes(*arrays) -> bool:
     """Whether the copy engine can read these: bf16 on Hopper, contiguous (it is told an address and
     a shape alone), rows and addresses multiples of 16 bytes.
     """
-    return all(a is None or _readable(a) for a in arrays) and hopper()
-
-
-def _readable(a: Array) -> bool:
-    contiguous = a.flags.c_contiguous and a.dtype == bf16 and a.size > 0
-    return contiguous and a.shape[-1] % 8 == 0 and a.data.ptr % 16 == 0
+    return aligned(*arrays) and hopper()
 
 
 def hopper() -> bool:

@@ -15,6 +15,7 @@ from ..tape import Deferred, Primitive, Var, value_of
 from . import conv_cpu, product_gpu
 from .columns import column_sum, rows_of
 from .elementwise import cast, require_factor
+from .narrow_gpu import narrow_gradients, suits
 from .shapes import reshape
 from .thin_gpu import thin_gradients
 from .window import Window
@@ -175,6 +176,9 @@ def product_gradients(g, x, w, scale, window, in_space):
         both = thin_gradients(g, x, w, window, scale)
         if both is not None:
             return both.dx, both.dw
+        if g.size and x.size and suits(x.shape[-1], g.shape[-1], window, x.dtype):
+            columns, flat, dw = narrow_gradients(g, x, w, window, scale=scale)
+            return deferred_dx(columns, flat, scale, window.pointwise_like(), in_space), dw
     return (
         None if w is None else deferred_dx(g, w, scale, window, in_space),
         None if x is None else _product_dw(x, g, scale, window=window),

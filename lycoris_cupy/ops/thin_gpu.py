@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from ..arrays import Array, bf16, f32
 from ..kernels import Kernel, kernel
+from .aligned import aligned
 from .conv_gpu import processors
 from .window import Window
 
@@ -58,7 +59,7 @@ def thin_gradients(
     """
     import cupy
 
-    if not (window.pointwise and window.groups == 1) or not _takes(g, x, w, z):
+    if not (window.pointwise and window.groups == 1) or not aligned(g, x, w, z):
         return None
     rows, columns, ranks = prod(g.shape[:-1]), g.shape[-1], w.shape[1]
     plan = _plan(rows, columns, ranks, c is not None, processors())
@@ -82,20 +83,6 @@ def thin_gradients(
         rows, columns, ranks, chunks, strips,
     )  # fmt: skip
     return Gradients(dx, dw, gc, dc)
-
-
-def _takes(*arrays) -> bool:
-    return all(
-        a is None
-        or (
-            a.dtype == bf16
-            and a.flags.c_contiguous
-            and a.shape[-1] % 8 == 0
-            and a.size > 0
-            and a.data.ptr % 16 == 0
-        )
-        for a in arrays
-    )
 
 
 @functools.lru_cache(maxsize=4096)
