@@ -24,6 +24,7 @@
 // variants bf16: TILE_N=160 B_ROWS=1 EXT_N=40 | TILE_N=160 B_ROWS=1 EXT_N=80
 // variants bf16: TILE_N=160 B_ROWS=0 EXT_N=40 | TILE_N=160 B_ROWS=0 EXT_N=80
 #include "hopper.cuh"
+#include "exchange.cuh"
 
 #ifndef EXT_N
 #define EXT_N TILE_N
@@ -207,21 +208,6 @@ INLINE void accumulate_other(float (&sum)[ROWS][TILE_N / 2], const Term& term, c
   }
 }
 
-// Lane t of four holds values t of four pieces; afterwards it holds all four values of piece t.
-INLINE void exchange(unsigned (&v)[4]) {
-  const int lane = threadIdx.x & 3;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const unsigned other = __shfl_xor_sync(~0u, lane & 1 ? v[i] : v[i + 1], 1);
-    (lane & 1 ? v[i] : v[i + 1]) = other;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const unsigned other = __shfl_xor_sync(~0u, lane & 2 ? v[i] : v[i + 2], 2);
-    (lane & 2 ? v[i] : v[i + 2]) = other;
-  }
-}
-
 // The sums times `factor`, or times that of each column, plus the bias of their columns; sums that are not there yet
 // (FRESH) are zeros.
 template <bool FRESH>
@@ -275,8 +261,7 @@ INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int w
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int at = (four * 4 + i) * 4;
-          v[i] = round_pair(values[at] + (ADD ? __uint_as_float(added[i] << 16) : 0),
-                            values[at + 1] + (ADD ? __uint_as_float(added[i] & 0xFFFF0000) : 0));
+          v[i] = round_pair(values[at] + (ADD ? low_half(added[i]) : 0), values[at + 1] + (ADD ? high_half(added[i]) : 0));
         }
         exchange(v);
         if (n < left) *reinterpret_cast<uint4*>(y + start + n) = make_uint4(v[0], v[1], v[2], v[3]);
@@ -285,8 +270,8 @@ INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int w
       for (int piece = FOURS * 4; piece < TILE_N / 8; ++piece) {
         const int n = piece * 8 + lane % 4 * 2;
         const unsigned added = ADD && n < left ? *reinterpret_cast<const unsigned*>(add + start + n) : 0;
-        const unsigned v = round_pair(values[piece * 4] + (ADD ? __uint_as_float(added << 16) : 0),
-                                      values[piece * 4 + 1] + (ADD ? __uint_as_float(added & 0xFFFF0000) : 0));
+        const unsigned v = round_pair(values[piece * 4] + (ADD ? low_half(added) : 0),
+                                      values[piece * 4 + 1] + (ADD ? high_half(added) : 0));
         if (n < left) *reinterpret_cast<unsigned*>(y + start + n) = v;
       }
     }

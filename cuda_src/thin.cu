@@ -13,6 +13,7 @@
 // variants bf16: RANKS=32 SLICES=4 SCALED=1
 #include "types.cuh"
 #include "mma.cuh"
+#include "exchange.cuh"
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 32;
 constexpr int WIDTH = 16 * SLICES, CHUNK = WARPS * WIDTH;  // columns of a warp, of a block
@@ -47,28 +48,6 @@ __device__ __forceinline__ void copy_tile(unsigned to, const bf16* from, long lo
 __device__ __forceinline__ float over_rows(float v) {
   v += __shfl_xor_sync(~0u, v, 1);
   return v + __shfl_xor_sync(~0u, v, 2);
-}
-
-__device__ __forceinline__ float low_half(unsigned pair) {
-  return __uint_as_float(pair << 16);
-}
-__device__ __forceinline__ float high_half(unsigned pair) {
-  return __uint_as_float(pair & 0xFFFF0000u);
-}
-
-// Lane t of four holds values t of four pieces; afterwards it holds all four values of piece t.
-__device__ __forceinline__ void exchange(unsigned (&v)[4]) {
-  const int lane = threadIdx.x & 3;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const unsigned other = __shfl_xor_sync(~0u, lane & 1 ? v[i] : v[i + 1], 1);
-    (lane & 1 ? v[i] : v[i + 1]) = other;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const unsigned other = __shfl_xor_sync(~0u, lane & 2 ? v[i] : v[i + 2], 2);
-    (lane & 2 ? v[i] : v[i + 2]) = other;
-  }
 }
 
 // Grid (columns / CHUNK, strips of `span` tiles).
