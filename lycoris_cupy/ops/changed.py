@@ -90,7 +90,8 @@ def _factored(weight: Array, scale: Array, *pairs: tuple[Array, Array]) -> Array
     arrays = [a for pair in (pairs * 2)[:2] for a in pair]
     launch(
         ((columns + 255) // 256, (rows + 127) // 128), (256,),
-        weight, *map(cupy.ascontiguousarray, arrays), scale, out, rows, columns, rank, shared=parts * 128 * (width * 2 + 16),
+        weight, *map(cupy.ascontiguousarray, arrays), scale, out, rows, columns, rank,
+        shared=parts * 128 * (width * 2 + 16),
     )  # fmt: skip
     return out
 
