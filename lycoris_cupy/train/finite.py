@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..arrays import Array, module_of, to_device
+from ..arrays import Array, module_of, to_device, wide_dtype
 from ..engine import Engine
 from ..errors import LycorisError
 from ..optim.nested import Nested, items
@@ -28,6 +28,10 @@ def require_finite_factors(step: int, masters: Nested) -> None:
 
     step: how many steps are done, so that the one before it has written the factors.
     """
+    # Of the sum of all values the device is asked once; what is finite may still sum to infinity.
+    total = sum(p.astype(wide_dtype(p.dtype), copy=False).sum() for _, _, p in items(masters))
+    if _finite(total):
+        return
     for layer, name, p in items(masters):
         if not _finite(p):
             raise NonFiniteError(
