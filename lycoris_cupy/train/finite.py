@@ -15,11 +15,11 @@ from .step import Step
 
 class NonFiniteError(LycorisError, ArithmeticError):
     """A NaN or an infinity came up in training. step: the first, counted from 0. tensor: what held
-    it, such as 'the gradient of layer.factor'.
+    it, such as 'the gradient of layer.factor'. elsewhere: in another process.
     """
 
-    def __init__(self, step: int, tensor: str, advice: str):
-        self.step, self.tensor = step, tensor
+    def __init__(self, step: int, tensor: str, advice: str, elsewhere: bool = False):
+        self.step, self.tensor, self.elsewhere = step, tensor, elsewhere
         super().__init__(f"step {step}: {tensor} is not finite: {advice}")
 
 
@@ -75,6 +75,7 @@ def require_finite_step(
         number,
         "the loss or a gradient of another process" if elsewhere else "the norm of the gradient",
         "see what that process says" if elsewhere else "its square is beyond f32: scale the loss",
+        elsewhere,
     )
 
 
