@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -176,14 +175,3 @@ class Strengths(MutableMapping):
                 f"{', '.join(self._attachments) or 'none'})"
             )
         return self._attachments[name]
-
-
-def select(layers: Mapping[str, Layer], patterns: Sequence[str]) -> list[str]:
-    """The names that match any of the patterns, in the layers' order; a pattern without a match is
-    an error.
-    """
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in layers):
-            raise MatchError(f"pattern {pattern!r} matches none of the layers {', '.join(layers)}")
-    return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in patterns)]

@@ -18,9 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .adapters import new_adapter, takes, truncated
+from .adapters import truncated
 from .adapters.join import forward
 from .arrays import (
     Array,
@@ -32,7 +30,7 @@ from .arrays import (
     to_device,
     wide_dtype,
 )
-from .attachment import Attachment, Strengths, select
+from .attachment import Attachment, Strengths
 from .conditions import captured, checked
 from .errors import LycorisError, MatchError
 from .explain import explain
@@ -45,6 +43,8 @@ from .layers import Layer, LayerShape
 from .merged import merged_layers
 from .ops.elementwise import cast
 from .plan import recording
+from .recipe import AddReport, Recipe
+from .recipe.adding import new_attachment
 from .tape import Var
 
 Topology = Callable[..., Any]
@@ -155,36 +155,29 @@ class Engine:
     def add(
         self,
         name: str,
-        algorithm: str,
-        targets: Sequence[str] = ("*",),
+        recipe: str | Recipe | Mapping[str, Any],
+        targets: str | Sequence[str] | None = None,
         *,
-        rank: int = 4,
+        rank: int | None = None,
         alpha: float | None = None,
         seed: int = 0,
         strength: float = 1.0,
         **options,
-    ) -> list[str]:
-        """New adapters that change nothing yet, on every layer whose name matches a pattern.
+    ) -> AddReport:
+        """New adapters that change nothing yet, on the layers that a recipe takes.
 
-        Returns the layers' names. Patterns are fnmatch's; one that matches no layer is an error. Of
-        the matched layers those are taken that the algorithm can sit on; none is an error.
-        algorithm: one of ALGORITHMS. alpha: by default the rank, so that the scale is 1. options:
-        the algorithm's own, such as tucker, factor, decompose_both; dora='output' or 'input' puts
-        DoRA on locon, loha or lokr.
+        recipe: one of ALGORITHMS, with what else a recipe says: targets, fnmatch patterns of names
+        and groups such as ':attention', by default all layers; rank, by default 4; alpha, by
+        default the rank, so that the scale is 1; and options such as conv_rank, exclude, preset,
+        override, tucker, factor, dora, or LyCORIS's names for them (see `Recipe`). Or a Recipe or
+        its table, which says all. The report is a sequence of the names of the layers that got an
+        adapter; `text()` has the rest. A pattern that brings no layer is an error.
         """
         self._require_new(name)
-        matched = select(self.layers, targets)
-        taken = [name for name in matched if takes(algorithm, self.layers[name].shape)]
-        matched = taken or matched  # none: the error that names the layer
-        rng = np.random.default_rng(seed)
-        made = {}
-        for layer in matched:
-            adapter = new_adapter(algorithm, self.layers[layer].shape, rank, alpha, **options)
-            made[layer] = (adapter, adapter.start(rng, self.layers[layer].matrix))
-        self.attachments[name] = Attachment(
-            made, self.device, self.dtype, strength, layers=self.layers
-        )
-        return matched
+        wanted = Recipe.of(recipe, targets, {"rank": rank, "alpha": alpha} | options)
+        made = new_attachment(name, wanted, self.layers, self.device, self.dtype, seed, strength)
+        self.attachments[name], report = made
+        return report
 
     def detach(self, name: str) -> None:
         """Take an adapter off again; the layers were never changed."""

@@ -68,7 +68,7 @@ LEVELS = [
     {"io.diff", "io.inspection", "io.charts", "io.page_style"},
     {"io.page"},
     {"attachment", "explain", "graph", "optim"},
-    {"conditions", "gradients", "merged"},
+    {"conditions", "gradients", "merged", "recipe"},
     {"engine"},
     {""},  # the package itself
     {"demo"},

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from ..ops.product import product
 from ..ops.scale_columns import spread_columns
 from ..svd import Svd
 from .factor import Factor, require
+from .option import Option, options_of_class
 
 Parameters = Mapping[str, Array]
 RULES = ("base", "reference")  # what a strength between 0 and 1 means, for algorithms with a `rule`
@@ -113,16 +114,18 @@ class Adapter(ABC):
         """A new adapter with the options that users know; an unknown one is an error. alpha: by
         default the rank.
         """
-        known = [
-            field.name for field in fields(cls) if field.name not in ("shape", "rank", "alpha")
-        ]
         for option in options:
-            if option not in known:
+            if option not in (known := cls.options()):
                 raise LycorisError(
                     f"{cls.algorithm} has no option {option!r} (it has: "
                     f"{', '.join(known) or 'none'})"
                 )
         return cls(shape, rank, alpha, **options)
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """The options of `create`, by name."""
+        return options_of_class(cls)
 
     @classmethod
     @abstractmethod

@@ -25,6 +25,7 @@ from ..tape import value_of
 from .base import Adapter, Parameters, apply_low_rank
 from .factor import Factor, require_two_axes
 from .locon import LoCon
+from .option import Option
 
 
 def draw_block(rng: np.random.Generator, rank: int, block_size: int = 1) -> tuple[int, int]:
@@ -55,6 +56,10 @@ class DyLoRA(LoCon):
         for option in options:
             raise LycorisError(f"dylora has no option {option!r}: blocks are drawn by draw_block")
         return cls(shape, rank, alpha)
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        return {}
 
     def factors(self) -> dict[str, Factor]:
         up = Factor("lora_up.weight", self.rank, self.shape.outputs, flat=True)
