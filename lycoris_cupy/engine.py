@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .adapters import new_adapter, takes, truncated
+from .adapters import Dropout, new_adapter, takes, truncated
 from .adapters.join import forward
 from .arrays import (
     Array,
@@ -170,9 +170,10 @@ class Engine:
         the matched layers those are taken that the algorithm can sit on; none is an error.
         algorithm: one of ALGORITHMS. alpha: by default the rank, so that the scale is 1. options:
         the algorithm's own, such as tucker, factor, decompose_both; dora='output' or 'input' puts
-        DoRA on locon, loha or lokr.
+        DoRA on locon, loha or lokr; those of `set_dropout`, with this seed.
         """
         self._require_new(name)
+        knobs = Dropout.taken(options, seed)
         matched = select(self.layers, targets)
         taken = [name for name in matched if takes(algorithm, self.layers[name].shape)]
         matched = taken or matched  # none: the error that names the layer
@@ -181,9 +182,9 @@ class Engine:
         for layer in matched:
             adapter = new_adapter(algorithm, self.layers[layer].shape, rank, alpha, **options)
             made[layer] = (adapter, adapter.start(rng, self.layers[layer].matrix))
-        self.attachments[name] = Attachment(
-            made, self.device, self.dtype, strength, layers=self.layers
-        )
+        attached = Attachment(made, self.device, self.dtype, strength, layers=self.layers)
+        attached.dropout = knobs
+        self.attachments[name] = attached
         return matched
 
     def detach(self, name: str) -> None:
@@ -193,6 +194,25 @@ class Engine:
     def parameters(self, name: str) -> dict[str, dict[str, Array]]:
         """The factors of an adapter: layer -> factor -> the array itself, in Flame layout."""
         return self.attachments[self._known(name)].parameters
+
+    def set_dropout(
+        self,
+        name: str,
+        *,
+        dropout: float = 0.0,
+        rank_dropout: float = 0.0,
+        rank_dropout_scale: bool = False,
+        module_dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """What an adapter drops in training, of all it drops: what is left out is 0.
+
+        It acts in `forward` and `vjp` that are given a `step`, and in `capture_step`; a captured
+        graph keeps what it was captured with. What each means: see adapters/dropout.py. Raises
+        LycorisError for one that a layer's algorithm does not have.
+        """
+        knobs = Dropout(dropout, rank_dropout, rank_dropout_scale, module_dropout, seed)
+        self.attachments[self._known(name)].dropout = knobs
 
     @_on_device
     def set_parameters(self, name: str, values: Mapping[str, Mapping[str, Array]]) -> None:
@@ -228,6 +248,7 @@ class Engine:
         Inputs: NumPy, CuPy, or anything with __dlpack__, in bf16, f32 or f64. conditions: what the
         attached algorithms read: noise_level (T-LoRA), an array (N,), one a sample, or (1,), from 0
         to 1; ranks (DyLoRA), a pair as `draw_block` gives it. One that none reads is an error.
+        step: the number of a training step, whole or (1,) uint32; only with it is anything dropped.
         """
         arrays = self._inputs(inputs)
         conditions = self._conditions(conditions)
