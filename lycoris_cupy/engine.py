@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapters import truncated
+from .adapters import Dropout, truncated
 from .adapters.join import forward
 from .arrays import (
     Array,
@@ -169,8 +169,8 @@ class Engine:
         recipe: one of ALGORITHMS, with what else a recipe says: targets, fnmatch patterns of names
         and groups such as ':attention', by default all layers; rank, by default 4; alpha, by
         default the rank, so that the scale is 1; and options such as conv_rank, exclude, preset,
-        override, tucker, factor, dora, or LyCORIS's names for them (see `Recipe`). Or a Recipe or
-        its table, which says all. The report is a sequence of the names of the layers that got an
+        override, tucker, factor, dora, those of `set_dropout` with this seed, or LyCORIS's names for
+        them (see `Recipe`). Or a Recipe or its table, which says all. The report is a sequence of the names of the layers that got an
         adapter; `text()` has the rest. A pattern that brings no layer is an error.
         """
         self._require_new(name)
@@ -186,6 +186,25 @@ class Engine:
     def parameters(self, name: str) -> dict[str, dict[str, Array]]:
         """The factors of an adapter: layer -> factor -> the array itself, in Flame layout."""
         return self.attachments[self._known(name)].parameters
+
+    def set_dropout(
+        self,
+        name: str,
+        *,
+        dropout: float = 0.0,
+        rank_dropout: float = 0.0,
+        rank_dropout_scale: bool = False,
+        module_dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """What an adapter drops in training, of all it drops: what is left out is 0.
+
+        It acts in `forward` and `vjp` that are given a `step`, and in `capture_step`; a captured
+        graph keeps what it was captured with. What each means: see adapters/dropout.py. Raises
+        LycorisError for one that a layer's algorithm does not have.
+        """
+        knobs = Dropout(dropout, rank_dropout, rank_dropout_scale, module_dropout, seed)
+        self.attachments[self._known(name)].dropout = knobs
 
     @_on_device
     def set_parameters(self, name: str, values: Mapping[str, Mapping[str, Array]]) -> None:
@@ -221,6 +240,7 @@ class Engine:
         Inputs: NumPy, CuPy, or anything with __dlpack__, in bf16, f32 or f64. conditions: what the
         attached algorithms read: noise_level (T-LoRA), an array (N,), one a sample, or (1,), from 0
         to 1; ranks (DyLoRA), a pair as `draw_block` gives it. One that none reads is an error.
+        step: the number of a training step, whole or (1,) uint32; only with it is anything dropped.
         """
         arrays = self._inputs(inputs)
         conditions = self._conditions(conditions)

@@ -24,6 +24,7 @@ LEVELS = [
         "tucker",
         "nearest_kron",
         "tape",
+        "philox",
         "plan",
         "tensor_map",
         "io.header",

@@ -9,6 +9,7 @@ from .biased import Biased
 from .boft import BOFT
 from .diag_oft import DiagOFT
 from .dora import DoRA
+from .dropout import Dropout, Dropped
 from .dylora import DyLoRA, draw_block, truncated
 from .factor import Factor
 from .full import Full
@@ -96,6 +97,8 @@ __all__ = [
     "Biased",
     "DiagOFT",
     "DoRA",
+    "Dropout",
+    "Dropped",
     "DyLoRA",
     "Factor",
     "Full",

@@ -50,6 +50,7 @@ class DyLoRA(LoCon):
     marks = ()  # told from a LoCon by the shape of its up, or by metadata
     conditions = ("ranks",)
     decomposable = False
+    drops = ""  # its ranks are drawn already
 
     @classmethod
     def create(cls, shape: LayerShape, rank: int, alpha: float | None = None, **options) -> Adapter:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..adapters import Dropout
 from ..attachment import Attachment
 from ..layers import Layer
 from .matching import match
@@ -32,4 +33,5 @@ def new_attachment(
         for layer, adapter in matching.adapters.items()
     }
     attached = Attachment(made, device, dtype, strength, layers=layers)
+    attached.dropout = Dropout(**recipe.dropout, seed=seed)
     return attached, report_of(name, matching, layers, attached, dtype)

@@ -16,6 +16,7 @@ from .recipe import Recipe
 from .selectors import is_group, meant, nearest
 from .statement import Statement
 
+_LISTED = 8  # names in an error
 _SITS_ON = {
     "norm": "it sits on norms",
     "tlora": "it sits on linear layers and 1x1 convolutions without groups",
@@ -111,8 +112,10 @@ def _require_some(
         return
     text = f"{role}: {selector!r} matches none of the layers"
     if not is_group(selector):
-        close = ", ".join(map(repr, nearest(selector, list(shapes))))
-        text += f"; nearest: {close}"
+        close, names = nearest(selector, list(shapes)), list(shapes)
+        told = ", ".join(map(repr, close or names[:_LISTED]))
+        more = f" and {len(names) - _LISTED} more" if not close and len(names) > _LISTED else ""
+        text += f"; {'nearest' if close else 'they are'}: {told}{more}"
     raise MatchError(text)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..adapters import Dropout, Option
 from ..errors import FileFormatError, LycorisError
 from ..layers import LayerShape
 from ..norms import NormShape
@@ -21,6 +22,12 @@ from .statement import Statement, statements
 
 _DEFAULT = "locon"
 _SELECTION = ("targets", "preset", "exclude", "train_norm", "override")
+_DROPOUT = {
+    "dropout": Option("dropout", "float", 0.0),
+    "rank_dropout": Option("rank_dropout", "float", 0.0),
+    "rank_dropout_scale": Option("rank_dropout_scale", "bool", False),
+    "module_dropout": Option("module_dropout", "float", 0.0),
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Recipe:
     """said: of all layers. targets, exclude: selectors, see `selectors`; by default every layer.
     preset: one of PRESETS, instead of targets. train_norm: put `norm` on the norms among them.
     override: selector -> what is said of those layers alone, over what was said before it.
+    dropout: what `Dropout` takes, of all layers.
     """
 
     said: Statement
@@ -36,6 +44,7 @@ class Recipe:
     preset: str | None = None
     train_norm: bool = False
     override: Mapping[str, Statement] = field(default_factory=dict)
+    dropout: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], where: str = "") -> Recipe:
@@ -100,8 +109,11 @@ class Recipe:
         if algorithm is not None and only is not None and algorithm != only:
             raise LycorisError(f"preset {preset_name!r} is for {only}, not for {algorithm}")
         algorithm = algorithm or only or _DEFAULT
-        rest = {name: value for name, value in own.items() if name not in _SELECTION}
-        said = Statement.from_table({**rest, "algorithm": algorithm}, more=_SELECTION)
+        dropout = {n: option.parsed(own[n]) for n, option in _DROPOUT.items() if n in own}
+        Dropout(**dropout)  # its ranges
+        rest = {n: v for n, v in own.items() if n not in (*_SELECTION, *_DROPOUT)}
+        more = (*_SELECTION, *_DROPOUT)
+        said = Statement.from_table({**rest, "algorithm": algorithm}, more=more)
         override = own.get("override") or {}
         if not isinstance(override, Mapping):
             raise LycorisError(f"override is {override!r}, expected a table of selectors")
@@ -112,11 +124,12 @@ class Recipe:
             preset_name,
             truth("train_norm", own.get("train_norm", False)),
             {known(s): one for s, one in statements(override, algorithm).items()},
+            {name: value for name, value in dropout.items() if value != _DROPOUT[name].default},
         )
 
     def table(self) -> dict[str, Any]:
         """Plain names and values, in the project's words, of which `from_table` makes the same."""
-        out = self.said.table()
+        out = self.said.table() | dict(self.dropout)
         if self.targets is not None:
             out["targets"] = list(self.targets)
         if self.preset is not None:

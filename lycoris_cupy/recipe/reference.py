@@ -116,14 +116,15 @@ def translated(table: Mapping[str, Any], default_alpha: bool = True) -> dict[str
         if name in ("targets", "override") and earlier != key and {key, earlier} <= NAMES.keys():
             # Of U-Net and text encoder, of names and of classes: the union.
             value = before | value if isinstance(before, dict) else [*before, *value]
-        elif before != value:
+        elif before is not value and before != value:
             raise LycorisError(
                 f"{earlier} = {before!r} and {key} = {value!r} say the same thing in two ways: "
                 "keep one"
             )
         said[name] = key, value
     out = {name: value for name, (_, value) in said.items()}
-    if default_alpha and "alpha" not in out and said.get("rank", ("",))[0] in _BRING_ALPHA:
+    brings = "rank" not in table and any(table.get(word) is not None for word in _BRING_ALPHA)
+    if default_alpha and brings and "alpha" not in out:
         out["alpha"] = DEFAULT_ALPHA
     if not truth("enable_conv", table.get("enable_conv", True)):
         out["exclude"] = [*_listed(out.get("exclude", ())), ":conv"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from fnmatch import fnmatchcase
 
 from ..errors import LycorisError
@@ -97,19 +97,25 @@ def meant(selector: str, shapes: Mapping[str, LayerShape]) -> list[str]:
     return [name for name, shape in shapes.items() if matches(selector, name, shape)]
 
 
-def nearest(selector: str, names: Sequence[str], count: int = 3) -> list[str]:
-    """The layers whose names are most like a pattern that matches none; all where they are few."""
-    if len(names) <= count:
-        return list(names)
+def nearest(pattern: str, names: Sequence[str], count: int = 3) -> list[str]:
+    """The layers whose names have the words most like those of a pattern that matches none."""
     # One name of each form: thousands of names differ in numbers alone, and difflib is slow.
-    forms: dict[str, str] = {}
+    forms: dict[str, tuple[str, set[str]]] = {}
     for name in names:
-        forms.setdefault(re.sub(r"\d+", "#", name), name)
-    text = re.sub(r"\d+", "#", re.sub(r"[*?\[\]]+", "", selector)) or selector
-    words = [part for part in text.split(".") if part]
-    scored = [form for form in forms if any(word.strip("#") in form for word in words)]
-    ends = {form.rpartition(".")[2]: form for form in reversed(forms)}
-    close = get_close_matches(text, forms, count, 0.5)
-    close += [ends[end] for end in get_close_matches(words[-1] if words else text, ends, count)]
-    found = list(dict.fromkeys([*close, *get_close_matches(text, scored, count, 0.1)]))
-    return [forms[form] for form in (found or list(forms))[:count]]
+        form = re.sub(r"\d+", "#", name)
+        forms.setdefault(form, (name, set(_words(form))))
+    all_words = {word for _, words in forms.values() for word in words}
+    likeness: list[dict[str, float]] = []
+    for word in _words(re.sub(r"\d+", "#", re.sub(r"[*?\[\]!]+", ".", pattern))):
+        close = get_close_matches(word, all_words, 8, 0.6)
+        likeness.append({one: SequenceMatcher(None, word, one).ratio() for one in close})
+    scores = {
+        name: sum(max([one.get(word, 0.0) for word in words], default=0.0) for one in likeness)
+        for name, words in forms.values()
+    }
+    found = sorted((name for name in scores if scores[name]), key=lambda name: -scores[name])
+    return found[:count]
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[._]", name) if word]

@@ -17,13 +17,6 @@ from ..layers import LayerShape
 from .reference import WORDS, translated
 
 DEFAULT_RANK = 4
-# Drawn at random by what trains; they go to the adapter as they are.
-DROPOUT = {
-    "dropout": Option("dropout", "float", 0.0),
-    "rank_dropout": Option("rank_dropout", "float", 0.0),
-    "rank_dropout_scale": Option("rank_dropout_scale", "bool", False),
-    "module_dropout": Option("module_dropout", "float", 0.0),
-}
 RANK_STABILIZED = ("locon", "loha", "lokr", "glora")  # the algorithms that rs_lora is known for
 _OWN = {
     "rank": Option("rank", "int", None, optional=True),
@@ -33,6 +26,10 @@ _OWN = {
     "rs_lora": Option("rs_lora", "bool", None),
 }
 WORDS_OF_ALL = ("algorithm", *_OWN)
+_HINTS = {
+    "dora": "DoRA stands on locon, loha and lokr",
+    "dylora block_size": "each step draws its block: draw_block",
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Statement:
         algorithm = table.get("algorithm")
         kind_of(str(algorithm if algorithm is not None else of))
         own = str(algorithm or of)
-        known = {**options_of(own), **DROPOUT}
+        known = options_of(own)
         options = {}
         for name, value in table.items():
             if name in WORDS_OF_ALL:
@@ -91,7 +88,7 @@ class Statement:
         """
         kept = dict(earlier.options)
         if self.algorithm not in (None, earlier.algorithm):
-            kept = {n: v for n, v in kept.items() if n in _known(str(self.algorithm))}
+            kept = {n: v for n, v in kept.items() if n in options_of(str(self.algorithm))}
         said = {name: getattr(self, name) for name in WORDS_OF_ALL}
         if self.rank is not None:
             said["conv_rank"] = self.conv_rank or self.rank
@@ -101,9 +98,8 @@ class Statement:
         return replace(earlier, **said, options={**kept, **self.options})
 
     def only(self, algorithm: str) -> Statement:
-        """The same for another algorithm, with what stands around any algorithm alone."""
-        around = {n: v for n, v in self.options.items() if n in DROPOUT}
-        return replace(self, algorithm=algorithm, options=around)
+        """The same for another algorithm, without options: they are those of this one."""
+        return replace(self, algorithm=algorithm, options={})
 
     def settings(self, shape: LayerShape) -> Settings:
         """For a layer of this shape. A kernel is over space if any of its extents is above 1; there
@@ -120,8 +116,6 @@ class Statement:
         options = dict(self.options)
         if not spatial and options.get("tucker"):
             del options["tucker"]
-        defaults = {name: option.default for name, option in DROPOUT.items()}
-        options = {n: v for n, v in options.items() if n not in DROPOUT or v != defaults[n]}
         return Settings(algorithm, rank, alpha, options)
 
     @property
@@ -149,10 +143,6 @@ class Statement:
             )
 
 
-def _known(algorithm: str) -> set[str]:
-    return {*options_of(algorithm), *DROPOUT}
-
-
 def _says_nothing(name: str, value: Any) -> bool:
     """Whether it is another algorithm's option at its default: forms that are filled in by programs
     hold those of all algorithms.
@@ -168,14 +158,15 @@ def _says_nothing(name: str, value: Any) -> bool:
 
 
 def _unknown(name: str, algorithm: str, known: tuple[str, ...]) -> str:
+    others = {option: kind for kind in ALGORITHMS for option in options_of(kind)}
     where = [other for other in ALGORITHMS if name in options_of(other)]
-    hint = ""
-    if name == "dora":
-        hint = " (DoRA stands on locon, loha and lokr)"
-    elif where:
-        hint = f" (it is one of {', '.join(where)})"
-    elif near := get_close_matches(name, (*known, *WORDS), 1):
-        hint = f": did you mean {near[0]!r}?"
+    hint = _HINTS.get(name if name == "dora" else f"{algorithm} {name}", "")
+    if not hint and where:
+        hint = f"it is one of {', '.join(where)}"
+    elif not hint and (near := get_close_matches(name, (*known, *WORDS, *others), 1)):
+        of = "" if near[0] in (*known, *WORDS) else f" of {others[near[0]]}"
+        hint = f"nearest: {near[0]!r}{of}"
+    hint = f" ({hint})" if hint else ""
     names = ", ".join(dict.fromkeys(known))
     return f"{algorithm} has no option {name!r}{hint}; known are {names}, and LyCORIS's own names"
 
