@@ -168,10 +168,11 @@ class Engine:
 
         recipe: one of ALGORITHMS, with what else a recipe says: targets, fnmatch patterns of names
         and groups such as ':attention', by default all layers; rank, by default 4; alpha, by
-        default the rank, so that the scale is 1; and options such as conv_rank, exclude, preset,
-        override, tucker, factor, dora, those of `set_dropout` with this seed, or LyCORIS's names for
-        them (see `Recipe`). Or a Recipe or its table, which says all. The report is a sequence of the names of the layers that got an
-        adapter; `text()` has the rest. A pattern that brings no layer is an error.
+        default the rank, so that the scale is 1; options such as conv_rank, exclude, preset,
+        override, tucker, factor, dora, or LyCORIS's names for them (see `Recipe`); those of
+        `set_dropout`, with this seed. Or a Recipe or its table, which says all. The report is a
+        sequence of the names of the layers that got an adapter; `text()` has the rest. A pattern
+        that brings no layer is an error.
         """
         self._require_new(name)
         wanted = Recipe.of(recipe, targets, {"rank": rank, "alpha": alpha} | options)

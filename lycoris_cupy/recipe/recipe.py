@@ -111,8 +111,8 @@ class Recipe:
         algorithm = algorithm or only or _DEFAULT
         dropout = {n: option.parsed(own[n]) for n, option in _DROPOUT.items() if n in own}
         Dropout(**dropout)  # its ranges
-        rest = {n: v for n, v in own.items() if n not in (*_SELECTION, *_DROPOUT)}
         more = (*_SELECTION, *_DROPOUT)
+        rest = {name: value for name, value in own.items() if name not in more}
         said = Statement.from_table({**rest, "algorithm": algorithm}, more=more)
         override = own.get("override") or {}
         if not isinstance(override, Mapping):
@@ -123,7 +123,7 @@ class Recipe:
             _selectors("exclude", own.get("exclude") or ()),
             preset_name,
             truth("train_norm", own.get("train_norm", False)),
-            {known(s): one for s, one in statements(override, algorithm).items()},
+            {known(s): one for s, one in statements(override, algorithm, more).items()},
             {name: value for name, value in dropout.items() if value != _DROPOUT[name].default},
         )
 

@@ -183,7 +183,7 @@ def _table(rows: tuple[AddedLayer, ...], full: bool) -> list[str]:
     for row in rows:
         key = (row.layer if full else _form(row.layer), *row[1:])
         groups.setdefault(key, []).append(row)
-    head = ["layer", "", "shape", "algorithm", "rank", "alpha", "scale", "parameters", "of its own"]
+    head = ["layer", "", "shape", "algorithm", "rank", "alpha", "scale", "parameters", "share"]
     cells = [head]
     for (form, *_), equal in groups.items():
         one, count = equal[0], len(equal)
@@ -204,7 +204,7 @@ def _table(rows: tuple[AddedLayer, ...], full: bool) -> list[str]:
     cells = cells[: len(cells) - more]
     columns = [c for c in zip(*cells, strict=True) if any(c[1:])]
     widths = [max(map(len, column)) for column in columns]
-    numbers = {"rank", "alpha", "scale", "parameters", "of its own"}
+    numbers = {"rank", "alpha", "scale", "parameters", "share"}
     lines = []
     for line in zip(*columns, strict=True):
         padded = [

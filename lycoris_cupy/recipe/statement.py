@@ -171,14 +171,23 @@ def _unknown(name: str, algorithm: str, known: tuple[str, ...]) -> str:
     return f"{algorithm} has no option {name!r}{hint}; known are {names}, and LyCORIS's own names"
 
 
-def statements(table: Mapping[str, Any], of: str) -> dict[str, Statement]:
-    """selector -> Statement, of an `override`. Raises LycorisError that names the selector."""
+def statements(
+    table: Mapping[str, Any], of: str, outside: tuple[str, ...] = ()
+) -> dict[str, Statement]:
+    """selector -> Statement, of an `override`. outside: names that are said of all layers alone.
+
+    Raises LycorisError that names the selector.
+    """
     out = {}
     for selector, said in table.items():
-        if not isinstance(said, Mapping):
-            raise LycorisError(f"override of {selector!r} is {said!r}, expected a table")
         try:
-            out[selector] = Statement.from_table(translated(said, default_alpha=False), of)
+            if not isinstance(said, Mapping):
+                raise LycorisError(f"it is {said!r}, expected a table")
+            own = translated(said, default_alpha=False)
+            for name in outside:
+                if name in own:
+                    raise LycorisError(f"{name} is said of all layers: put it beside override")
+            out[selector] = Statement.from_table(own, of)
         except LycorisError as error:
             raise type(error)(f"override of {selector!r}: {error}") from None
     return out
