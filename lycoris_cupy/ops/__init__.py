@@ -2,6 +2,7 @@
 
 from .cayley import cayley, rotation_columns
 from .columns import column_sum, expand_rows
+from .dropout import Draw, dropout, kept_gain
 from .elementwise import add, cast, multiply, prelu, scale
 from .extended import Pending, extended, pending, ready
 from .hadamard import face_split, hadamard_weight
@@ -22,6 +23,7 @@ from .turn import turn_blocks
 from .window import Window
 
 __all__ = [
+    "Draw",
     "Window",
     "add",
     "cast",
@@ -30,6 +32,7 @@ __all__ = [
     "cayley_series",
     "column_sum",
     "convolution",
+    "dropout",
     "Pending",
     "expand_rows",
     "extended",
@@ -39,6 +42,7 @@ __all__ = [
     "hadamard_weight",
     "join_columns",
     "interleave",
+    "kept_gain",
     "kron_square",
     "kron_weight",
     "layer_norm",
