@@ -53,10 +53,11 @@ def require_finite_step(
     for what, i, x in arrays:
         if not _finite(x):
             raise NonFiniteError(number, f"{what} {i} of the batch", "repair the data")
-    for piece_inputs, piece_targets in step.pieces(inputs, targets):
-        engine = step.engine
-        _require_finite_outputs(engine, number, piece_inputs)
-        y, pullback = engine.vjp(*piece_inputs)
+    engine = step.engine
+    for i, (piece_inputs, piece_targets) in enumerate(step.pieces(inputs, targets)):
+        drawn = {"step": step.draw(i)}  # so that the same is dropped
+        _require_finite_outputs(engine, number, piece_inputs, drawn)
+        y, pullback = engine.vjp(*piece_inputs, **drawn)
         moved = [to_device(t, engine.device) for t in piece_targets]
         value, dy = step.loss(y, *moved)
         for what, array in (("the loss", value), ("the gradient of the loss", dy)):
@@ -90,7 +91,9 @@ def raise_cause(step: Step, source: Batches, begin: int, kept: tuple, bad: int) 
     require_finite_step(step, bad, *source(bad))
 
 
-def _require_finite_outputs(engine: Engine, number: int, inputs: Sequence[Array]) -> None:
+def _require_finite_outputs(
+    engine: Engine, number: int, inputs: Sequence[Array], drawn: dict[str, int]
+) -> None:
     topology, advice = engine.topology, "lower the learning rate, or clip the gradient"
 
     def watched(call, *arrays):
@@ -107,7 +110,7 @@ def _require_finite_outputs(engine: Engine, number: int, inputs: Sequence[Array]
 
     engine.topology = watched
     try:
-        engine.forward(*inputs)
+        engine.forward(*inputs, **drawn)
     finally:
         engine.topology = topology
 
