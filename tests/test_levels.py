@@ -37,7 +37,7 @@ LEVELS = [
     },
     {"gemm"},
     {"ops"},
-    {"layers"},
+    {"layers", "losses"},
     {"norms"},
     {"adapters"},
     {
