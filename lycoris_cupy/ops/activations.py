@@ -95,14 +95,10 @@ def _activation(name: str, value, slope) -> Primitive:
 
         return pull
 
-    return Primitive(
-        name, lambda x: like(value(wide(x)), x), lambda x: _launch(name, x), vjp
-    )
+    return Primitive(name, lambda x: like(value(wide(x)), x), lambda x: _launch(name, x), vjp)
 
 
 _silu = _activation("silu", lambda v: v * _sigmoid(v), _silu_slope)
 _gelu = _activation("gelu", lambda v: v * normal_below(v)[0], _gelu_slope)
-_gelu_tanh = _activation(
-    "gelu_tanh", lambda v: v * _sigmoid(_tanh_inner(v)[0]), _gelu_tanh_slope
-)
+_gelu_tanh = _activation("gelu_tanh", lambda v: v * _sigmoid(_tanh_inner(v)[0]), _gelu_tanh_slope)
 _relu = _activation("relu", lambda v: np.maximum(v, 0), lambda v: (v > 0).astype(v.dtype))

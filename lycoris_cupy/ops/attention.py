@@ -7,7 +7,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..arrays import Array, like, on_gpu, require_axes, require_float, require_same, wide, wide_dtype
+from ..arrays import (
+    Array,
+    like,
+    on_gpu,
+    require_axes,
+    require_float,
+    require_same,
+    wide,
+    wide_dtype,
+)
 from ..errors import DtypeError, LycorisError, ShapeError
 from ..tape import Primitive, Var, value_of
 from .attention_gpu import attention_gpu, attention_pull_gpu
@@ -88,7 +97,7 @@ def _checked_mask(mask, full, q):
 def _blocks(q, k):
     """Slices of (heads of all samples, queries) whose scores are a few MiB."""
     heads, queries, keys = q.shape[0], q.shape[1], k.shape[1]
-    rows = min(queries, max(_SCORES // max(keys, 1), 1))
+    rows = max(min(queries, _SCORES // max(keys, 1)), 1)
     together = max(_SCORES // max(rows * keys, 1), 1)
     for first in range(0, heads, together):
         for start in range(0, queries, rows):

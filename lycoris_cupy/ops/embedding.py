@@ -91,9 +91,7 @@ def _dtable_gpu(g, indices, shape):
     partial = cupy.empty((chunks, 2, columns), kept)
     grid, numbers = (chunks, (columns + 255) // 256), (count, rows, columns)
     kernel("embedding.cu", "embedding_d", g.dtype)(grid, (256,), g, order, partial, out, *numbers)
-    kernel("embedding.cu", "embedding_joined", g.dtype)(
-        grid, (256,), order, partial, out, *numbers
-    )
+    kernel("embedding.cu", "embedding_joined", g.dtype)(grid, (256,), order, partial, out, *numbers)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Operations that only move values: reshape, transpose, tap_diagonal, pixel_shuffle and its inverse,
+"""Operations that only move values: reshape, transpose, tap_diagonal, pixel_shuffle and back,
 resize_nearest. Bits are untouched.
 
 On the GPU a copy runs on the array seen as unsigned integers, so that no dtype support is asked of
