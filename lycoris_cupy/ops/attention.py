@@ -139,7 +139,7 @@ def _flat_mask(mask, q):
 
 def _attention_cpu(q, k, v, mask, *, setting, kept):
     a, b, c, m = _flat(q), _flat(k), _flat(v), _flat_mask(mask, q)
-    out = np.empty((*a.shape[:2], c.shape[2]), a.dtype)
+    out = np.empty((a.shape[0], a.shape[1], c.shape[-1]), a.dtype)
     for own, rows in _blocks(a, b):
         out[own, rows] = np.matmul(_probabilities(a, b, m, setting, own, rows), c[own])
     return like(out, q).reshape(*q.shape[:3], v.shape[3])

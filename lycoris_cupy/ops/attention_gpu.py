@@ -43,8 +43,8 @@ def _mask_arrays(mask: Array | None) -> tuple:
 
     if mask is None:
         return None, None
-    mask = cupy.ascontiguousarray(mask)
-    return (None, mask.view("u1")) if mask.dtype == bool else (mask, None)
+    dense: Array = cupy.ascontiguousarray(mask)
+    return (None, dense.view("u1")) if dense.dtype == bool else (dense, None)
 
 
 def _launch(op, width, tiles, grid, arrays, q, k, mask, setting):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 from numpy.polynomial.chebyshev import chebinterpolate, chebval
@@ -47,7 +48,7 @@ def _series(itemsize: int) -> np.ndarray:
     """The coefficients, from math.erfc at the Chebyshev nodes; as many as the dtype has use for."""
     least = _least()
 
-    def scaled(places):
+    def scaled(places) -> Any:
         z = [2 / (least + (1 - least) * (p + 1) / 2) - 2 for p in places]
         return np.array([math.exp(v * v) * math.erfc(v) for v in z])
 
