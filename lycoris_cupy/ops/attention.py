@@ -121,9 +121,9 @@ def _probabilities(q, k, mask, setting, own, rows):
     return softmax_rows(scores)
 
 
-def _flat(x):
+def _flat(x) -> Array:
     """(N, heads, length, width) as (N * heads, length, width), wide."""
-    return wide(x).reshape(-1, *x.shape[2:]) if x.size else wide(x).reshape(_merged(x))
+    return wide(x).reshape(_merged(x))
 
 
 def _merged(x):
