@@ -25,6 +25,7 @@ from .arrays import (
     bf16,
     device_context,
     dtype_of,
+    is_index,
     require_float,
     resolve_device,
     to_device,
@@ -238,9 +239,10 @@ class Engine:
     def forward(self, *inputs: Array, **conditions) -> Any:
         """The network's output, on the engine's device.
 
-        Inputs: NumPy, CuPy, or anything with __dlpack__, in bf16, f32 or f64. conditions: what the
-        attached algorithms read: noise_level (T-LoRA), an array (N,), one a sample, or (1,), from 0
-        to 1; ranks (DyLoRA), a pair as `draw_block` gives it. One that none reads is an error.
+        Inputs: NumPy, CuPy, or anything with __dlpack__, in bf16, f32 or f64; whole numbers and
+        booleans (tokens, masks) reach the topology as they are. conditions: what the attached
+        algorithms read: noise_level (T-LoRA), an array (N,), one a sample, or (1,), from 0 to 1;
+        ranks (DyLoRA), a pair as `draw_block` gives it. One that none reads is an error.
         step: the number of a training step, whole or (1,) uint32; only with it is anything dropped.
         """
         arrays = self._inputs(inputs)
@@ -252,9 +254,10 @@ class Engine:
     def vjp(self, *inputs: Array, **conditions) -> tuple[Any, Callable[[Array], tuple[Any, dict]]]:
         """(y, pullback): pullback(dy) gives (dx, grads), the gradients of <dy, y>, once.
 
-        dx has the engine's dtype, one array an input (a tuple if there are several). grads: adapter
-        -> layer -> factor -> array in Flame layout, f32 (f64 in an f64 engine), unscaled by any
-        loss: to sit inside somebody else's backward pass. conditions: as for `forward`.
+        dx has the engine's dtype, one array an input (a tuple if there are several), None for one
+        of whole numbers or booleans. grads: adapter -> layer -> factor -> array in Flame layout,
+        f32 (f64 in an f64 engine), unscaled by any loss: to sit inside somebody else's backward
+        pass. conditions: as for `forward`.
         """
         conditions = self._conditions(conditions)
 
@@ -373,6 +376,9 @@ class Engine:
                     "the engine makes its own tape: give plain arrays, and use vjp for gradients"
                 )
             x = to_device(x, self.device)
+            if dtype is None and is_index(x):
+                out.append(x)  # tokens, masks
+                continue
             require_float(x, f"input {i}")
             out.append(cast(x, dtype or self.dtype))
         return out

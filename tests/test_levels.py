@@ -38,7 +38,7 @@ LEVELS = [
     },
     {"gemm"},
     {"ops"},
-    {"layers"},
+    {"layers", "losses"},
     {"norms"},
     {"adapters"},
     {
