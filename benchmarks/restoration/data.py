@@ -1,9 +1,10 @@
-"""What is trained on and what is tested: made on the host before any clock runs, the same arrays for
-every side.
+"""What is trained on and what is tested: made on the host before any clock runs, the same arrays
+for every side.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,21 +37,25 @@ class Task:
         """(damaged, original) pairs: (P, S, S, 3) bf16, so that no side rounds what another keeps,
         and (P, 2S, 2S, 3) f32.
         """
-        return self._pairs([seed, 2], min(self.batches, self.steps))
+        return _pairs(self.patches, self.patch, (seed, 2), min(self.batches, self.steps))
 
     def validation(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Pairs from the training photographs that no step sees."""
-        return self._pairs([VALIDATION_SEED, 2], VALIDATED)
+        return _pairs(self.patches, self.patch, (VALIDATION_SEED, 2), VALIDATED)
 
-    def _pairs(self, seed: list[int], count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        rng, photographs = np.random.default_rng(seed), training_photographs()
-        pairs = (batch(photographs, self.patches, self.patch, rng) for _ in range(count))
-        return [(low.astype(bf16), original) for low, original in pairs]
+
+@functools.cache
+def _pairs(patches: int, patch: int, seed: tuple[int, ...], count: int) -> list:
+    rng, photographs = np.random.default_rng(seed), training_photographs()
+    pairs = (batch(photographs, patches, patch, rng) for _ in range(count))
+    return [(low.astype(bf16), original) for low, original in pairs]
 
 
 def decibels(network, pictures: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     """Photograph -> PSNR, dB. network: anything with `forward((1, H, W, 3)) -> (1, 2H, 2W, 3)`."""
-    return {name: psnr(upscale(network, low), original) for name, (low, original) in pictures.items()}
+    return {
+        name: psnr(upscale(network, low), original) for name, (low, original) in pictures.items()
+    }
 
 
 def mean_squared_error(network, pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:

@@ -21,14 +21,14 @@ class Method:
     options: dict = field(default_factory=dict)
 
     def on(self, base: Engine, seed: int) -> Engine:
-        """An engine of the same layers with this adapter, named ADAPTER, that changes nothing yet."""
+        """An engine of the same layers with a new ADAPTER, which changes nothing yet."""
         engine = Engine(base.layers, base.topology, device=base.device, dtype=base.dtype)
         engine.add(ADAPTER, self.algorithm, seed=seed, **self.options)
         return engine
 
 
-# Full trains every weight and every bias of the network's convolutions from where they are, which is
-# full fine-tuning of them; only the 1088 slopes of its PReLUs stay.
+# Full trains every weight and bias of the network's convolutions from where they are, which is full
+# fine-tuning of them; only the 1088 slopes of its PReLUs stay.
 METHODS = {
     "LoCon": Method("locon", 4e-3, {"rank": 8}),
     "LoCon Tucker": Method("locon", 4e-3, {"rank": 16, "tucker": True}),

@@ -1,4 +1,4 @@
-"""The demo's network in torch, and lycoris-lora's modules on it, started from the project's factors."""
+"""The demo's network in torch, and lycoris-lora's modules on it, with the project's factors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .methods import ADAPTER, Method
 
 
 class TorchNetwork(nn.Module):
-    """(N, H, W, 3) -> (N, 2H, 2W, 3): the nodes in their order, what follows the last convolution in
-    f32, as the project runs them. Inside, channels are last in memory.
+    """(N, H, W, 3) -> (N, 2H, 2W, 3): the nodes in their order, as the project runs them, what
+    follows the last convolution in f32. Inside, channels are last in memory.
     """
 
     def __init__(self, network: Network):
@@ -70,8 +70,10 @@ def adapted(network: TorchNetwork, method: Method, engine: Engine, bypass: bool)
     are trained, f32. bypass: whether changes are applied beside a layer, or added to its weight.
     ValueError where lycoris-lora makes other layers or factors of the same options.
     """
-    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
     from lycoris import create_lycoris
+    from lycoris.logging import logger
+
+    logger.setLevel(logging.ERROR)  # it tells of every module, and of kinds that a network lacks
 
     device = next(network.parameters()).device
     network.requires_grad_(False)

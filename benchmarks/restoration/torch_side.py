@@ -2,8 +2,8 @@
 
 python -m benchmarks.restoration.torch_side --task TASK.json [--seconds S]
 
-TASK.json is what `benchmarks.restoration` was asked for. {"section": "runs", ...} is a training with
-one seed, {"section": "timings", ...} a way to run a step; either may have "error" instead.
+TASK.json is what `benchmarks.restoration` was asked for. {"section": "runs", ...} is a training
+with one seed, {"section": "timings", ...} a way to run a step; either may have "error" instead.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lycoris_cupy.arrays import DTYPES
@@ -34,7 +35,10 @@ from .torch_network import TorchNetwork, adapted, tensor
 from .torch_training import Trainer
 
 TORCH = "torch"
-WAYS = {"rebuild": False, "bypass": True}  # how lycoris-lora runs a change: in the weight, or beside
+WAYS = {
+    "rebuild": False,
+    "bypass": True,
+}  # how lycoris-lora runs a change: in the weight, or beside
 MODES = ("eager", "graph", "compiled")
 WALL_SECONDS = 0.5
 
@@ -68,7 +72,9 @@ class Worker:
     def rows(self) -> Iterator[dict]:
         """Each method's times, which need a second or two, then its trainings."""
         for name in [*self.told["methods"], FINE_TUNING]:
-            for way in WAYS if name in METHODS and METHODS[name].algorithm != "full" else ["rebuild"]:
+            for way in (
+                WAYS if name in METHODS and METHODS[name].algorithm != "full" else ["rebuild"]
+            ):
                 for mode in self.told["modes"]:
                     row = {"section": "timings", "method": name, "way": way, "mode": mode}
                     yield self._tried(row, functools.partial(self._timed, name, way, mode))
@@ -89,7 +95,9 @@ class Worker:
             traceback.print_exc()
         return {**row, "seconds": time.monotonic() - start}
 
-    def trainer(self, name: str, seed: int, way: str = "rebuild", compiled: bool = False) -> Trainer:
+    def trainer(
+        self, name: str, seed: int, way: str = "rebuild", compiled: bool = False
+    ) -> Trainer:
         """A new network with the method on it, before its first step."""
         network = TorchNetwork(self.network).to(self.device)
         if name == FINE_TUNING:
@@ -103,16 +111,15 @@ class Worker:
         rates = cosine(rate, self.task.steps, self.task.warmup)
         return Trainer(run, trained.parameters(), rates, self.device, self.dtype)
 
-    def pairs(self, seed: int, count: int | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches of a seed on the device, f32."""
-        pairs = self.task.training(seed)[:count]
+    def moved(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[torch.Tensor, ...]]:
+        """Batches on the device, f32."""
         return [tuple(tensor(a).float().to(self.device) for a in pair) for pair in pairs]
 
     def _timed(self, name: str, way: str, mode: str) -> dict:
         if mode == "compiled":
             torch._dynamo.reset()
         trainer = self.trainer(name, 0, way, mode == "compiled")
-        (low, original), (other, of_other) = self.pairs(0, 2)
+        (low, original), (other, of_other) = self.moved(self.task.training(0)[:2])
         run = functools.partial(trainer.step, other, of_other)
         if self.device == "cpu":
             return {"device": "cpu", "wall_us": _wall_us(run, self.device)}
@@ -128,7 +135,7 @@ class Worker:
         return {**row, "steps_per_second": 1e6 / row["wall_us"]}
 
     def _trained(self, name: str, seed: int) -> dict:
-        trainer, pairs = self.trainer(name, seed), self.pairs(seed)
+        trainer, pairs = self.trainer(name, seed), self.moved(self.task.training(seed))
         row: dict = {"mode": "eager"}
         if self.device != "cpu":
             try:

@@ -1,4 +1,4 @@
-"""A training step in torch: forward, mean squared error, backward and AdamW; eager, or one CUDA graph.
+"""A training step in torch: forward, mean squared error, backward, AdamW; eager or a CUDA graph.
 
 bf16 is torch.autocast over f32 weights and f32 trained parameters, which is how trainers around
 lycoris-lora run it; f32 is everything in f32.
@@ -51,7 +51,7 @@ class Trainer:
         return y.float().cpu().numpy()
 
     def input(self, low: np.ndarray) -> torch.Tensor:
-        """On the device, f32: `autocast` rounds what it wants to, and bf16 values stay as they are."""
+        """On the device, f32: bf16 values stay as they are under autocast."""
         return tensor(low).float().to(self.device)
 
     def step(self, low: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
@@ -73,8 +73,8 @@ class Trainer:
         return loss.detach()
 
     def capture(self, low: torch.Tensor, original: torch.Tensor) -> None:
-        """Make every later step a replay of one CUDA graph. RuntimeError, with the reason, where the
-        step waits for the device and so cannot be captured; it then stays as it was.
+        """Make every later step a replay of one CUDA graph. RuntimeError, with the reason, where
+        the step waits for the device and so cannot be captured; it then stays as it was.
         """
         before = [p.detach().clone() for p in self.trained]
         try:

@@ -1,8 +1,8 @@
 """Photographs that scikit-image's wheel brings, and the damage that the network is taught to undo.
 
 Pictures are (H, W, 3) f32 in [0, 1]. Low resolution is the mean of 2 x 2 pixels; then every second
-row is darkened, as the scan lines of a screen are, and salt-and-pepper noise is added: each pixel of
-low resolution is, with probability SPOTS, replaced in all three channels by black or by white.
+row is darkened, as the scan lines of a screen are, and salt-and-pepper noise comes over it: each
+pixel of low resolution is, with probability SPOTS, replaced in all channels by black or by white.
 """
 
 from __future__ import annotations
