@@ -37,7 +37,7 @@ def main() -> int:
     add(
         "--torch-modes",
         default="eager,graph",
-        help="ways to time its step, of eager,graph,compiled (eager,graph); compiling takes minutes",
+        help="ways to time its step, of eager,graph,compiled (eager,graph); compiling is slow",
     )
     add(
         "--torch-backend",

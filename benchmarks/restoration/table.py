@@ -138,14 +138,13 @@ def _steps(key: str):
     return values
 
 
+_EACH = len(METHODS)
 TARGETS = [
-    Target("gain on held-out photographs, dB", GAIN, None, _gains, SEEDS * len(METHODS), most=False),
-    Target(
-        "distance of the mean final losses over the spread of seeds", 1, None, _losses, len(METHODS)
-    ),
-    Target("GPU step over torch's fastest, device time", 1, None, _steps("device_us"), len(METHODS)),
-    Target("GPU step over torch's fastest, wall time", 1, None, _steps("wall_us"), len(METHODS)),
-]  # fmt: skip
+    Target("gain on held-out photographs, dB", GAIN, None, _gains, SEEDS * _EACH, most=False),
+    Target("distance of mean final losses over the seeds' spread", 1, None, _losses, _EACH),
+    Target("GPU step over torch's fastest, device time", 1, None, _steps("device_us"), _EACH),
+    Target("GPU step over torch's fastest, wall time", 1, None, _steps("wall_us"), _EACH),
+]
 
 
 def head(data: dict) -> str:
