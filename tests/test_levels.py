@@ -71,6 +71,7 @@ LEVELS = [
     {"conditions", "gradients", "merged"},
     {"engine"},
     {""},  # the package itself
+    {"train"},
     {"demo"},
     {"cli"},
     {"__main__"},
