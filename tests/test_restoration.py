@@ -21,20 +21,21 @@ needs_extra = pytest.mark.skipif(not installed, reason="the extra demo is not in
 needs_torch = pytest.mark.skipif(
     not (find_spec("torch") and find_spec("lycoris")), reason="the extra peer is not installed"
 )
+NONE = ("Full", "bypass")  # which lycoris-lora does not have
 TASK = {"steps": 4, "patches": 2, "patch": 12, "batches": 3}
 
 
 @needs_extra
 @needs_torch
 @pytest.mark.filterwarnings("default")  # of torch and lycoris-lora
-@pytest.mark.parametrize("way", ["rebuild", "bypass"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name, way",
+    [(name, way) for name in METHODS for way in ("rebuild", "bypass") if (name, way) != NONE],
+)
 def test_torch_takes_the_same_steps(name, way):
     """From the same factors on the same batches in f32: losses and what was learned are equal up to
     rounding, so that curves on a GPU can be compared.
     """
-    if (name, way) == ("Full", "bypass"):
-        pytest.skip("lycoris-lora has no bypass for Full")
     from benchmarks.restoration.data import Task, mean_squared_error
     from benchmarks.restoration.methods import ADAPTER
     from benchmarks.restoration.ours import optimizer_of
@@ -100,8 +101,8 @@ def test_the_command_trains_times_and_writes(tmp_path, monkeypatch, capsys):
     out = tmp_path / "new"
     done = call(monkeypatch, "--out", out, "--algorithms", "LoCon,Full", "--seeds", 2, *words)
     printed = capsys.readouterr().out
-    assert done == 1  # two steps do not gain 3 dB, and that is said
-    assert "| gain on held-out photographs, dB | 3.00 |" in printed and "MISSED" in printed
+    assert done == 0, printed
+    assert "| gain on held-out photographs, dB | 3.00 |  | " in printed
     data = json.loads((out / "restoration.json").read_text())
     runs = [(row["method"], row["seed"], len(row["losses"])) for row in data["runs"]]
     assert runs == [("LoCon", 0, 2), ("Full", 0, 2), ("LoCon", 1, 2), ("Full", 1, 2)]
@@ -201,7 +202,7 @@ def measured(**changes):
                     {**row, "device": "cuda", "mode": "graph", "device_us": us, "wall_us": us + 9},
                     {**row, "device": "cpu", "mode": "eager", "wall_us": 5e5},
                 ]
-    data["runs"].append({"side": "torch", "method": "LoCon", "seed": 3, "error": "no"})
+    data["runs"].append({**data["runs"][-1], "method": "LoCon", "error": "no"})
     return data
 
 

@@ -7,18 +7,15 @@ import statistics
 import time
 from pathlib import Path
 
-from lycoris_cupy.train import fit
-
 from lycoris_cupy.arrays import to_device
 from lycoris_cupy.demo.training import squared_error
 from lycoris_cupy.engine import Engine
 from lycoris_cupy.optim import AdamW, cosine
+from lycoris_cupy.train import fit
 
 from ..timing import device_us, wall_us
 from .data import Task, decibels, mean_squared_error
 from .methods import ADAPTER, Method
-
-OURS = "lycoris_cupy"
 
 
 class OnHost:
@@ -53,7 +50,6 @@ def trained(base: Engine, method: Method, seed: int, task: Task, log_every: int)
     )
     seconds = time.perf_counter() - start
     return engine, {
-        "side": OURS,
         "mode": "graph" if base.device != "cpu" else "eager",
         "losses": [line["loss"] for line in result.lines],
         "train_seconds": seconds,
@@ -89,7 +85,7 @@ def timed(base: Engine, method: Method, task: Task, repeats: int) -> dict:
     optimizer = optimizer_of(engine, method, task)
     step = engine.capture_step(ADAPTER, squared_error, optimizer, *first[:1], targets=first[1:])
     run = functools.partial(step, *second)
-    row = {"side": OURS, "way": "", "mode": "graph" if base.device != "cpu" else "eager"}
+    row = {"way": "", "mode": "graph" if base.device != "cpu" else "eager"}
     if base.device == "cpu":
         run()
         spent = []

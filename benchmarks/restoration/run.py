@@ -31,7 +31,7 @@ from ..results import Results
 from .data import Task, decibels
 from .methods import METHODS
 from .ours import file_bytes, tested, timed, trained
-from .table import TARGETS, page
+from .table import OURS, TARGETS, page
 
 SECTIONS = ("runs", "timings")
 READINGS = 50  # of the loss, a training
@@ -124,14 +124,14 @@ def _ours(session: Session) -> dict:
                     row["file_bytes"] = file_bytes(engine, path, steps=str(session.task.steps))
                 return row
 
-            session.add("runs", {"method": name, "seed": seed}, run)
+            session.add("runs", {"side": OURS, "method": name, "seed": seed}, run)
     bases = [session.base] if session.base.device != "cpu" else []
     bases += [build_engine(session.network, "cpu")] if options.cpu_steps else []
     for base in bases:
         for name in session.chosen:
             session.add(
                 "timings",
-                {"method": name},
+                {"side": OURS, "method": name},
                 lambda base=base, name=name: timed(
                     base, METHODS[name], session.task, options.cpu_steps
                 ),
@@ -182,7 +182,7 @@ def _torch(session: Session) -> None:
 
 def told(section: str, row: dict) -> str:
     """A result in a line."""
-    words = [row.get("side", "lycoris_cupy"), row["method"]]
+    words = [row["side"], row["method"]]
     words += [str(row[key]) for key in ("way", "mode") if row.get(key)]
     if "error" in row:
         return f"{' '.join(words)}: {row['error']}"
