@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
         raise LycorisError("--gpus and --device both say where to train: keep one")
     config = read_configuration(args.config)
     if args.steps is not None:
+        if args.steps < 1:
+            raise LycorisError(f"--steps is {args.steps}, expected at least 1")
         config["train"]["steps"] = args.steps
     if args.dry_run:
         device = "cuda:0" if args.gpus else args.device
