@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from lycoris_cupy import losses
-from lycoris_cupy.arrays import gpu_missing
 from lycoris_cupy.cli import main, train_config
 from lycoris_cupy.demo.extra import PACKAGES, find_spec
 from lycoris_cupy.optim import AdamW, cosine, rate_factors
 from lycoris_cupy.train import fit, read_log, read_state
+from tests.test_parallel import missing
 from tests.training import batch, factors, student
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +26,7 @@ DEMO = pytest.mark.skipif(
 NETWORK = '''
 import numpy as np
 from lycoris_cupy import Conv2d, Engine, Linear
+from tests.test_parallel import missing
 from tests.training import TEACHER, batch, squared_error, student
 
 
@@ -351,16 +352,8 @@ def test_interrupted_and_resumed(here):
     )
 
 
-def two_gpus():
-    if gpu_missing():
-        return False
-    import cupy
-
-    return cupy.cuda.runtime.getDeviceCount() >= 2
-
-
 @pytest.mark.gpu
-@pytest.mark.skipif(not two_gpus(), reason="GPU row: two GPUs are needed")
+@pytest.mark.skipif(bool(missing(2)), reason=f"GPU row: {missing(2)}")
 def test_two_gpus_are_one(here):
     change(
         here,

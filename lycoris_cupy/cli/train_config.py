@@ -32,7 +32,7 @@ class _Key(NamedTuple):
     expected: str
 
 
-def _number(at_least: float | None = 0.0, default: Any = None, below: float | None = None) -> _Key:
+def _number(at_least: float = 0.0, default: Any = None, below: float | None = None) -> _Key:
     def fits(value: Any) -> bool:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return number and at_least <= value < (float("inf") if below is None else below)

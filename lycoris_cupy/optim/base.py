@@ -116,7 +116,7 @@ class Optimizer:
         return self._clock
 
     def measure_norm(self) -> None:
-        """From now on every step leaves the gradients' norm in `grad_norm`, as one with `clip` does."""
+        """From now on every step leaves the gradients' norm in `grad_norm`, as with `clip`."""
         self._measured = True
 
     def snapshot(self) -> tuple:

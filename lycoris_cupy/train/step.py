@@ -27,10 +27,11 @@ _LOSS = "\0loss"  # beside the layers, whose names are texts that people give
 
 
 class Reducer(Protocol):
-    """Processes that each take a share of a batch. rank: of this one, from 0."""
+    """Processes that each take a share of a batch. rank: of this one, from 0. device: its own."""
 
     rank: int
     size: int
+    device: str
 
     def mean(self, array: Array) -> None:
         """Put the mean over all processes into the array, in place, in the stream's order."""
