@@ -38,8 +38,9 @@ class NcclReducer:
 
     def __init__(self, connection: Connection, rank: int, size: int):
         import cupy
+        from cupy.cuda import nccl as library
 
-        nccl: Any = cupy.cuda.nccl
+        nccl: Any = library  # its names are those of a compiled module
         self.rank, self.size, self.device = rank, size, f"cuda:{rank}"
         cupy.cuda.Device(rank).use()
         connection.send(("join", nccl.get_unique_id() if rank == 0 else None))
