@@ -16,6 +16,8 @@ struct Work {
   long long sources[SOURCES];  // of the arrays from first_tensor on. An odd one is of bf16 and one less, the others of A
 };
 
+static_assert(sizeof(Work) == 32 + 8 * SOURCES, "the host packs it without gaps");
+
 // The chunk of this block.
 struct Piece {
   int tensor, chunk, row, count;  // count: elements

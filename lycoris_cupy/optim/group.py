@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class Group:
         self.wide = wide_dtype(dtype)
         self.masters = layout.fill(xp.empty(layout.length, dtype), parameters)
         self.slots: tuple[Array, ...] = start(self.masters.astype(self.wide))
-        self.table = Table(layout, arrays[0]) if on_gpu(arrays[0]) else None
+        self.table: Any = Table(layout, arrays[0]) if on_gpu(arrays[0]) else None
 
     def state(self) -> list[Array]:
         return [self.masters, *self.slots]
