@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from lycoris_cupy import Conv2d, Engine, LayerNorm, Linear, layers, ops, to_device
+from lycoris_cupy import Conv2d, Engine, LayerNorm, Linear, LoCon, Norm, layers, ops, to_device
+from lycoris_cupy.adapters import ALGORITHMS
+from lycoris_cupy.attachment import Attachment
 from lycoris_cupy.errors import DtypeError, LycorisError, ShapeError
 from lycoris_cupy.optim import AdamW
 from tests import masks
@@ -194,7 +196,7 @@ def test_the_clock_is_written_once_it_is_asked_for():
         ("locon", {"rank_dropout": -0.1}, "rank_dropout is -0.1, expected"),
         ("locon", {"module_dropout": True}, "module_dropout is True, expected"),
         ("locon", {"module_dropout": float("nan")}, "module_dropout is nan, expected"),
-        ("locon", {"rank_dropout_scale": 1}, "rank_dropout_scale is 1, expected True or False"),
+        ("locon", {"rank_dropout_scale": 2}, "rank_dropout_scale is 2, expected True or False"),
         ("ia3", {"rank_dropout": 0.1}, "layer 'l': ia3 has no rank_dropout"),
         ("dylora", {"rank_dropout": 0.1}, "dylora has no rank_dropout"),
         ("boft", {"rank_dropout": 0.1}, "boft has no rank_dropout"),
@@ -213,6 +215,48 @@ def test_refused(algorithm, options, message):
     with pytest.raises(LycorisError, match=message):
         engine.add("a", algorithm, **options)
     assert not engine.attachments  # nothing is left behind
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_no_knob_is_without_effect(algorithm):
+    """What is not refused does something: other steps, other outputs."""
+    rng = np.random.default_rng(0)
+    layer = Linear(rng.standard_normal((8, 16)))
+    if algorithm == "norm":
+        layer = LayerNorm(rng.standard_normal(16))
+    x, dropping = rng.standard_normal((3, layer.weight.shape[0])), []
+    for knob in ("dropout", "rank_dropout", "module_dropout"):
+        engine = Engine({"l": layer}, device="cpu", dtype=np.dtype("f8"))
+        size = {"block_size": 2} if algorithm in ("boft", "boft-peft") else {}
+        try:
+            engine.add("a", algorithm, **size, **{knob: 0.5})
+        except LycorisError:
+            continue
+        p = engine.parameters("a")["l"]
+        engine.set_parameters("a", {"l": {n: rng.standard_normal(v.shape) for n, v in p.items()}})
+        assert len({engine.forward(x, step=i).tobytes() for i in range(12)}) > 1, knob
+        dropping.append(knob)
+    assert "module_dropout" in dropping and len(dropping) > 1
+
+
+def test_where_algorithms_differ_each_drops_what_it_has():
+    """A knob of some layers is no error of the others; and the masks stay those of the places."""
+    rng = np.random.default_rng(0)
+    made = {"n": LayerNorm(np.ones(6)), "l": Linear(rng.standard_normal((6, 6)))}
+    adapters = {"n": Norm(made["n"].shape), "l": LoCon(made["l"].shape, 2)}
+    values = {
+        n: {k: rng.standard_normal(v.shape) for k, v in a.init(rng).items()}
+        for n, a in adapters.items()
+    }
+    engine = Engine(made, device="cpu", dtype=np.dtype("f8"))
+    found = {n: (adapters[n], values[n]) for n in made}
+    engine.attachments["a"] = Attachment(found, "cpu", engine.dtype, 1.0, layers=engine.layers)
+    engine.set_dropout("a", dropout=0.5, seed=9)
+    x = rng.standard_normal((4, 6))
+    normed = LayerNorm(1 + values["n"]["w_norm"], values["n"]["b_norm"]).forward(x)
+    part = normed @ values["l"]["down"] @ values["l"]["up"]  # alpha missing: scale 1
+    m = masks.along(part.shape, None, 0.5, step=3, tensor=1, kind=1, seed=9)
+    assert np.allclose(engine.forward(x, step=3), normed @ made["l"].weight + 2 * m * part)
 
 
 def test_refused_later():
