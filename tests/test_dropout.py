@@ -94,9 +94,33 @@ def test_module_dropout_is_all_or_nothing(kind):
         assert seen == {0.0, 1.0}
 
 
+def check_gradients(engine, x, factors, size, name):
+    """dx and every factor's gradient in f64, against central differences at the same step. size: of
+    the output, over absolute values.
+    """
+    (layer,) = engine.layers
+    y, pullback = engine.vjp(x, step=STEP)
+    rng = np.random.default_rng(25)
+    dy = rng.standard_normal(y.shape)
+    dx, grads = pullback(dy)
+    size, step = float((size * np.abs(dy)).sum()), 2.0**-16
+    for key, base in {"x": x, **factors}.items():
+        d = rng.standard_normal(base.shape)
+
+        def value(t, key=key, d=d):
+            if key != "x":
+                engine.set_parameters("a", {layer: {key: factors[key] + t * d}})
+            return float((engine.forward(x + t * d if key == "x" else x, step=STEP) * dy).sum())
+
+        expected = (value(step) - value(-step)) / (2 * step)
+        engine.set_parameters("a", {layer: factors})
+        found = float(((dx if key == "x" else grads["a"][layer][key]) * d).sum())
+        assert abs(found - expected) <= size * (2.0**-44 / step + 64 * step**2), (name, key)
+
+
 @every_kind
 def test_gradients_are_derivatives(kind):
-    """dx and every factor's gradient in f64 with all knobs at once, whose masks the step holds."""
+    """With all knobs at once, whose masks the step holds."""
     for name, adapter in adapters_for(kind.shape).items():
         layer, x, factors = draw(kind, adapter, 24)
         knobs = {"dropout": P, "rank_dropout": P, "module_dropout": 0.1}
@@ -105,28 +129,9 @@ def test_gradients_are_derivatives(kind):
         if adapter.rule != "base":
             del knobs["module_dropout"]
         engine = with_knobs(layer, adapter, factors, knobs, strength=0.7)
-        y, pullback = engine.vjp(x, step=STEP)
-        rng = np.random.default_rng(25)
-        dy = rng.standard_normal(y.shape)
-        dx, grads = pullback(dy)
-        flow = np.abs(dy)
-        size = float((absolute(layer, adapter, factors, x, 0.7) * flow).sum()) / (1 - P) ** 2
-        size += float((product(np.abs(x), np.abs(layer.matrix), layer.window) * flow).sum())
-        step = 2.0**-16
-        for key, base in {"x": x, **factors}.items():
-            gradient = dx if key == "x" else grads["a"]["layer"][key]
-            d = rng.standard_normal(base.shape)
-
-            def value(t, key=key, d=d, engine=engine, x=x, factors=factors, dy=dy):
-                if key == "x":
-                    return float((engine.forward(x + t * d, step=STEP) * dy).sum())
-                engine.set_parameters("a", {"layer": {key: factors[key] + t * d}})
-                return float((engine.forward(x, step=STEP) * dy).sum())
-
-            expected = (value(step) - value(-step)) / (2 * step)
-            engine.set_parameters("a", {"layer": factors})
-            error = abs(float((gradient * d).sum()) - expected)
-            assert error <= size * (2.0**-44 / step + 64 * step**2), (name, key)
+        size = absolute(layer, adapter, factors, x, 0.7) / (1 - P) ** 2
+        size = size + product(np.abs(x), np.abs(layer.matrix), layer.window)
+        check_gradients(engine, x, factors, size, name)
 
 
 FEW = ("linear", "conv3x2 dilation", "groups 4")
@@ -157,6 +162,7 @@ def test_dora_drops_inside_the_norm(kind, axis):
             size = size * (1 + np.abs(c).max())
             limit = bound(base + part, size, depth_of(layer) + layer.shape.outputs, np.float64)
             assert_within(engine.forward(x, step=STEP), base + part, limit, name)
+            check_gradients(engine, x, factors, size, name)
 
 
 def whole(entries, part=0):
@@ -225,6 +231,8 @@ def test_a_norm_drops_channels():
     assert 0.3 < (m > 0).mean() < 0.9
     changed = LayerNorm(layer.weight + values["w"] * m, layer.bias + values["b"] * m)
     assert np.allclose(engine.forward(x, step=STEP), changed.forward(x), atol=1e-12)
+    factors = {f"{n}_norm": v for n, v in values.items()}
+    check_gradients(engine, x, factors, 1 + 4 * np.abs(changed.forward(x)), "norm")
 
 
 def test_a_bias_beside_factors_is_no_rank_but_part_of_the_output():

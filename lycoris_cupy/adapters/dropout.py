@@ -18,6 +18,8 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+
 from ..arrays import Array
 from ..errors import LycorisError
 from ..layers import Layer
@@ -46,7 +48,8 @@ class Dropout:
             raise LycorisError(
                 f"rank_dropout_scale is {self.rank_dropout_scale!r}, expected True or False"
             )
-        if isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
+        whole = isinstance(self.seed, (int, np.integer)) and not isinstance(self.seed, bool)
+        if not whole or not 0 <= self.seed < 2**64:
             raise LycorisError(f"seed is {self.seed}, expected a whole number from 0 to 2^64 - 1")
 
     def __bool__(self) -> bool:

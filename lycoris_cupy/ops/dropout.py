@@ -94,7 +94,7 @@ def kept_gain(entries: int, draw: Draw, step: Array, dtype) -> Array:
     import cupy
 
     out = cupy.empty(1, kept)
-    low, high = draw.seed & 0xFFFFFFFF, draw.seed >> 32
+    low, high = _key(draw)
     kernel("dropout.cu", "kept_gain", kept)(
         (1,), (256,), step, out, entries, draw.threshold, low, high, draw.tensor, draw.kind
     )
@@ -114,7 +114,12 @@ def _require_draw(draw: Draw, step: Array) -> None:
 
 def _numbers(draw: Draw, step: Array) -> tuple:
     """What `random_bits` takes behind the shape."""
-    return draw.seed, step, draw.tensor, draw.kind
+    return int(draw.seed), step, draw.tensor, draw.kind
+
+
+def _key(draw: Draw) -> tuple[int, int]:
+    seed = int(draw.seed)
+    return seed & 0xFFFFFFFF, seed >> 32
 
 
 def _cpu(x, add, step, gain, *, draw, entries, inner, factor):
@@ -134,7 +139,7 @@ def _gpu(x, add, step, gain, *, draw, entries, inner, factor):
     if out.size:
         width = 4 * x.dtype.itemsize
         aligned = all(a is None or a.data.ptr % width == 0 for a in (x, add, out))
-        low, high = draw.seed & 0xFFFFFFFF, draw.seed >> 32
+        low, high = _key(draw)
         kernel("dropout.cu", "dropout", x.dtype)(
             (min((x.size + 1023) // 1024, 65535),), (256,), x, add, step, gain, out, x.size,
             entries, inner, draw.threshold, low, high, draw.tensor, draw.kind, factor,
