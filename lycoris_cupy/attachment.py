@@ -36,7 +36,8 @@ class Attachment:
     ):
         self.report, self.device = report, device
         self._dropout, self._drops = Dropout(), {}
-        self._places = {layer: place for place, layer in enumerate(found)}
+        # By name: what is added, saved and attached again has its layers in the file's order.
+        self._places = {layer: place for place, layer in enumerate(sorted(found))}
         self.adapters = {layer: adapter for layer, (adapter, _) in found.items()}
         self.parameters = {
             layer: {

@@ -99,8 +99,8 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Dropped:
-    """An adapter at one step of training, in the place of itself. tensor: its place among those of
-    its seed. step: (1,) u32 on the device.
+    """An adapter at one step of training, in the place of itself. tensor: the place of its layer's
+    name among those of the seed. step: (1,) u32 on the device.
     """
 
     adapter: Adapter
