@@ -34,8 +34,9 @@ class Attachment:
         layers: Mapping[str, Layer] | None = None,
     ):
         self.report, self.device = report, device
-        self._dropout = Dropout()
-        self._places = {layer: place for place, layer in enumerate(found)}
+        self._dropout, self._drops = Dropout(), {}
+        # By name: what is added, saved and attached again has its layers in the file's order.
+        self._places = {layer: place for place, layer in enumerate(sorted(found))}
         self.adapters = {layer: adapter for layer, (adapter, _) in found.items()}
         self.parameters = {
             layer: {
@@ -73,11 +74,7 @@ class Attachment:
 
     @dropout.setter
     def dropout(self, knobs: Dropout) -> None:
-        for layer, adapter in self.adapters.items():
-            try:
-                knobs.require(adapter)
-            except LycorisError as error:
-                raise LycorisError(f"layer {layer!r}: {error}") from None
+        self._drops = knobs.over(self.adapters)
         self._dropout = knobs
 
     def canonical(self) -> dict[str, dict[str, Array]]:
@@ -95,8 +92,8 @@ class Attachment:
         """
         adapter: Any = self.adapters[name]
         read = {key: conditions[key] for key in adapter.conditions if key in conditions}
-        if self._dropout and "step" in conditions:
-            adapter = Dropped(adapter, self._dropout, self._places[name], conditions["step"])
+        if "step" in conditions and (drops := self._drops.get(name)):
+            adapter = Dropped(adapter, drops, self._places[name], conditions["step"])
         return adapter, {**p, **self.kept[name], **read}, self.scales[name]
 
     def flame(self, views: Mapping[str, Mapping[str, Any]], made: Callable) -> dict:

@@ -202,8 +202,8 @@ class Engine:
         """What an adapter drops in training, of all it drops: what is left out is 0.
 
         It acts in `forward` and `vjp` that are given a `step`, and in `capture_step`; a captured
-        graph keeps what it was captured with. What each means: see adapters/dropout.py. Raises
-        LycorisError for one that a layer's algorithm does not have.
+        graph keeps what it was captured with. What each means: see adapters/dropout.py. Where
+        layers have different algorithms, each drops what it has; LycorisError for what none has.
         """
         knobs = Dropout(dropout, rank_dropout, rank_dropout_scale, module_dropout, seed)
         self.attachments[self._known(name)].dropout = knobs

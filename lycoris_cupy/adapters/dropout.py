@@ -4,7 +4,7 @@
                      1 / (1 - p); GLoRA: of what it adds to the input, and of what to the output
     rank_dropout     what the algorithm's `drops` names: ranks (LoCon, GLoRA), outputs (LoHa, LoKr,
                      Full), channels (Norm), entries of the rotations (Diag-OFT, times 1 / (1 - p)),
-                     blocks (PEFT's OFT and BOFT: those are not turned); the others refuse it
+                     blocks (PEFT's OFT and BOFT: those are not turned); the others have none
     rank_dropout_scale   divides that mask by its mean; nothing is left where all are dropped
     module_dropout   the whole change of a layer, which then gives what it gives without
 
@@ -14,9 +14,11 @@ model, so that a dropped rank is a rank.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
+
+import numpy as np
 
 from ..arrays import Array
 from ..errors import LycorisError
@@ -42,11 +44,12 @@ class Dropout:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
                 raise LycorisError(f"{name} is {value!r}, expected a number from 0 to below 1")
-        if not isinstance(self.rank_dropout_scale, bool):
+        if self.rank_dropout_scale not in (True, False):
             raise LycorisError(
                 f"rank_dropout_scale is {self.rank_dropout_scale!r}, expected True or False"
             )
-        if isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
+        whole = isinstance(self.seed, (int, np.integer)) and not isinstance(self.seed, bool)
+        if not whole or not 0 <= self.seed < 2**64:
             raise LycorisError(f"seed is {self.seed}, expected a whole number from 0 to 2^64 - 1")
 
     def __bool__(self) -> bool:
@@ -59,32 +62,45 @@ class Dropout:
         names = [field.name for field in fields(cls) if field.name != "seed"]
         return cls(**{name: options.pop(name) for name in names if name in options}, seed=seed)
 
-    def require(self, adapter: Adapter) -> None:
-        """Raise LycorisError for what has no meaning on this adapter."""
-        what = adapter.title
+    def refused(self, adapter: Adapter) -> dict[str, str]:
+        """The knobs that have no meaning on this adapter: why."""
+        what, out = adapter.title, {}
+        turned = {"entries", "blocks"} & set(adapter.drops.split(", "))
         if self.dropout and not adapter.has_output:
-            raise LycorisError(
+            out["dropout"] = (
                 f"{what} has no dropout: it changes two vectors, not an output; use rank_dropout"
             )
         if self.rank_dropout and not adapter.drops:
-            raise LycorisError(f"{what} has no rank_dropout; use dropout or module_dropout")
-        turned = {"entries", "blocks"} & set(adapter.drops.split(", "))
+            out["rank_dropout"] = f"{what} has no rank_dropout; use dropout or module_dropout"
         if self.rank_dropout and self.rank_dropout_scale and turned:
-            raise LycorisError(
+            out["rank_dropout_scale"] = (
                 f"{what} has no rank_dropout_scale: {turned.pop()} of a rotation have no mean that "
                 "a scale would keep"
             )
         if self.module_dropout and adapter.rule != "base":
-            raise LycorisError(
+            out["module_dropout"] = (
                 f"{what} has no module_dropout by rule {adapter.rule!r}: strength 0 leaves a "
                 "change there; use rule='base'"
             )
+        return out
+
+    def over(self, adapters: Mapping[str, Adapter]) -> dict[str, Dropout]:
+        """layer -> what is dropped there: the knobs that its algorithm has.
+
+        Raises LycorisError, with the reason on the first layer, for a knob that no layer has.
+        """
+        refused = {layer: self.refused(adapter) for layer, adapter in adapters.items()}
+        for first, why in refused.items():
+            for knob, reason in why.items():
+                if all(knob in other for other in refused.values()):
+                    raise LycorisError(f"layer {first!r}: {reason}")
+        return {layer: replace(self, **dict.fromkeys(why, 0)) for layer, why in refused.items()}
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """An adapter at one step of training, in the place of itself. tensor: its place among those of
-    its seed. step: (1,) u32 on the device.
+    """An adapter at one step of training, in the place of itself. tensor: the place of its layer's
+    name among those of the seed. step: (1,) u32 on the device.
     """
 
     adapter: Adapter

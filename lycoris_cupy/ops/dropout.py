@@ -66,21 +66,17 @@ def dropout(
         require_same("x", value_of(x), "add", value_of(add))
         if tuple(add.shape) != tuple(x.shape):
             raise ShapeError(f"add has shape {tuple(add.shape)}, expected {tuple(x.shape)}")
-    if axis is None:
-        entries, inner = prod(x.shape), 1
-    elif -x.ndim <= axis < x.ndim:
-        axis %= x.ndim
-        entries, inner = x.shape[axis], prod(x.shape[axis + 1 :])
-    else:
-        raise ShapeError(f"axis {axis} is none of the {x.ndim} axes of x {tuple(x.shape)}")
+    entries, inner = prod(x.shape), 1
+    if axis is not None:
+        if not -x.ndim <= axis < x.ndim:
+            raise ShapeError(f"axis {axis} is none of the {x.ndim} axes of x {tuple(x.shape)}")
+        entries, inner = x.shape[axis], prod(x.shape[axis % x.ndim + 1 :])
     if entries > 2**34:  # 2^32 counters of four words
         raise ShapeError(f"a mask of {entries} entries: one has at most 2^34")
-    number, array = (1.0, gain) if hasattr(gain, "dtype") else (float(gain), None)  # type: ignore
+    factor, array = (float(gain), None) if isinstance(gain, (int, float)) else (1.0, gain)
     if array is not None:
         require_factor(array, x)
-    return _dropout(
-        x, add, step, array, draw=draw, entries=int(entries), inner=int(inner), factor=number
-    )
+    return _dropout(x, add, step, array, draw=draw, entries=entries, inner=inner, factor=factor)
 
 
 def kept_gain(entries: int, draw: Draw, step: Array, dtype) -> Array:
@@ -98,7 +94,7 @@ def kept_gain(entries: int, draw: Draw, step: Array, dtype) -> Array:
     import cupy
 
     out = cupy.empty(1, kept)
-    low, high = draw.seed & 0xFFFFFFFF, draw.seed >> 32
+    low, high = _key(draw)
     kernel("dropout.cu", "kept_gain", kept)(
         (1,), (256,), step, out, entries, draw.threshold, low, high, draw.tensor, draw.kind
     )
@@ -118,7 +114,12 @@ def _require_draw(draw: Draw, step: Array) -> None:
 
 def _numbers(draw: Draw, step: Array) -> tuple:
     """What `random_bits` takes behind the shape."""
-    return draw.seed, step, draw.tensor, draw.kind
+    return int(draw.seed), step, draw.tensor, draw.kind
+
+
+def _key(draw: Draw) -> tuple[int, int]:
+    seed = int(draw.seed)
+    return seed & 0xFFFFFFFF, seed >> 32
 
 
 def _cpu(x, add, step, gain, *, draw, entries, inner, factor):
@@ -138,7 +139,7 @@ def _gpu(x, add, step, gain, *, draw, entries, inner, factor):
     if out.size:
         width = 4 * x.dtype.itemsize
         aligned = all(a is None or a.data.ptr % width == 0 for a in (x, add, out))
-        low, high = draw.seed & 0xFFFFFFFF, draw.seed >> 32
+        low, high = _key(draw)
         kernel("dropout.cu", "dropout", x.dtype)(
             (min((x.size + 1023) // 1024, 65535),), (256,), x, add, step, gain, out, x.size,
             entries, inner, draw.threshold, low, high, draw.tensor, draw.kind, factor,
