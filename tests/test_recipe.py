@@ -309,7 +309,12 @@ def test_dropout_is_said_of_all_layers():
     net = engine(a="linear", b="linear")
     net.add("x", "locon", rank=2, dropout="0.25", module_dropout=0.5, seed=9)
     knobs = net.attachments["x"].dropout
-    assert (knobs.dropout, knobs.module_dropout, knobs.rank_dropout, knobs.seed) == (0.25, 0.5, 0, 9)
+    assert (knobs.dropout, knobs.module_dropout, knobs.rank_dropout, knobs.seed) == (
+        0.25,
+        0.5,
+        0,
+        9,
+    )
     with pytest.raises(LycorisError, match="dropout is 1.0, expected a number from 0 to below 1"):
         net.add("y", "locon", dropout=1)
     with pytest.raises(LycorisError, match="override of 'a': dropout is said of all layers"):

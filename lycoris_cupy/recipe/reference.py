@@ -91,8 +91,8 @@ ELSEWHERE = {
     ),
 }
 # Known here, and not this project's words for anything.
-_BESIDE = ("wd_on_output", "bypass_mode", "enable_conv", "use_fnmatch")
-WORDS = (*NAMES, *FIXED, *ELSEWHERE, *_BESIDE)
+BESIDE = ("wd_on_output", "bypass_mode", "enable_conv", "use_fnmatch")
+WORDS = (*NAMES, *FIXED, *ELSEWHERE, *BESIDE)
 _PATTERNS = ("target_name", "unet_target_name", "text_encoder_target_name", "exclude_name")
 _CONV_ZERO = (
     "LyCORIS then takes that of the linear layers: leave {0} out for that, or exclude = "
@@ -127,7 +127,7 @@ def translated(table: Mapping[str, Any], default_alpha: bool = True) -> dict[str
     if default_alpha and brings and "alpha" not in out:
         out["alpha"] = DEFAULT_ALPHA
     if not truth("enable_conv", table.get("enable_conv", True)):
-        out["exclude"] = [*_listed(out.get("exclude", ())), ":conv"]
+        out["exclude"] = [*_listed("exclude", out.get("exclude", ())), ":conv"]
     return out
 
 
@@ -142,7 +142,7 @@ def _settled(key: str, value: Any, table: Mapping[str, Any]) -> bool:
         if option.parsed(value) != fixed:
             raise LycorisError(f"{key} is {value!r}, but here it is always {fixed!r}: {why}")
         return True
-    if key not in _BESIDE:
+    if key not in BESIDE:
         return False
     on = truth(key, value)
     flags = [word for word in ("dora_wd", "weight_decompose") if word in table]
@@ -173,11 +173,13 @@ def _value(key: str, name: str, value: Any, table: Mapping[str, Any]) -> Any:
                 "patterns here are fnmatch's: write them so, and say use_fnmatch = true"
             )
     if key.endswith("target_module"):
-        return [selector for one in _listed(value) for selector in _of_class(key, one)]
+        return [selector for one in _listed(key, value) for selector in _of_class(key, one)]
     if key == "module_algo_map":
-        return {s: what for one, what in dict(value).items() for s in _of_class(key, one)}
+        if not isinstance(value, Mapping):
+            raise LycorisError(f"{key} is {value!r}, expected a table of classes")
+        return {s: what for one, what in value.items() for s in _of_class(key, one)}
     if key in _PATTERNS:
-        return _listed(value)
+        return _listed(key, value)
     if name == "algorithm" and isinstance(value, str):
         return ALGORITHM_NAMES.get(value, value)
     return value
@@ -192,7 +194,9 @@ def _of_class(key: str, name: str) -> tuple[str, ...]:
     return CLASSES[name]
 
 
-def _listed(value: Any) -> list[str]:
+def _listed(key: str, value: Any) -> list[str]:
+    if not isinstance(value, (str, list, tuple)):
+        raise LycorisError(f"{key} is {value!r}, expected a name or a list of them")
     return [value] if isinstance(value, str) else list(value)
 
 

@@ -22,7 +22,9 @@ _UNITS = {"kB": 1, "MB": 10**3, "GB": 10**6, "TB": 10**9}  # in kB
 
 
 class AddedLayer(NamedTuple):
-    """rank, alpha: None where the algorithm has none. base_parameters: of the layer itself."""
+    """rank, alpha: None where the algorithm has none. base_parameters: of the layer itself. note:
+    why a rank and an alpha that were given have no effect.
+    """
 
     layer: str
     shape: str
@@ -32,6 +34,7 @@ class AddedLayer(NamedTuple):
     scale: float
     parameters: int
     base_parameters: int
+    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +162,7 @@ def _row(name: str, adapter: Adapter, layer: Layer) -> AddedLayer:
         adapter.reported_scale,
         sum(_count(adapter, name) for name in adapter.factors()),
         _size(layer),
+        adapter.scale_reason if adapter.ignores_alpha else "",
     )
 
 
@@ -178,18 +182,24 @@ def _form(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
+def _common(names: list[str]) -> str:
+    """One name for names of one form: # stands where their numbers differ."""
+    parts = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
+    return "".join(same[0] if len(set(same)) == 1 else "#" for same in parts)
+
+
 def _table(rows: tuple[AddedLayer, ...], full: bool) -> list[str]:
     groups: dict[tuple, list[AddedLayer]] = {}
     for row in rows:
         key = (row.layer if full else _form(row.layer), *row[1:])
         groups.setdefault(key, []).append(row)
-    head = ["layer", "", "shape", "algorithm", "rank", "alpha", "scale", "parameters", "share"]
+    head = ["layer", "", "shape", "algorithm", "rank", "alpha", "scale", "parameters", "share", ""]
     cells = [head]
-    for (form, *_), equal in groups.items():
+    for equal in groups.values():
         one, count = equal[0], len(equal)
         cells.append(
             [
-                one.layer if count == 1 else form,
+                _common([row.layer for row in equal]),
                 "" if count == 1 else f"x {count}",
                 one.shape,
                 one.algorithm,
@@ -198,6 +208,7 @@ def _table(rows: tuple[AddedLayer, ...], full: bool) -> list[str]:
                 f"{one.scale:.6g}",
                 f"{count * one.parameters:,}",
                 f"{one.parameters / max(one.base_parameters, 1):.1%}",
+                one.note,
             ]
         )
     more = 0 if full else max(len(cells) - 1 - _ROWS, 0)
@@ -228,8 +239,8 @@ def _passed_over(skipped: tuple[tuple[str, str, str], ...], full: bool) -> list[
     for layer, _, reason in skipped:
         groups.setdefault((_form(layer), reason), []).append(layer)
     lines = [
-        f"  {layers[0] if len(layers) == 1 else f'{form} x {len(layers)}'}: {reason}"
-        for (form, reason), layers in groups.items()
+        f"  {_common(layers)}{f' x {len(layers)}' if len(layers) > 1 else ''}: {reason}"
+        for (_, reason), layers in groups.items()
     ]
     more = len(lines) - _ROWS
     return lines[:_ROWS] + ([f"  and {more} more: text(full=True) has all"] if more > 0 else [])

@@ -1,0 +1,141 @@
+"""LyCORIS's names for what a recipe says, and what it reads differently from what it says."""
+
+import re
+
+import pytest
+
+from lycoris_cupy import LycorisError
+from lycoris_cupy.layers import LayerShape
+from lycoris_cupy.ops.window import Window
+from lycoris_cupy.recipe import Recipe, match
+from lycoris_cupy.recipe.reference import BESIDE, CLASSES, ELSEWHERE, FIXED, NAMES
+from tests.pages import PAGES
+
+# In LyCORIS's words, and the same in the project's.
+SAME = [
+    ({"algo": "lora"}, {"algorithm": "locon"}),
+    ({"algo": "locon"}, {}),
+    ({"algo": "diag-oft"}, {"algorithm": "diag-oft"}),
+    ({"linear_dim": 8}, {"rank": 8, "alpha": 1}),
+    ({"network_dim": "8"}, {"rank": 8, "alpha": 1}),
+    ({"lora_dim": 8.0}, {"rank": 8, "alpha": 1}),
+    ({"dim": 8, "alpha": 2}, {"rank": 8, "alpha": 2}),
+    ({"linear_dim": 8, "linear_alpha": "4.5"}, {"rank": 8, "alpha": 4.5}),
+    ({"linear_dim": 8, "network_alpha": 4}, {"rank": 8, "alpha": 4}),
+    ({"linear_dim": 8, "linear_alpha": 0}, {"rank": 8, "alpha": 0}),
+    ({"linear_dim": None, "conv_dim": None, "linear_alpha": None}, {}),
+    ({"conv_dim": 4, "conv_alpha": 2}, {"conv_rank": 4, "conv_alpha": 2}),
+    ({"use_tucker": True}, {"tucker": True}),
+    ({"use_cp": "True"}, {"tucker": True}),
+    ({"use_conv_cp": "false"}, {"tucker": False}),
+    ({"use_tucker": True, "use_cp": True}, {"tucker": True}),
+    ({"algo": "lokr", "decompose_both": "False"}, {"algorithm": "lokr", "decompose_both": False}),
+    ({"algo": "lokr", "full_matrix": "TRUE", "factor": "8"}, {"algorithm": "lokr", "full_matrix": True, "factor": 8}),
+    ({"algo": "lokr", "unbalanced_factorization": True}, {"algorithm": "lokr", "unbalanced_factorization": True}),
+    ({"algo": "boft", "constrain": "0.5"}, {"algorithm": "boft", "constraint": 0.5}),
+    ({"algo": "boft", "constraint": 0.5, "rescaled": True}, {"algorithm": "boft", "constraint": 0.5, "rescaled": True}),
+    ({"algo": "ia3", "train_on_input": True}, {"algorithm": "ia3", "on_input": True}),
+    ({"dora_wd": True}, {"dora": "output"}),
+    ({"weight_decompose": "true"}, {"dora": "output"}),
+    ({"dora_wd": True, "wd_on_output": True}, {"dora": "output"}),
+    ({"dora_wd": True, "wd_on_output": "False"}, {"dora": "input"}),
+    ({"dora_wd": False, "wd_on_output": False}, {"dora": None}),
+    ({"rs_lora": True}, {"rs_lora": True}),
+    ({"train_norm": "True"}, {"train_norm": True}),
+    ({"dropout": 0, "rank_dropout": "0.1", "module_dropout": 0.0}, {"rank_dropout": 0.1}),
+    ({"bypass_mode": True}, {}),
+    ({"bypass_mode": False, "dora_wd": True}, {"dora": "output"}),
+    ({"use_scalar": False, "use_data_init": True, "sig_type": "principal"}, {}),
+    ({"train_llm_adapter": "False", "train_t5xxl": False}, {}),
+    # forms hold the options of every algorithm: at their defaults they say nothing
+    ({"algo": "lora", "factor": -1, "decompose_both": False, "constraint": 0, "rescaled": "false"}, {}),
+    ({"target_name": ["*.to_q"], "use_fnmatch": True}, {"targets": ["*.to_q"]}),
+    ({"unet_target_name": ["*.to_q"], "text_encoder_target_name": ["*.fc1"], "use_fnmatch": True}, {"targets": ["*.to_q", "*.fc1"]}),
+    ({"target_module": ["Linear", "Conv2d"]}, {"targets": [":linear", ":conv1x1", ":conv"]}),
+    ({"unet_target_module": ["ResnetBlock2D"], "unet_target_name": ["*.fc1"], "use_fnmatch": True}, {"targets": [":resnet", "*.fc1"]}),
+    ({"exclude_name": ["*.to_k"], "use_fnmatch": True}, {"exclude": ["*.to_k"]}),
+    ({"enable_conv": False}, {"exclude": [":conv"]}),
+    ({"enable_conv": False, "exclude": "*.to_k"}, {"exclude": ["*.to_k", ":conv"]}),
+    ({"enable_conv": True}, {}),
+    (
+        {"name_algo_map": {"*.fc1": {"algo": "lokr", "dim": 2, "factor": 4}}, "use_fnmatch": True},
+        {"override": {"*.fc1": {"algorithm": "lokr", "rank": 2, "factor": 4}}},
+    ),
+    ({"module_algo_map": {"FeedForward": {"dim": 2}}}, {"override": {":mlp": {"rank": 2}}}),
+    ({"preset": "attn-mlp"}, {"preset": "attn-mlp"}),
+]  # fmt: skip
+
+REFUSED = [
+    ({"conv_dim": 0}, 'conv_dim is 0: LyCORIS then takes that of the linear layers: leave conv_dim out for that, or exclude = [":conv"]'),
+    ({"conv_dim": "0"}, "conv_dim is 0: LyCORIS"),
+    ({"conv_alpha": 0}, "conv_alpha is 0: LyCORIS"),
+    ({"disable_conv_cp": True}, "LyCORIS turns Tucker cores on for true and for false alike: write tucker"),
+    ({"disable_conv_cp": False}, "LyCORIS turns Tucker cores on"),
+    ({"train_norm": 0}, "train_norm is 0, expected true or false"),
+    ({"use_tucker": "no"}, "tucker is 'no', expected true or false"),
+    ({"use_tucker": ""}, "tucker is '', expected true or false"),
+    ({"dora_wd": "None"}, "dora_wd is 'None', expected true or false"),
+    ({"rank": 4, "linear_dim": 5}, "rank = 4 and linear_dim = 5 say the same thing in two ways: keep one"),
+    ({"linear_alpha": 4, "alpha": 5}, "linear_alpha = 4 and alpha = 5 say the same"),
+    ({"use_cp": True, "tucker": False}, "use_cp = True and tucker = False say the same"),
+    ({"dora_wd": True, "dora": "input"}, "dora_wd = 'output' and dora = 'input' say the same"),
+    ({"dora_wd": False, "dora": "input"}, "say the same thing in two ways"),
+    ({"target_name": ["a"], "targets": ["b"], "use_fnmatch": True}, "say the same thing in two ways"),
+    ({"wd_on_output": False}, 'wd_on_output says nothing without dora_wd'),
+    ({"bypass_mode": True, "dora_wd": True}, "bypass_mode beside DoRA: LyCORIS leaves DoRA out there"),
+    ({"bypass_mode": "true", "dora": "input"}, "bypass_mode beside DoRA"),
+    ({"use_scalar": True}, "use_scalar is True, but here it is always False"),
+    ({"sig_type": "last"}, "sig_type is 'last', but here it is always 'principal'"),
+    ({"mask_group_id": 1}, "the noise level goes to forward"),
+    ({"loraplus_lr_ratio": 16}, "rate_factors"),
+    ({"multiplier": 1.0}, "it is the strength of Engine.add"),
+    ({"target_name": ["to_q"]}, "target_name holds regular expressions unless use_fnmatch = true"),
+    ({"exclude_name": ["to_q"]}, "exclude_name holds regular expressions"),
+    ({"name_algo_map": {"to_q": {"dim": 2}}}, "name_algo_map holds regular expressions"),
+    ({"target_module": ["Foo"]}, "target_module names the class 'Foo'"),
+    ({"module_algo_map": {"Foo": {}}}, "module_algo_map names the class 'Foo'"),
+    ({"module_algo_map": 3}, "module_algo_map is 3, expected a table"),
+    ({"target_module": 3}, "target_module is 3, expected a name or a list of them"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("theirs, ours", SAME)
+def test_both_say_the_same(theirs, ours):
+    assert Recipe.from_table(theirs) == Recipe.from_table(ours)
+
+
+@pytest.mark.parametrize("table, message", REFUSED)
+def test_what_would_mean_something_else_is_refused(table, message):
+    with pytest.raises(LycorisError, match=re.escape(message)) as caught:
+        Recipe.from_table(table)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rank_in_an_exception_brings_no_alpha():
+    shape = LayerShape(Window(), 24, 24)
+    table = {"linear_dim": 8, "linear_alpha": 4, "override": {"a": {"dim": 2}}}
+    found = match(Recipe.from_table(table), {"a": shape, "b": shape}).adapters
+    assert {n: (adapter.rank, adapter.alpha) for n, adapter in found.items()} == {
+        "a": (2, 4.0),
+        "b": (8, 4.0),
+    }
+
+
+def test_every_name_is_in_a_case_and_on_the_page():
+    """The tables above speak of each name, and docs/recipes.md lists each."""
+    names = {*NAMES, *FIXED, *ELSEWHERE, *BESIDE}
+    told = {key for table, _ in (*SAME, *REFUSED) for key in table}
+    told |= {
+        "text_encoder_target_module",
+        "loraplus_unet_lr_ratio",
+        "loraplus_text_encoder_lr_ratio",
+    }
+    assert names <= told
+    page = PAGES["docs/recipes.md"]
+    listed = dict(re.findall(r"^\| `([^|]+)` \| `?([\w-]*)`? \|", page, re.M))
+    pairs = {name: ours for line, ours in listed.items() for name in re.findall(r"\w+", line)}
+    assert {name: pairs.get(name) for name in NAMES} == NAMES
+    for name in names - NAMES.keys():
+        assert f"`{name}`" in page, name
+    for name in CLASSES:
+        assert name in page, name
