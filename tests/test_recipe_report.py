@@ -174,18 +174,18 @@ def chain(device, dtype="f64"):
 def test_activations_are_what_the_tape_keeps(device):
     """x, h and y of two layers; with a LoCon the rank's values too. Not the layers' own arrays."""
     engine, x = chain(device), weight(128, 16).astype(np.float64)
-    assert _within(activation_bytes(engine, x), 128 * (16 + 24 + 8) * 8)
+    assert _within(activation_bytes(engine, x), 128 * (16 + 24 + 8) * 8, device)
     engine.add("s", "locon", rank=2)
-    assert _within(activation_bytes(engine, x), 128 * (16 + 24 + 8 + 2 + 2) * 8)
+    assert _within(activation_bytes(engine, x), 128 * (16 + 24 + 8 + 2 + 2) * 8, device)
     twice = activation_bytes(engine, np.concatenate([x, x]))
-    assert _within(twice, 2 * activation_bytes(engine, x))
+    assert _within(twice, 256 * (16 + 24 + 8 + 2 + 2) * 8, device)
     text = engine.add("t", "locon", rank=2).text(activations=twice)
     assert f"activations {size_text(twice)}" in text and "are not in it" not in text
 
 
-def _within(found: int, expected: int) -> bool:
-    """CuPy hands out multiples of 512 bytes."""
-    return expected <= found <= expected + 8 * 512
+def _within(found: int, expected: int, device: str) -> bool:
+    """To the byte on the CPU. CuPy hands out multiples of 512, and its routes may keep a cast."""
+    return found == expected or (device != "cpu" and expected < found < 1.25 * expected)
 
 
 def test_activations_between_layers_and_in_views():

@@ -65,7 +65,8 @@ def match(recipe: Recipe, shapes: Mapping[str, LayerShape]) -> Matching:
     out = Matching()
     kept = set().union(*(found["targets", s] for s in targets))
     gone = set().union(*(found["exclude", s] for s in exclude))
-    for name in (name for name in shapes if name in kept - gone):
+    wanted = kept - gone
+    for name in (name for name in shapes if name in wanted):
         said = recipe.statement(name, shapes[name])
         if takes(str(said.algorithm), shapes[name]):
             out.adapters[name] = _adapter(name, shapes[name], said)
