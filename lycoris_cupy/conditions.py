@@ -49,15 +49,16 @@ def checked(
 
 def _step(value: Any, device: str) -> Array:
     """(1,) uint32 on the device; an array that lies there already is taken as it is."""
+    array: Any = value
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         if not 0 <= value < 2**32:
             raise LycorisError(f"step is {value}, expected 0 to 2^32 - 1")
-        value = np.array([value], np.uint32)
-    if getattr(value, "dtype", None) != np.uint32 or tuple(value.shape) != (1,):
+        array = np.array([value], np.uint32)
+    if getattr(array, "dtype", None) != np.uint32 or tuple(array.shape) != (1,):
         raise LycorisError(
             f"step is {value!r}, expected a whole number, or an array of shape (1,) and uint32"
         )
-    return to_device(value, device)
+    return to_device(array, device)
 
 
 def _levels(value: Any, device: str, dtype: np.dtype) -> Array:

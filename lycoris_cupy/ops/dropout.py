@@ -66,21 +66,17 @@ def dropout(
         require_same("x", value_of(x), "add", value_of(add))
         if tuple(add.shape) != tuple(x.shape):
             raise ShapeError(f"add has shape {tuple(add.shape)}, expected {tuple(x.shape)}")
-    if axis is None:
-        entries, inner = prod(x.shape), 1
-    elif -x.ndim <= axis < x.ndim:
-        axis %= x.ndim
-        entries, inner = x.shape[axis], prod(x.shape[axis + 1 :])
-    else:
-        raise ShapeError(f"axis {axis} is none of the {x.ndim} axes of x {tuple(x.shape)}")
+    entries, inner = prod(x.shape), 1
+    if axis is not None:
+        if not -x.ndim <= axis < x.ndim:
+            raise ShapeError(f"axis {axis} is none of the {x.ndim} axes of x {tuple(x.shape)}")
+        entries, inner = x.shape[axis], prod(x.shape[axis % x.ndim + 1 :])
     if entries > 2**34:  # 2^32 counters of four words
         raise ShapeError(f"a mask of {entries} entries: one has at most 2^34")
-    number, array = (1.0, gain) if hasattr(gain, "dtype") else (float(gain), None)  # type: ignore
+    factor, array = (float(gain), None) if isinstance(gain, (int, float)) else (1.0, gain)
     if array is not None:
         require_factor(array, x)
-    return _dropout(
-        x, add, step, array, draw=draw, entries=int(entries), inner=int(inner), factor=number
-    )
+    return _dropout(x, add, step, array, draw=draw, entries=entries, inner=inner, factor=factor)
 
 
 def kept_gain(entries: int, draw: Draw, step: Array, dtype) -> Array:
