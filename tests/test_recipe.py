@@ -282,7 +282,7 @@ def test_rs_lora_is_alpha_over_the_root_also_for_a_reader(algorithm, tmp_path):
     assert abs(report.layers[0].scale - 3 / np.sqrt(2)) < 1e-6
 
 
-def test_one_recipe_three_ways(tmp_path):
+def test_one_recipe_in_many_ways(tmp_path):
     """As arguments, as a table, from a file: the same factors, bit for bit."""
     table = {"algorithm": "lokr", "rank": 1, "factor": 2, "targets": ["a", "c*"], "exclude": "c2"}
     (tmp_path / "style.toml").write_text(
@@ -298,8 +298,11 @@ def test_one_recipe_three_ways(tmp_path):
         net.add("file", Recipe.from_toml(tmp_path / "style.toml"), seed=3),
     ]
     assert all(report == ["a", "c1"] for report in reports)
+    again = net.add("again", reports[0].recipe, seed=3)
+    assert again.recipe == reports[0].recipe and again.rows == reports[0].rows
+    reports.append(net.add("words", algorithm="lokr", targets=["a", "c*"], seed=3, **options))
     first = net.parameters("arguments")
-    for name in ("table", "recipe", "file"):
+    for name in ("table", "recipe", "file", "again", "words"):
         for layer, factors in net.parameters(name).items():
             for factor, value in factors.items():
                 assert value.tobytes() == first[layer][factor].tobytes()
@@ -388,6 +391,8 @@ def test_errors_of_a_layer_and_of_a_file(tmp_path):
         engine(a="linear").add("x", "boft", block_size=7)
     with pytest.raises(LycorisError, match="says all there is to say, but targets, rank stands"):
         engine(a="linear").add("x", {"rank": 3}, "a", rank=4)
+    with pytest.raises(LycorisError, match="algorithm is said twice, 'locon' and 'loha'"):
+        engine(a="linear").add("x", "locon", algorithm="loha")
     path = tmp_path / "a.toml"
     path.write_text("rank = \n")
     with pytest.raises(LycorisError, match="a.toml: is no TOML: "):

@@ -18,8 +18,8 @@ from lycoris_cupy import (
 )
 from lycoris_cupy.optim import AdamW
 from lycoris_cupy.recipe import activation_bytes
+from lycoris_cupy.recipe.layout import size_text
 from lycoris_cupy.recipe.memory import OPTIMIZERS, _arrays
-from lycoris_cupy.recipe.report import size_text
 
 RNG = np.random.default_rng(0)
 
@@ -93,6 +93,16 @@ def test_what_is_passed_over():
     assert "\npassed over:\n  blocks.#.norm1 x 3: locon does not sit on LayerNorm(32): " in text
     full = engine.add("b", "locon", ["blocks.*"]).text(full=True)
     assert "\n  blocks.1.norm1: locon does not sit on LayerNorm(32): train_norm = true puts" in full
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": "output"}])
+def test_notes(options):
+    """Which layers got a Tucker core, and where a rank and an alpha have no effect."""
+    layers = {"a": Conv2d(weight(3, 3, 12, 8)), "b": Linear(weight(12, 8))}
+    report = Engine(layers, device="cpu").add("x", "locon", tucker=True, **options)
+    assert [row.note for row in report.rows] == ["Tucker core", ""]
+    report = Engine(layers, device="cpu").add("x", "lokr", rank=99, **options)
+    assert {row.note for row in report.rows} == {"both sides full: scale 1 whatever alpha says"}
 
 
 def test_many_layers_stay_short():

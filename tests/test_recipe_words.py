@@ -2,9 +2,11 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from lycoris_cupy import LycorisError
+from lycoris_cupy.adapters import Option
 from lycoris_cupy.layers import LayerShape
 from lycoris_cupy.ops.window import Window
 from lycoris_cupy.recipe import Recipe, match
@@ -63,6 +65,11 @@ SAME = [
     ),
     ({"module_algo_map": {"FeedForward": {"dim": 2}}}, {"override": {":mlp": {"rank": 2}}}),
     ({"preset": "attn-mlp"}, {"preset": "attn-mlp"}),
+    (
+        {"network_module": "lycoris.kohya", "network_dim": 8, "network_alpha": 4, "network_args": ["algo=lokr", "factor=-1", "conv_dim=2", "use_tucker=True", "dora_wd=false"]},
+        {"algorithm": "lokr", "rank": 8, "alpha": 4, "factor": -1, "conv_rank": 2, "tucker": True, "dora": None},
+    ),
+    ({"network_args": []}, {}),
 ]  # fmt: skip
 
 REFUSED = [
@@ -95,6 +102,11 @@ REFUSED = [
     ({"target_module": ["Foo"]}, "target_module names the class 'Foo'"),
     ({"module_algo_map": {"Foo": {}}}, "module_algo_map names the class 'Foo'"),
     ({"module_algo_map": 3}, "module_algo_map is 3, expected a table"),
+    ({"network_module": "networks.lora"}, "network_module is 'networks.lora', but here it is always 'lycoris.kohya'"),
+    ({"network_args": ["algo"]}, "network_args holds 'algo', expected name=value"),
+    ({"network_args": ["algo=loha"], "algo": "lora"}, "algo is said twice, the second time in network_args"),
+    ({"network_args": ["conv_dim=0"]}, "conv_dim is 0: LyCORIS"),
+    ({"network_args": 3}, "network_args is 3, expected"),
     ({"target_module": 3}, "target_module is 3, expected a name or a list of them"),
 ]  # fmt: skip
 
@@ -119,6 +131,36 @@ def test_a_rank_in_an_exception_brings_no_alpha():
         "a": (2, 4.0),
         "b": (8, 4.0),
     }
+
+
+@pytest.mark.parametrize(
+    "kind, value, expected",
+    [
+        ("int", np.int64(3), 3),
+        ("int", np.float32(3), 3),
+        ("int", " 3 ", 3),
+        ("int", "3.5", None),
+        ("int", True, None),
+        ("float", "1e-3", 1e-3),
+        ("float", "inf", None),
+        ("float", 10**400, None),
+        ("float", False, None),
+        ("bool", np.True_, True),
+        ("bool", " FALSE ", False),
+        ("bool", 1, None),
+        ("str", 3, None),
+        ("str", "3", "3"),
+    ],
+)
+def test_values(kind, value, expected):
+    option = Option("some", kind, None)
+    if expected is None:
+        with pytest.raises(LycorisError, match="some is .*, expected"):
+            option.parsed(value)
+    else:
+        found = option.parsed(value)
+        assert found == expected and type(found) is type(expected)
+    assert Option("some", kind, None, optional=True).parsed(None) is None
 
 
 def test_every_name_is_in_a_case_and_on_the_page():

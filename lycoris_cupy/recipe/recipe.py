@@ -73,16 +73,19 @@ class Recipe:
         return cls.from_table(table, str(path))
 
     @classmethod
-    def of(cls, what: str | Recipe | Mapping[str, Any], targets: Any, said: dict) -> Recipe:
+    def of(cls, what: str | Recipe | Mapping[str, Any] | None, targets: Any, said: dict) -> Recipe:
         """What the arguments of `Engine.add` say: a recipe, its table, or an algorithm with
         targets and options.
         """
         said = {n: v for n, v in said.items() if v is not None or n not in ("rank", "alpha")}
-        if isinstance(what, str):
-            more = {} if targets is None else {"targets": targets}
-            return cls.from_table({"algorithm": what, **more, **said})
-        if targets is not None or said:
-            names = ", ".join([*(["targets"] if targets is not None else []), *said])
+        if targets is not None:
+            said = {"targets": targets, **said}
+        if what is None or isinstance(what, str):
+            if what is not None and "algorithm" in said:
+                raise LycorisError(f"algorithm is said twice, {what!r} and {said['algorithm']!r}")
+            return cls.from_table(said if what is None else {"algorithm": what, **said})
+        if said:
+            names = ", ".join(said)
             raise LycorisError(f"a recipe says all there is to say, but {names} stands beside it")
         return what if isinstance(what, Recipe) else cls.from_table(what)
 

@@ -76,6 +76,7 @@ FIXED = {
         ("train_t5xxl", _FLAG, False, "LyCORIS reads it nowhere; choose layers in targets"),
         ("sig_type", _TEXT, "principal", "a file of any other is read wrong by LyCORIS"),
         ("use_data_init", _FLAG, True, "a file of any other is read wrong by LyCORIS"),
+        ("network_module", _TEXT, "lycoris.kohya", "no other is known"),
     )
 }
 ELSEWHERE = {
@@ -92,7 +93,8 @@ ELSEWHERE = {
 }
 # Known here, and not this project's words for anything.
 BESIDE = ("wd_on_output", "bypass_mode", "enable_conv", "use_fnmatch")
-WORDS = (*NAMES, *FIXED, *ELSEWHERE, *BESIDE)
+_ARGUMENTS = "network_args"  # kohya's list of 'name=value'
+WORDS = (*NAMES, *FIXED, *ELSEWHERE, *BESIDE, _ARGUMENTS)
 _PATTERNS = ("target_name", "unet_target_name", "text_encoder_target_name", "exclude_name")
 _CONV_ZERO = (
     "LyCORIS then takes that of the linear layers: leave {0} out for that, or exclude = "
@@ -107,6 +109,7 @@ def translated(table: Mapping[str, Any], default_alpha: bool = True) -> dict[str
     is refused, and for one thing said twice.
     """
     said: dict[str, tuple[str, Any]] = {}
+    table = _with_arguments(table)
     for key, value in table.items():
         if (value is None and key in WORDS) or _settled(key, value, table):
             continue
@@ -128,6 +131,19 @@ def translated(table: Mapping[str, Any], default_alpha: bool = True) -> dict[str
         out["alpha"] = DEFAULT_ALPHA
     if not truth("enable_conv", table.get("enable_conv", True)):
         out["exclude"] = [*_listed("exclude", out.get("exclude", ())), ":conv"]
+    return out
+
+
+def _with_arguments(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with what `network_args` says in its own place."""
+    out = {key: value for key, value in table.items() if key != _ARGUMENTS}
+    for one in _listed(_ARGUMENTS, table.get(_ARGUMENTS) or ()):
+        key, equals, value = str(one).partition("=")
+        if not equals:
+            raise LycorisError(f"{_ARGUMENTS} holds {one!r}, expected name=value")
+        if key in out:
+            raise LycorisError(f"{key} is said twice, the second time in {_ARGUMENTS}: keep one")
+        out[key] = value
     return out
 
 
