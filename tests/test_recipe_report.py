@@ -102,7 +102,7 @@ def test_notes(options):
     report = Engine(layers, device="cpu").add("x", "locon", tucker=True, **options)
     assert [row.note for row in report.rows] == ["Tucker core", ""]
     report = Engine(layers, device="cpu").add("x", "lokr", rank=99, **options)
-    assert {row.note for row in report.rows} == {"both sides full: scale 1 whatever alpha says"}
+    assert all(row.note.startswith("both sides full: scale 1 whatever") for row in report.rows)
 
 
 def test_many_layers_stay_short():
