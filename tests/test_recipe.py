@@ -157,6 +157,7 @@ PLACES = {
     # text encoders
     "text_model.encoder.layers.0.self_attn.q_proj": ("linear", "attention text-encoder"),
     "text_model.encoder.layers.11.mlp.fc2": ("linear", "mlp text-encoder"),
+    "lora_te1_text_model_encoder_layers_1_mlp_fc1": ("linear", "mlp text-encoder"),
     "text_encoder_2.text_model.encoder.layers.0.self_attn.out_proj": ("linear", "attention text-encoder"),
     "conditioner.embedders.1.model.transformer.resblocks.0.mlp.c_fc": ("linear", "mlp text-encoder"),
     "encoder.block.0.layer.0.SelfAttention.q": ("linear", "attention text-encoder"),
@@ -352,6 +353,9 @@ BIG = {
         ({"targets": ":atention"}, "no group of layers, nearest: ':attention'"),
         ({"preset": "unet-convblock-only"}, "preset 'unet-convblock-only': no layer is left"),
         ({"preset": "conv"}, "preset 'conv' is unknown: use one of full, full-lin"),
+        ({"preset": "my.toml"}, "unknown: .*, ia3; what a file of presets says may stand in the recipe"),
+        ({"preset": ["full"]}, "preset \\['full'\\] is unknown"),
+        ({"rule": "reference"}, "layer 'blocks.0.attn.to_q': rule = 'reference' on locon .* it needs dora"),
         ({"preset": "full", "targets": "*"}, "preset 'full' and targets both say which layers"),
         ({"exclude": "*"}, "no layer is left to put an adapter on"),
         ({"targets": ["*", "*.to_q"], "exclude": "*.to_q"}, "'\\*.to_q' matches .*and 37 more, but exclude leaves out"),

@@ -13,6 +13,7 @@ from lycoris_cupy import (
     GroupNorm,
     LayerNorm,
     Linear,
+    LycorisError,
     bf16,
     ops,
 )
@@ -169,6 +170,8 @@ def test_memory_of_training(dtype, wide):
     for name, each in slots.items():
         assert memory.states[name] == each * wide * count, name
     assert memory.total("AdamW") == memory.factors + 4 * wide * count
+    with pytest.raises(LycorisError, match="'adamw' is unknown: use one of SGD, Lion, AdamW"):
+        memory.total("adamw")
     optimizer = AdamW(engine.parameters("x"))
     arrays = [*optimizer.masters["blocks.0.attn.to_q"].values()]
     assert all(array.dtype.itemsize == wide for array in arrays)

@@ -4,13 +4,15 @@ import re
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lycoris_cupy import LycorisError
 from lycoris_cupy.adapters import Option
 from lycoris_cupy.layers import LayerShape
 from lycoris_cupy.ops.window import Window
 from lycoris_cupy.recipe import Recipe, match
-from lycoris_cupy.recipe.reference import BESIDE, CLASSES, ELSEWHERE, FIXED, NAMES
+from lycoris_cupy.recipe.reference import BESIDE, CLASSES, ELSEWHERE, FIXED, NAMES, WORDS
 from tests.pages import PAGES
 
 # In LyCORIS's words, and the same in the project's.
@@ -123,6 +125,12 @@ def test_what_would_mean_something_else_is_refused(table, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("table", [{"override": {3: {}}}, {"target_module": [["a"]]}])
+def test_what_is_no_text_is_refused_by_name(table):
+    with pytest.raises(LycorisError, match=next(iter(table))):
+        Recipe.from_table(table)
+
+
 def test_a_rank_in_an_exception_brings_no_alpha():
     shape = LayerShape(Window(), 24, 24)
     table = {"linear_dim": 8, "linear_alpha": 4, "override": {"a": {"dim": 2}}}
@@ -161,6 +169,43 @@ def test_values(kind, value, expected):
         found = option.parsed(value)
         assert found == expected and type(found) is type(expected)
     assert Option("some", kind, None, optional=True).parsed(None) is None
+
+
+OWN = (
+    *("algorithm", "rank", "alpha", "conv_rank", "conv_alpha", "rs_lora", "train_norm", "factor"),
+    *(
+        "targets",
+        "exclude",
+        "preset",
+        "override",
+        "tucker",
+        "dora",
+        "rule",
+        "dropout",
+        "constraint",
+    ),
+)
+ODD = st.sampled_from(
+    [None, True, False, 0, 1, -1, 2.5, "", "x", "true", "4", "*", ":mlp", "lora", [], ["*"], [None]]
+    + [{}, {"*": {}}, {"*": 3}, {"*": {"rank": "2"}}, {3: {}}, float("nan"), float("inf"), b"x"]
+)
+
+
+@settings(deadline=None, max_examples=250)
+@given(st.dictionaries(st.sampled_from([*OWN, *WORDS, "what"]), ODD, max_size=4))
+def test_no_table_ends_in_another_error(table):
+    """Whatever stands in a file: one line that says what is wrong, or a recipe that is its table."""
+    try:
+        recipe = Recipe.from_table(table)
+    except LycorisError as error:
+        assert "\n" not in str(error)
+        return
+    assert Recipe.from_table(recipe.table()) == recipe
+    shape = LayerShape(Window.of((3, 3)), 24, 24)
+    try:
+        match(recipe, {"a.mlp": shape})
+    except LycorisError as error:
+        assert "\n" not in str(error)
 
 
 def test_every_name_is_in_a_case_and_on_the_page():

@@ -86,8 +86,8 @@ def match(recipe: Recipe, shapes: Mapping[str, LayerShape]) -> Matching:
 
 
 def _adapter(name: str, shape: LayerShape, said: Statement) -> Adapter:
-    made = said.settings(shape)
     try:
+        made = said.settings(shape)
         return new_adapter(made.algorithm, shape, made.rank, made.alpha, **made.options)
     except LycorisError as error:
         raise type(error)(f"layer {name!r}: {error}") from error

@@ -16,7 +16,7 @@ from ..errors import FileFormatError, LycorisError
 from ..layers import LayerShape
 from ..norms import NormShape
 from .presets import PRESETS
-from .reference import ALGORITHM_NAMES, translated, truth
+from .reference import translated, truth
 from .selectors import known, matches
 from .statement import Statement, statements
 
@@ -95,9 +95,11 @@ class Recipe:
             raise LycorisError(f"a recipe is {table!r}, expected a table of names and values")
         own = translated(table)
         preset_name = own.get("preset")
-        if preset_name is not None and preset_name not in PRESETS:
+        if preset_name is not None and preset_name not in tuple(PRESETS):
+            file = str(preset_name).endswith(".toml")
+            hint = "; what a file of presets says may stand in the recipe itself" if file else ""
             raise LycorisError(
-                f"preset {preset_name!r} is unknown: use one of {', '.join(PRESETS)}"
+                f"preset {preset_name!r} is unknown: use one of {', '.join(PRESETS)}{hint}"
             )
         preset = PRESETS[preset_name] if preset_name is not None else None
         targets = own.get("targets")
@@ -107,7 +109,6 @@ class Recipe:
                 "override may stand beside a preset)"
             )
         algorithm = own.get("algorithm")
-        algorithm = ALGORITHM_NAMES.get(algorithm, algorithm) if algorithm else None
         only = preset.algorithm if preset is not None else None
         if algorithm is not None and only is not None and algorithm != only:
             raise LycorisError(f"preset {preset_name!r} is for {only}, not for {algorithm}")
@@ -118,7 +119,7 @@ class Recipe:
         rest = {name: value for name, value in own.items() if name not in more}
         said = Statement.from_table({**rest, "algorithm": algorithm}, more=more)
         override = own.get("override") or {}
-        if not isinstance(override, Mapping):
+        if not isinstance(override, Mapping) or not all(isinstance(s, str) for s in override):
             raise LycorisError(f"override is {override!r}, expected a table of selectors")
         return cls(
             said,

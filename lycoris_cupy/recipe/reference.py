@@ -202,7 +202,7 @@ def _value(key: str, name: str, value: Any, table: Mapping[str, Any]) -> Any:
 
 
 def _of_class(key: str, name: str) -> tuple[str, ...]:
-    if name not in CLASSES:
+    if name not in tuple(CLASSES):
         raise LycorisError(
             f"{key} names the class {name!r}: an engine's layers have names and kinds, no classes. "
             f"Known by those are {', '.join(CLASSES)}; write targets for others"

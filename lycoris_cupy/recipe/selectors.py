@@ -53,7 +53,9 @@ _PLACES = {
     ),
     ":sampler": r"_(?:down|up)samplers?_|_(?:down|up)sample_",
     ":ends": r"_conv_in_|_conv_out_",
-    ":text-encoder": r"^_(?:text_encoder|te)_?\d?_|_text_model_|^_encoder_block_\d+_layer_",
+    ":text-encoder": (
+        r"^_(?:lora_)?(?:text_encoder|te)_?\d?_|_text_model_|^_encoder_block_\d+_layer_"
+    ),
 }
 GROUPS = (*_KINDS, *_PLACES)
 
