@@ -1,6 +1,8 @@
 """Recipes: which layers are taken, and what each of them gets."""
 
+import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -221,6 +223,44 @@ def test_presets(preset):
         "ia3": {name for name in PLACES if name.endswith(of_ia3)},
     }[preset]
     assert set(taken({"preset": preset}, SHAPES)) == expected
+
+
+PEER = json.loads((Path(__file__).parent / "peer/lycoris-4.1.3-presets.json").read_text())["layers"]
+_EMBEDDED = {f"unet.add_embedding.linear_{i}" for i in (1, 2)}
+_TEXT_NORMS = {f"text_encoder.encoder.layers.0.layer_norm{i}" for i in (1, 2)}
+_LAST_NORMS = {"text_encoder.final_layer_norm", "unet.conv_norm_out"}
+# What a preset takes here and not there: `full` is every layer, and a block's own norms are of the
+# block, where LyCORIS names the attention and the mlp of a text encoder alone.
+BEYOND = {
+    "full": _EMBEDDED,
+    "full-lin": _EMBEDDED,
+    "unet-only": _EMBEDDED,
+    "full with norms": _EMBEDDED | _TEXT_NORMS | _LAST_NORMS,
+    "full-lin with norms": _EMBEDDED | _TEXT_NORMS | _LAST_NORMS,
+    "unet-only with norms": _EMBEDDED | {"unet.conv_norm_out"},
+    "attn-mlp with norms": _TEXT_NORMS,
+}
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "ia3"])
+def test_presets_take_what_lycoris_takes(preset, norms):
+    """On a real U-Net and text encoder. LyCORIS's `ia3` takes nothing there: its names would have to
+    stand at the beginning of a path.
+    """
+    shapes = {}
+    for name, one in PEER.items():
+        kind, *sizes = one["shape"]
+        shapes[name] = (
+            NormShape.of_channels(*sizes)
+            if kind == "norm"
+            else LayerShape(Window.of(sizes[2:]), *sizes[:2])
+        )
+    case = f"{preset} with norms" if norms else preset
+    theirs = {name for name, one in PEER.items() if case in one["taken"]}
+    assert theirs and not any("ia3" in one["taken"] for one in PEER.values())
+    ours = set(taken({"preset": preset, "train_norm": norms}, shapes))
+    assert ours - theirs == BEYOND.get(case, set()) and not theirs - ours
 
 
 def test_ia3_scales_the_input_of_the_last_layer_of_an_mlp():
