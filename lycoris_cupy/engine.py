@@ -156,7 +156,7 @@ class Engine:
     def add(
         self,
         name: str,
-        recipe: str | Recipe | Mapping[str, Any],
+        recipe: str | Recipe | Mapping[str, Any] | None = None,
         targets: str | Sequence[str] | None = None,
         *,
         rank: int | None = None,

@@ -1,6 +1,8 @@
 """Recipes: which layers are taken, and what each of them gets."""
 
+import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -157,6 +159,7 @@ PLACES = {
     # text encoders
     "text_model.encoder.layers.0.self_attn.q_proj": ("linear", "attention text-encoder"),
     "text_model.encoder.layers.11.mlp.fc2": ("linear", "mlp text-encoder"),
+    "lora_te1_text_model_encoder_layers_1_mlp_fc1": ("linear", "mlp text-encoder"),
     "text_encoder_2.text_model.encoder.layers.0.self_attn.out_proj": ("linear", "attention text-encoder"),
     "conditioner.embedders.1.model.transformer.resblocks.0.mlp.c_fc": ("linear", "mlp text-encoder"),
     "encoder.block.0.layer.0.SelfAttention.q": ("linear", "attention text-encoder"),
@@ -222,6 +225,44 @@ def test_presets(preset):
     assert set(taken({"preset": preset}, SHAPES)) == expected
 
 
+PEER = json.loads((Path(__file__).parent / "peer/lycoris-4.1.3-presets.json").read_text())["layers"]
+_EMBEDDED = {f"unet.add_embedding.linear_{i}" for i in (1, 2)}
+_TEXT_NORMS = {f"text_encoder.encoder.layers.0.layer_norm{i}" for i in (1, 2)}
+_LAST_NORMS = {"text_encoder.final_layer_norm", "unet.conv_norm_out"}
+# What a preset takes here and not there: `full` is every layer, and a block's own norms are of the
+# block, where LyCORIS names the attention and the mlp of a text encoder alone.
+BEYOND = {
+    "full": _EMBEDDED,
+    "full-lin": _EMBEDDED,
+    "unet-only": _EMBEDDED,
+    "full with norms": _EMBEDDED | _TEXT_NORMS | _LAST_NORMS,
+    "full-lin with norms": _EMBEDDED | _TEXT_NORMS | _LAST_NORMS,
+    "unet-only with norms": _EMBEDDED | {"unet.conv_norm_out"},
+    "attn-mlp with norms": _TEXT_NORMS,
+}
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "ia3"])
+def test_presets_take_what_lycoris_takes(preset, norms):
+    """On a real U-Net and text encoder. LyCORIS's `ia3` takes nothing there: its names would have to
+    stand at the beginning of a path.
+    """
+    shapes = {}
+    for name, one in PEER.items():
+        kind, *sizes = one["shape"]
+        shapes[name] = (
+            NormShape.of_channels(*sizes)
+            if kind == "norm"
+            else LayerShape(Window.of(sizes[2:]), *sizes[:2])
+        )
+    case = f"{preset} with norms" if norms else preset
+    theirs = {name for name, one in PEER.items() if case in one["taken"]}
+    assert theirs and not any("ia3" in one["taken"] for one in PEER.values())
+    ours = set(taken({"preset": preset, "train_norm": norms}, shapes))
+    assert ours - theirs == BEYOND.get(case, set()) and not theirs - ours
+
+
 def test_ia3_scales_the_input_of_the_last_layer_of_an_mlp():
     shapes = {n: shape_of("linear") for n in ("b.0.to_k", "b.0.ff.net.2", "te.mlp.fc2", "b.0.to_q")}
     found = match(Recipe.from_table({"preset": "ia3"}), shapes).adapters
@@ -282,7 +323,7 @@ def test_rs_lora_is_alpha_over_the_root_also_for_a_reader(algorithm, tmp_path):
     assert abs(report.layers[0].scale - 3 / np.sqrt(2)) < 1e-6
 
 
-def test_one_recipe_three_ways(tmp_path):
+def test_one_recipe_in_many_ways(tmp_path):
     """As arguments, as a table, from a file: the same factors, bit for bit."""
     table = {"algorithm": "lokr", "rank": 1, "factor": 2, "targets": ["a", "c*"], "exclude": "c2"}
     (tmp_path / "style.toml").write_text(
@@ -298,8 +339,11 @@ def test_one_recipe_three_ways(tmp_path):
         net.add("file", Recipe.from_toml(tmp_path / "style.toml"), seed=3),
     ]
     assert all(report == ["a", "c1"] for report in reports)
+    again = net.add("again", reports[0].recipe, seed=3)
+    assert again.recipe == reports[0].recipe and again.rows == reports[0].rows
+    reports.append(net.add("words", algorithm="lokr", targets=["a", "c*"], seed=3, **options))
     first = net.parameters("arguments")
-    for name in ("table", "recipe", "file"):
+    for name in ("table", "recipe", "file", "again", "words"):
         for layer, factors in net.parameters(name).items():
             for factor, value in factors.items():
                 assert value.tobytes() == first[layer][factor].tobytes()
@@ -349,6 +393,9 @@ BIG = {
         ({"targets": ":atention"}, "no group of layers, nearest: ':attention'"),
         ({"preset": "unet-convblock-only"}, "preset 'unet-convblock-only': no layer is left"),
         ({"preset": "conv"}, "preset 'conv' is unknown: use one of full, full-lin"),
+        ({"preset": "my.toml"}, "unknown: .*, ia3; what a file of presets says may stand in the recipe"),
+        ({"preset": ["full"]}, "preset \\['full'\\] is unknown"),
+        ({"rule": "reference"}, "layer 'blocks.0.attn.to_q': rule = 'reference' on locon .* it needs dora"),
         ({"preset": "full", "targets": "*"}, "preset 'full' and targets both say which layers"),
         ({"exclude": "*"}, "no layer is left to put an adapter on"),
         ({"targets": ["*", "*.to_q"], "exclude": "*.to_q"}, "'\\*.to_q' matches .*and 37 more, but exclude leaves out"),
@@ -388,6 +435,8 @@ def test_errors_of_a_layer_and_of_a_file(tmp_path):
         engine(a="linear").add("x", "boft", block_size=7)
     with pytest.raises(LycorisError, match="says all there is to say, but targets, rank stands"):
         engine(a="linear").add("x", {"rank": 3}, "a", rank=4)
+    with pytest.raises(LycorisError, match="algorithm is said twice, 'locon' and 'loha'"):
+        engine(a="linear").add("x", "locon", algorithm="loha")
     path = tmp_path / "a.toml"
     path.write_text("rank = \n")
     with pytest.raises(LycorisError, match="a.toml: is no TOML: "):

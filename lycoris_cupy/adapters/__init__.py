@@ -91,6 +91,7 @@ def new_adapter(
 
 __all__ = [
     "ALGORITHMS",
+    "DORA",
     "RULES",
     "Adapter",
     "BOFT",

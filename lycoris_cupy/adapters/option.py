@@ -7,6 +7,8 @@ import math
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..errors import LycorisError
 
 _OF_ALL = ("shape", "rank", "alpha")  # every adapter has these; they are no options
@@ -34,7 +36,7 @@ class Option(NamedTuple):
         """
         if value is None and self.optional:
             return None
-        if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        if isinstance(value, np.generic):
             value = value.item()
         out = _PARSERS[self.kind](value)
         if out is None:

@@ -5,11 +5,12 @@ report = engine.add("style", Recipe.from_table(table))      # one of a TOML file
 print(report.text())
 """
 
+from .added import AddedLayer
 from .matching import Matching, Selected, Skipped, match
 from .memory import Memory, activation_bytes
 from .presets import PRESETS, Preset
 from .recipe import Recipe
-from .report import AddedLayer, AddReport
+from .report import AddReport
 from .selectors import GROUPS
 from .statement import Settings, Statement
 

@@ -34,4 +34,4 @@ def new_attachment(
     }
     attached = Attachment(made, device, dtype, strength, layers=layers)
     attached.dropout = Dropout(**recipe.dropout, seed=seed)
-    return attached, report_of(name, matching, layers, attached, dtype)
+    return attached, report_of(name, recipe, matching, layers, attached, dtype)

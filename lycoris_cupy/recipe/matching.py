@@ -65,7 +65,8 @@ def match(recipe: Recipe, shapes: Mapping[str, LayerShape]) -> Matching:
     out = Matching()
     kept = set().union(*(found["targets", s] for s in targets))
     gone = set().union(*(found["exclude", s] for s in exclude))
-    for name in (name for name in shapes if name in kept - gone):
+    wanted = kept - gone
+    for name in (name for name in shapes if name in wanted):
         said = recipe.statement(name, shapes[name])
         if takes(str(said.algorithm), shapes[name]):
             out.adapters[name] = _adapter(name, shapes[name], said)
@@ -85,8 +86,8 @@ def match(recipe: Recipe, shapes: Mapping[str, LayerShape]) -> Matching:
 
 
 def _adapter(name: str, shape: LayerShape, said: Statement) -> Adapter:
-    made = said.settings(shape)
     try:
+        made = said.settings(shape)
         return new_adapter(made.algorithm, shape, made.rank, made.alpha, **made.options)
     except LycorisError as error:
         raise type(error)(f"layer {name!r}: {error}") from error

@@ -30,7 +30,12 @@ class Memory(NamedTuple):
     states: Mapping[str, int]
 
     def total(self, optimizer: str) -> int:
-        """Without activations; they are `activation_bytes`."""
+        """Without activations; they are `activation_bytes`. Raises LycorisError for an optimizer
+        that is not known.
+        """
+        if optimizer not in self.states:
+            known = ", ".join(self.states)
+            raise LycorisError(f"optimizer {optimizer!r} is unknown: use one of {known}")
         return sum(self[:4]) + self.states[optimizer]
 
 

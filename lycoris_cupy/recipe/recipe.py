@@ -16,7 +16,7 @@ from ..errors import FileFormatError, LycorisError
 from ..layers import LayerShape
 from ..norms import NormShape
 from .presets import PRESETS
-from .reference import ALGORITHM_NAMES, translated, truth
+from .reference import translated, truth
 from .selectors import known, matches
 from .statement import Statement, statements
 
@@ -73,16 +73,19 @@ class Recipe:
         return cls.from_table(table, str(path))
 
     @classmethod
-    def of(cls, what: str | Recipe | Mapping[str, Any], targets: Any, said: dict) -> Recipe:
+    def of(cls, what: str | Recipe | Mapping[str, Any] | None, targets: Any, said: dict) -> Recipe:
         """What the arguments of `Engine.add` say: a recipe, its table, or an algorithm with
         targets and options.
         """
         said = {n: v for n, v in said.items() if v is not None or n not in ("rank", "alpha")}
-        if isinstance(what, str):
-            more = {} if targets is None else {"targets": targets}
-            return cls.from_table({"algorithm": what, **more, **said})
-        if targets is not None or said:
-            names = ", ".join([*(["targets"] if targets is not None else []), *said])
+        if targets is not None:
+            said = {"targets": targets, **said}
+        if what is None or isinstance(what, str):
+            if what is not None and "algorithm" in said:
+                raise LycorisError(f"algorithm is said twice, {what!r} and {said['algorithm']!r}")
+            return cls.from_table(said if what is None else {"algorithm": what, **said})
+        if said:
+            names = ", ".join(said)
             raise LycorisError(f"a recipe says all there is to say, but {names} stands beside it")
         return what if isinstance(what, Recipe) else cls.from_table(what)
 
@@ -92,9 +95,11 @@ class Recipe:
             raise LycorisError(f"a recipe is {table!r}, expected a table of names and values")
         own = translated(table)
         preset_name = own.get("preset")
-        if preset_name is not None and preset_name not in PRESETS:
+        if preset_name is not None and preset_name not in tuple(PRESETS):
+            file = str(preset_name).endswith(".toml")
+            hint = "; what a file of presets says may stand in the recipe itself" if file else ""
             raise LycorisError(
-                f"preset {preset_name!r} is unknown: use one of {', '.join(PRESETS)}"
+                f"preset {preset_name!r} is unknown: use one of {', '.join(PRESETS)}{hint}"
             )
         preset = PRESETS[preset_name] if preset_name is not None else None
         targets = own.get("targets")
@@ -104,7 +109,6 @@ class Recipe:
                 "override may stand beside a preset)"
             )
         algorithm = own.get("algorithm")
-        algorithm = ALGORITHM_NAMES.get(algorithm, algorithm) if algorithm else None
         only = preset.algorithm if preset is not None else None
         if algorithm is not None and only is not None and algorithm != only:
             raise LycorisError(f"preset {preset_name!r} is for {only}, not for {algorithm}")
@@ -115,7 +119,7 @@ class Recipe:
         rest = {name: value for name, value in own.items() if name not in more}
         said = Statement.from_table({**rest, "algorithm": algorithm}, more=more)
         override = own.get("override") or {}
-        if not isinstance(override, Mapping):
+        if not isinstance(override, Mapping) or not all(isinstance(s, str) for s in override):
             raise LycorisError(f"override is {override!r}, expected a table of selectors")
         return cls(
             said,

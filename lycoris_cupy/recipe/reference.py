@@ -76,6 +76,7 @@ FIXED = {
         ("train_t5xxl", _FLAG, False, "LyCORIS reads it nowhere; choose layers in targets"),
         ("sig_type", _TEXT, "principal", "a file of any other is read wrong by LyCORIS"),
         ("use_data_init", _FLAG, True, "a file of any other is read wrong by LyCORIS"),
+        ("network_module", _TEXT, "lycoris.kohya", "no other is known"),
     )
 }
 ELSEWHERE = {
@@ -91,8 +92,9 @@ ELSEWHERE = {
     ),
 }
 # Known here, and not this project's words for anything.
-_BESIDE = ("wd_on_output", "bypass_mode", "enable_conv", "use_fnmatch")
-WORDS = (*NAMES, *FIXED, *ELSEWHERE, *_BESIDE)
+BESIDE = ("wd_on_output", "bypass_mode", "enable_conv", "use_fnmatch")
+_ARGUMENTS = "network_args"  # kohya's list of 'name=value'
+WORDS = (*NAMES, *FIXED, *ELSEWHERE, *BESIDE, _ARGUMENTS)
 _PATTERNS = ("target_name", "unet_target_name", "text_encoder_target_name", "exclude_name")
 _CONV_ZERO = (
     "LyCORIS then takes that of the linear layers: leave {0} out for that, or exclude = "
@@ -107,6 +109,7 @@ def translated(table: Mapping[str, Any], default_alpha: bool = True) -> dict[str
     is refused, and for one thing said twice.
     """
     said: dict[str, tuple[str, Any]] = {}
+    table = _with_arguments(table)
     for key, value in table.items():
         if (value is None and key in WORDS) or _settled(key, value, table):
             continue
@@ -127,7 +130,20 @@ def translated(table: Mapping[str, Any], default_alpha: bool = True) -> dict[str
     if default_alpha and brings and "alpha" not in out:
         out["alpha"] = DEFAULT_ALPHA
     if not truth("enable_conv", table.get("enable_conv", True)):
-        out["exclude"] = [*_listed(out.get("exclude", ())), ":conv"]
+        out["exclude"] = [*_listed("exclude", out.get("exclude", ())), ":conv"]
+    return out
+
+
+def _with_arguments(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with what `network_args` says in its own place."""
+    out = {key: value for key, value in table.items() if key != _ARGUMENTS}
+    for one in _listed(_ARGUMENTS, table.get(_ARGUMENTS) or ()):
+        key, equals, value = str(one).partition("=")
+        if not equals:
+            raise LycorisError(f"{_ARGUMENTS} holds {one!r}, expected name=value")
+        if key in out:
+            raise LycorisError(f"{key} is said twice, the second time in {_ARGUMENTS}: keep one")
+        out[key] = value
     return out
 
 
@@ -142,7 +158,7 @@ def _settled(key: str, value: Any, table: Mapping[str, Any]) -> bool:
         if option.parsed(value) != fixed:
             raise LycorisError(f"{key} is {value!r}, but here it is always {fixed!r}: {why}")
         return True
-    if key not in _BESIDE:
+    if key not in BESIDE:
         return False
     on = truth(key, value)
     flags = [word for word in ("dora_wd", "weight_decompose") if word in table]
@@ -173,18 +189,20 @@ def _value(key: str, name: str, value: Any, table: Mapping[str, Any]) -> Any:
                 "patterns here are fnmatch's: write them so, and say use_fnmatch = true"
             )
     if key.endswith("target_module"):
-        return [selector for one in _listed(value) for selector in _of_class(key, one)]
+        return [selector for one in _listed(key, value) for selector in _of_class(key, one)]
     if key == "module_algo_map":
-        return {s: what for one, what in dict(value).items() for s in _of_class(key, one)}
+        if not isinstance(value, Mapping):
+            raise LycorisError(f"{key} is {value!r}, expected a table of classes")
+        return {s: what for one, what in value.items() for s in _of_class(key, one)}
     if key in _PATTERNS:
-        return _listed(value)
+        return _listed(key, value)
     if name == "algorithm" and isinstance(value, str):
         return ALGORITHM_NAMES.get(value, value)
     return value
 
 
 def _of_class(key: str, name: str) -> tuple[str, ...]:
-    if name not in CLASSES:
+    if name not in tuple(CLASSES):
         raise LycorisError(
             f"{key} names the class {name!r}: an engine's layers have names and kinds, no classes. "
             f"Known by those are {', '.join(CLASSES)}; write targets for others"
@@ -192,7 +210,9 @@ def _of_class(key: str, name: str) -> tuple[str, ...]:
     return CLASSES[name]
 
 
-def _listed(value: Any) -> list[str]:
+def _listed(key: str, value: Any) -> list[str]:
+    if not isinstance(value, (str, list, tuple)):
+        raise LycorisError(f"{key} is {value!r}, expected a name or a list of them")
     return [value] if isinstance(value, str) else list(value)
 
 

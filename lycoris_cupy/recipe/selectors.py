@@ -12,9 +12,10 @@ underscores between the words:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher, get_close_matches
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from ..errors import LycorisError
 from ..io.aliases import diffusers_name
@@ -52,7 +53,9 @@ _PLACES = {
     ),
     ":sampler": r"_(?:down|up)samplers?_|_(?:down|up)sample_",
     ":ends": r"_conv_in_|_conv_out_",
-    ":text-encoder": r"^_(?:text_encoder|te)_?\d?_|_text_model_|^_encoder_block_\d+_layer_",
+    ":text-encoder": (
+        r"^_(?:lora_)?(?:text_encoder|te)_?\d?_|_text_model_|^_encoder_block_\d+_layer_"
+    ),
 }
 GROUPS = (*_KINDS, *_PLACES)
 
@@ -84,12 +87,11 @@ def matches(selector: str, name: str, shape: LayerShape) -> bool:
     return any(re.search(_PLACES[selector], written) for written in _written(name))
 
 
-def _written(name: str) -> Iterable[str]:
+@lru_cache(maxsize=2**14)  # every group looks at every layer of a network
+def _written(name: str) -> tuple[str, ...]:
     """A layer's name as the patterns of places read it, and diffusers' name of it if it has one."""
-    yield f"_{fold(name).lower()}_"
     other = diffusers_name(fold(name[len(container_of(name)) :]))
-    if other:
-        yield f"_{other}_"
+    return (f"_{fold(name).lower()}_", *([f"_{other}_"] if other else []))
 
 
 def meant(selector: str, shapes: Mapping[str, LayerShape]) -> list[str]:

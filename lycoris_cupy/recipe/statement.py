@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
-from ..adapters import ALGORITHMS, Option, kind_of, options_of
+from ..adapters import ALGORITHMS, DORA, Option, kind_of, options_of
 from ..errors import LycorisError
 from ..layers import LayerShape
 from .reference import WORDS, translated
@@ -26,6 +26,7 @@ _OWN = {
     "rs_lora": Option("rs_lora", "bool", None),
 }
 WORDS_OF_ALL = ("algorithm", *_OWN)
+_BASE = DORA["rule"].default
 _HINTS = {
     "dora": "DoRA stands on locon, loha and lokr",
     "dylora block_size": "each step draws its block: draw_block",
@@ -116,6 +117,13 @@ class Statement:
         options = dict(self.options)
         if not spatial and options.get("tucker"):
             del options["tucker"]
+        if kind_of(algorithm).decomposable and options.get("dora") is None:
+            rule = options.pop("rule", _BASE)  # a rotation has its own; here it is that of DoRA
+            if rule != _BASE:
+                raise LycorisError(
+                    f"rule = {rule!r} on {algorithm} is what the strength of DoRA means: it needs "
+                    "dora beside it"
+                )
         return Settings(algorithm, rank, alpha, options)
 
     @property
