@@ -166,6 +166,19 @@ def test_softmax_of_rows_that_are_minus_infinity_is_zero(device):
     assert host(ops.softmax(to_device(x, device))).tolist() == [[0, 0], [1, 0]]
 
 
+def test_group_norm_of_values_far_from_zero(device):
+    """A mean of a thousand deviations costs the roundings of x, not those of its square."""
+    rng = np.random.default_rng(0)
+    x = (1000 + rng.standard_normal((2, 61, 47, 24))).astype(np.float32)
+    one, zero = np.ones(24, np.float32), np.zeros(24, np.float32)
+    y = ops.group_norm(*(to_device(a, device) for a in (x, one, zero)), groups=3)
+    split = x.astype(np.float64).reshape(2, -1, 3, 8)
+    centred = split - split.mean(axis=(1, 3), keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(axis=(1, 3), keepdims=True) + 1e-5)
+    # The mean is off by a few units of 1000, and so is every value.
+    assert np.abs(host(y).reshape(split.shape) - expected).max() < 1000 * 2.0**-22
+
+
 def f(*shape, dtype=np.float32):
     return np.ones(shape, dtype)
 
