@@ -1,7 +1,7 @@
 // softmax(scale q k^T + mask) v without an array of queries by keys, and its gradients; bf16, widths up to 128 (a multiple
 // of 8), sums and softmax in f32. Dao et al. 2022, arXiv 2205.14135; the gradients of queries and of keys are two kernels,
 // so that every sum has a fixed order. Grid (samples * heads, tiles of ROWS).
-// variants bf16: WIDTH=32 | WIDTH=64 | WIDTH=96 | WIDTH=128
+// variants bf16: WIDTH=32 | WIDTH=64 | WIDTH=128
 #include "attention.cuh"
 
 constexpr int KEYS = 64;     // of a tile, forward
@@ -60,11 +60,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     commit_copies();
 
     float high[2] = {largest[0], largest[1]};
+    const bool whole = mask.whole(first, ROWS, start, KEYS);
 #pragma unroll
     for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        s[j][e] = mask(s[j][e], scale, row + e / 2 * 8, start + j * 8 + lane % 4 * 2 + e % 2);
+        s[j][e] = whole ? s[j][e] * (scale * LOG2_E)
+                        : mask(s[j][e], scale, row + e / 2 * 8, start + j * 8 + lane % 4 * 2 + e % 2);
         high[e / 2] = fmaxf(high[e / 2], s[j][e]);
       }
 #pragma unroll
@@ -168,16 +170,18 @@ __device__ __forceinline__ void gradients(const bf16* x, const bf16* y, const bf
       rows_fragment(a, tile_y, warp * 16, d * 16);
       times_rows<COLUMNS>(h, a, tile_e, d * 16);
     }
+    const bool whole = OF_KEYS ? mask.whole(start, COLUMNS, first, ROWS) : mask.whole(first, ROWS, start, COLUMNS);
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int r = row + i / 2 * 8, column = start + j * 8 + lane % 4 * 2 + i % 2;
         const int query = OF_KEYS ? column : r, key = OF_KEYS ? r : column;
-        const bool inside = query < mask.queries;
-        const float score = mask(s[j][i], scale, query, key);
-        s[j][i] = inside ? exp2f(score - powers[query]) : 0.f;
-        h[j][i] = inside ? s[j][i] * (h[j][i] - along[query]) : 0.f;
+        // A query that does not exist scores minus infinity: any other's numbers will do for it.
+        const int at = min(query, mask.queries - 1);
+        const float score = whole ? s[j][i] * (scale * LOG2_E) : mask(s[j][i], scale, query, key);
+        s[j][i] = exp2f(score - powers[at]);
+        h[j][i] = s[j][i] * (h[j][i] - along[at]);
       }
     if constexpr (OF_KEYS) times_tile<COLUMNS>(of_y, s, tile_e);
     times_tile<COLUMNS>(of_x, h, tile_c);

@@ -95,6 +95,12 @@ struct Mask {
         keys(keys),
         causal(causal) {}
 
+  // Whether all of these pairs take part as they are, so that a tile of them needs no look at each.
+  __device__ __forceinline__ bool whole(int query, int query_count, int key, int key_count) const {
+    return !added && !allowed && query + query_count <= queries && key + key_count <= keys &&
+           (!causal || key + key_count - 1 <= query);
+  }
+
   // The score in powers of 2 with the mask applied; minus infinity for a pair that does not take part.
   __device__ __forceinline__ float operator()(float product, float scale, int query, int key) const {
     if (query >= queries || key >= keys || (causal && key > query)) return -infinity();

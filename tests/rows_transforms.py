@@ -51,6 +51,9 @@ def _norm_rows():
         ("one", (1, 1), 1),
         ("none", (0, 3, 8), 2),
         ("large", (2, 37, 11, 64), 4),
+        ("in parts", (2, 41, 23, 40), 2),
+        ("in parts, odd", (1, 53, 37, 9), 1),
+        ("in parts, many channels", (1, 71, 300), 1),
         ("layer", (13, 70), 1),
         ("layer wide", (3, 1100), 1),
     ):

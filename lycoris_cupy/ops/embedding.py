@@ -41,6 +41,8 @@ def require_indices(indices: Array, name: str, beside: Array) -> Array:
     if on_gpu(indices):
         import cupy
 
+        if indices.dtype.itemsize > 4 or indices.dtype == np.uint32:  # or it would wrap around
+            indices = indices.clip(max(np.iinfo(indices.dtype).min, -(2**31)), 2**31 - 1)
         return cupy.ascontiguousarray(indices.astype(np.int32, copy=False))
     return np.ascontiguousarray(indices)
 
