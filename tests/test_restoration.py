@@ -195,12 +195,21 @@ def measured(**changes):
                         "way": "bypass",
                         "mode": mode,
                     }
-                    data["timings"].append({**row, "device_us": us, "wall_us": us + 100})
+                    data["timings"].append(
+                        {**row, "device_us": us, "wall_us": us + 100, "steps_per_second": 900}
+                    )
             if side != "torch":
                 us = own.get("us", 800.0)
                 row = {"side": side, "method": method, "way": ""}
                 data["timings"] += [
-                    {**row, "device": "cuda", "mode": "graph", "device_us": us, "wall_us": us + 9},
+                    {
+                        **row,
+                        "device": "cuda",
+                        "mode": "graph",
+                        "device_us": us,
+                        "wall_us": us + 9,
+                        "steps_per_second": 1234.5,
+                    },
                     {**row, "device": "cpu", "mode": "eager", "wall_us": 5e5},
                 ]
     data["runs"].append({**data["runs"][-1], "method": "LoCon", "error": "no"})
@@ -209,10 +218,13 @@ def measured(**changes):
 
 def test_the_tables_show_means_and_what_full_fine_tuning_reaches():
     lines = table(measured()).splitlines()
-    assert lines[2] == "| LoCon | 1,234 | 3 | 15.50 | 30.00 | +14.50 | -1.10 | 500 | 0.80; 0.81 |"
+    assert (
+        lines[2]
+        == "| LoCon | 1,234 | 3 | 15.50 | 30.00 | +14.50 | -1.10 | 500 | 0.80; 0.81 | 1234 |"
+    )
     assert (
         lines[-1]
-        == "| full fine-tuning, torch | 1,234 |  | 15.50 | 31.10 | +15.60 | +0.00 |  | 1.00; 1.10 |"
+        == "| full fine-tuning, torch | 1,234 |  | 15.50 | 31.10 | +15.60 | +0.00 |  | 1.00; 1.10 | 900 |"
     )
     rows = against_torch(measured()).splitlines()
     assert (

@@ -37,6 +37,7 @@ def trained(base: Engine, method: Method, seed: int, task: Task, log_every: int)
     """(engine, row): a new adapter on the layers of `base`, trained from its first step on."""
     engine = method.on(base, seed)
     pairs = [tuple(to_device(a, base.device) for a in pair) for pair in task.training(seed)]
+    engine.warmup(pairs[0][0])  # kernels compile side by side, and before the clock
     start = time.perf_counter()
     result = fit(
         engine,
