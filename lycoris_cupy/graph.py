@@ -99,8 +99,12 @@ def capture_step(engine, name: str, loss, optimizer, inputs, targets) -> Callabl
     """See Engine.capture_step."""
     count = len(inputs)
 
+    # What is dropped is drawn from the step's number, which stays on the device.
+    dropping = any(attached.dropout for attached in engine.attachments.values())
+    conditions = {"step": optimizer.clock()} if dropping else {}
+
     def run(*arrays: Array) -> Array:
-        y, pullback = engine.vjp(*arrays[:count])
+        y, pullback = engine.vjp(*arrays[:count], **conditions)
         value, dy = loss(y, *arrays[count:])
         _, grads = pullback(dy)
         engine.set_parameters(name, optimizer.apply(grads[name]))

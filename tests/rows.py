@@ -19,6 +19,7 @@ from lycoris_cupy.ops.kron_square import _kron_cross
 from lycoris_cupy.ops.squares import _against_weight
 from lycoris_cupy.ops.window import Window
 from tests import naive
+from tests.rows_network import network_rows
 from tests.rows_transforms import transform_rows
 
 FACTOR = np.array([0.703125])  # exact in bf16
@@ -681,4 +682,5 @@ ROWS = [
     *_square_rows(),
     *_magnitude_rows(),
     *(Row(**row) for row in transform_rows()),
+    *(Row(**row) for row in network_rows()),
 ]

@@ -236,3 +236,36 @@ def test_refusals(options, message):
     engine = student()
     with pytest.raises(LycorisError, match=message):
         train(engine, AdamW(engine.parameters("a")), **{"steps": 3, **options})
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_dropout_draws_anew_at_every_step_and_piece(accumulate):
+    """With the same data and a rate of 0 all losses would be one; with dropout no two are."""
+    engine = student(dropout=0.5)
+    values = {
+        a: {n: np.ones(v.shape) for n, v in p.items()} for a, p in engine.parameters("a").items()
+    }
+    engine.set_parameters("a", values)
+    seen = []
+
+    def loss(y, target):
+        value, dy = squared_error(y, target)
+        seen.append(float(value))
+        return value, dy
+
+    def same(step):
+        (x,), (target,) = batch(0, 1)
+        return (np.repeat(x, 2, 0),), (np.repeat(target, 2, 0),)
+
+    optimizer = SGD(engine.parameters("a"), 0.0)
+    fit(
+        engine,
+        same,
+        loss,
+        name="a",
+        optimizer=optimizer,
+        steps=6,
+        accumulate=accumulate,
+        progress=False,
+    )
+    assert len(set(seen)) == 6 * accumulate

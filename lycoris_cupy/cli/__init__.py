@@ -14,9 +14,9 @@ import sys
 
 from .. import __version__
 from ..errors import LycorisError
-from . import convert, demo, diff, extract, inspect, merge, resize
+from . import convert, demo, diff, extract, inspect, merge, plot, resize
 
-COMMANDS = (inspect, diff, convert, resize, extract, merge, demo)
+COMMANDS = (inspect, diff, convert, resize, extract, merge, plot, demo)
 
 _EXAMPLES = """examples:
   lycoris-cupy inspect style.safetensors

@@ -62,6 +62,7 @@ class Optimizer:
         columns = len(self._numbers_of(0.0, 1))
         self._numbers = xp.zeros((len(self._factors), columns), many)
         self._clock = xp.zeros(1, np.uint32)  # the step, for random numbers
+        self._clocked = seed is not None
         self.grad_norm = xp.zeros(1, many)
         self._scalars = [xp.full(1, value, many) for value in self._first_scalars()]
 
@@ -83,7 +84,7 @@ class Optimizer:
         self._count(lr)
         now = [self._numbers_of(lr * factor, steps) for factor in self._factors]
         _write(self._numbers, np.array(now, self._numbers.dtype))
-        if self._seed is not None:
+        if self._clocked:
             _write(self._clock, np.array([steps % 2**32], np.uint32))
 
     def apply(self, grads: Nested) -> Own:
@@ -103,6 +104,13 @@ class Optimizer:
             if p.dtype == bf16:
                 p[...] = round_stochastically(wide, self._seed or 0, self._clock, index)
         return self.masters
+
+    def clock(self) -> Array:
+        """The number of the prepared step, the first being 1: (1,) u32 on the device, for random
+        numbers. `prepare` writes it from the first time that it is asked for.
+        """
+        self._clocked = True
+        return self._clock
 
     def snapshot(self) -> tuple:
         """A copy of all that a step changes, for `restore`."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..arrays import Array, bf16, module_of
 from ..errors import DtypeError
-from .philox import random_bits
+from ..philox import random_bits
 
 
 def round_stochastically(array: Array, seed: int, step: Array, tensor: int) -> Array:

@@ -8,16 +8,19 @@ from .checkpoint import Checkpoints, read_state
 from .finite import NonFiniteError
 from .fit import Result, fit
 from .log import read_log
+from .parallel import LostProcessError, launch
 from .step import Reducer, Step
 
 __all__ = [
     "Batches",
     "Checkpoints",
+    "LostProcessError",
     "NonFiniteError",
     "Reducer",
     "Result",
     "Step",
     "fit",
+    "launch",
     "read_log",
     "read_state",
 ]

@@ -14,8 +14,8 @@ from ..errors import LycorisError
 from ..optim import Average, Optimizer
 from ..optim.nested import items
 
-# A run may be continued with these changed: they touch no value that is trained.
-FREE = ("steps",)
+# A run may be continued with these changed: more steps, or other machines.
+FREE = ("steps", "processes")
 _SHOWN = 4  # differences
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..arrays import Array, module_of, to_device
+from ..arrays import Array, module_of, to_device, wide_dtype
 from ..engine import Engine
 from ..errors import LycorisError
 from ..optim.nested import Nested, items
@@ -15,11 +15,11 @@ from .step import Step
 
 class NonFiniteError(LycorisError, ArithmeticError):
     """A NaN or an infinity came up in training. step: the first, counted from 0. tensor: what held
-    it, such as 'the gradient of layer.factor'.
+    it, such as 'the gradient of layer.factor'. elsewhere: in another process.
     """
 
-    def __init__(self, step: int, tensor: str, advice: str):
-        self.step, self.tensor = step, tensor
+    def __init__(self, step: int, tensor: str, advice: str, elsewhere: bool = False):
+        self.step, self.tensor, self.elsewhere = step, tensor, elsewhere
         super().__init__(f"step {step}: {tensor} is not finite: {advice}")
 
 
@@ -28,6 +28,10 @@ def require_finite_factors(step: int, masters: Nested) -> None:
 
     step: how many steps are done, so that the one before it has written the factors.
     """
+    # Of the sum of all values the device is asked once; what is finite may still sum to infinity.
+    total = sum(p.astype(wide_dtype(p.dtype), copy=False).sum() for _, _, p in items(masters))
+    if _finite(total):
+        return
     for layer, name, p in items(masters):
         if not _finite(p):
             raise NonFiniteError(
@@ -49,10 +53,11 @@ def require_finite_step(
     for what, i, x in arrays:
         if not _finite(x):
             raise NonFiniteError(number, f"{what} {i} of the batch", "repair the data")
-    for piece_inputs, piece_targets in step.pieces(inputs, targets):
-        engine = step.engine
-        _require_finite_outputs(engine, number, piece_inputs)
-        y, pullback = engine.vjp(*piece_inputs)
+    engine = step.engine
+    for i, (piece_inputs, piece_targets) in enumerate(step.pieces(inputs, targets)):
+        drawn = {"step": step.draw(i)}  # so that the same is dropped
+        _require_finite_outputs(engine, number, piece_inputs, drawn)
+        y, pullback = engine.vjp(*piece_inputs, **drawn)
         moved = [to_device(t, engine.device) for t in piece_targets]
         value, dy = step.loss(y, *moved)
         for what, array in (("the loss", value), ("the gradient of the loss", dy)):
@@ -71,6 +76,7 @@ def require_finite_step(
         number,
         "the loss or a gradient of another process" if elsewhere else "the norm of the gradient",
         "see what that process says" if elsewhere else "its square is beyond f32: scale the loss",
+        elsewhere,
     )
 
 
@@ -85,7 +91,9 @@ def raise_cause(step: Step, source: Batches, begin: int, kept: tuple, bad: int) 
     require_finite_step(step, bad, *source(bad))
 
 
-def _require_finite_outputs(engine: Engine, number: int, inputs: Sequence[Array]) -> None:
+def _require_finite_outputs(
+    engine: Engine, number: int, inputs: Sequence[Array], drawn: dict[str, int]
+) -> None:
     topology, advice = engine.topology, "lower the learning rate, or clip the gradient"
 
     def watched(call, *arrays):
@@ -102,7 +110,7 @@ def _require_finite_outputs(engine: Engine, number: int, inputs: Sequence[Array]
 
     engine.topology = watched
     try:
-        engine.forward(*inputs)
+        engine.forward(*inputs, **drawn)
     finally:
         engine.topology = topology
 

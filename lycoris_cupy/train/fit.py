@@ -117,7 +117,6 @@ def fit(
                 reading = step.meter.look()
                 if reading.bad is not None:
                     raise_cause(step, source, *kept, reading.bad)
-                require_finite_factors(done, optimizer.masters)
                 course.seconds = time.perf_counter() - clock
                 course.batches = source.state()
                 if logs:
@@ -125,6 +124,8 @@ def fit(
                     log.write(done, course.seconds, **told, lr=rate_of(optimizer, done - 1))
                     bar.tell(loss=reading.loss)
                     step.meter.clear()
+                if validates or saves:
+                    require_finite_factors(done, optimizer.masters)
                 if validate and validates:
                     value = run.validated(validate)
                     log.write(done, course.seconds, validation=value)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from ..arrays import Array, module_of, wide_dtype
 from ..engine import Engine
 from ..errors import LycorisError, ShapeError
@@ -64,11 +66,14 @@ class Step:
         self.meter = Meter(engine.device, accumulate)
         apart = accumulate > 1 or reducer is not None
         self._sums = _Sums(optimizer, self.meter) if apart else None
+        self.count = 0  # of steps that are done
         self._captured: dict[tuple, Callable] = {}
         self._update: Captured | None = None
 
     def __call__(self, inputs: Sequence[Array], targets: Sequence[Array]) -> None:
-        for piece in self.pieces(inputs, targets):
+        for i, piece in enumerate(self.pieces(inputs, targets)):
+            if self._sums is not None:
+                self._sums.draw.fill(self.draw(i))
             self._gather(*piece)
         if self._sums is not None:
             if self.reducer is not None:
@@ -83,6 +88,12 @@ class Step:
             self.engine.set_parameters(self.name, self.optimizer.masters)
         if self.average is not None:
             self.average.update(self.optimizer.masters)
+        self.count += 1
+
+    def draw(self, piece: int) -> int:
+        """The number that dropout draws by: another one for every piece and process, from 1 on."""
+        first = (self.count * self.processes + self.rank) * self.accumulate
+        return (first + piece + 1) % 2**32
 
     def pieces(self, inputs: Sequence[Array], targets: Sequence[Array]) -> list[Piece]:
         """What this process runs of a batch, one after the other."""
@@ -92,11 +103,11 @@ class Step:
     def snapshot(self) -> tuple:
         """A copy of all that a step changes, for `restore`."""
         average = None if self.average is None else self.average.snapshot()
-        return self.optimizer.snapshot(), average, self.meter.snapshot()
+        return self.optimizer.snapshot(), average, self.meter.snapshot(), self.count
 
     def restore(self, kept: tuple) -> None:
         """Put a snapshot back, and the factors that belong to it into the engine."""
-        optimizer, average, meter = kept
+        optimizer, average, meter, self.count = kept
         self.optimizer.restore(optimizer)
         if self.average is not None:
             self.average.restore(average)
@@ -136,6 +147,9 @@ class _Direct:
     def prepare(self) -> None:
         self._optimizer.prepare()
 
+    def clock(self) -> Array:
+        return self._optimizer.clock()
+
     def apply(self, grads: Nested) -> Own:
         masters = self._optimizer.apply(grads)
         self._meter.step(_norm(self._optimizer, grads))
@@ -162,10 +176,15 @@ class _Sums:
             raise LycorisError("the optimizer has no parameters: there is nothing to train")
         first = next(p for _, _, p in items(optimizer.masters))
         count = sum(size for *_, size in self._shapes) + 1
-        self.flat = module_of(first).zeros(count, wide_dtype(first.dtype))
+        xp = module_of(first)
+        self.flat = xp.zeros(count, wide_dtype(first.dtype))
+        self.draw = xp.zeros(1, np.uint32)  # see Step.draw
 
     def prepare(self) -> None:
         pass
+
+    def clock(self) -> Array:
+        return self.draw
 
     def apply(self, grads: Nested) -> Own:
         """Add a piece; no factor changes."""
