@@ -14,6 +14,7 @@ from benchmarks.restoration.methods import FINE_TUNING, METHODS
 from benchmarks.restoration.table import TARGETS, against_torch, page, spread, table
 from benchmarks.results import FOLDER
 from lycoris_cupy.demo import extra
+from lycoris_cupy.losses import mse
 from tests.pages import PAGES
 
 installed = all(find_spec(module) for module in extra.PACKAGES)
@@ -40,7 +41,6 @@ def test_torch_takes_the_same_steps(name, way):
     from benchmarks.restoration.methods import ADAPTER
     from benchmarks.restoration.ours import optimizer_of
     from benchmarks.restoration.torch_side import Worker
-    from lycoris_cupy.demo.training import squared_error
     from lycoris_cupy.demo.upscaler import build_engine
 
     told = {"methods": [], "seeds": 1, "device": "cpu", "dtype": "f32", "modes": []}
@@ -53,7 +53,7 @@ def test_torch_takes_the_same_steps(name, way):
     ours = []
     for low, original in task.training(0):
         y, pullback = engine.vjp(low)
-        value, dy = squared_error(y, original)
+        value, dy = mse(y, original)
         _, grads = pullback(dy)
         engine.set_parameters(ADAPTER, optimizer.step(grads[ADAPTER]))
         ours.append(float(value))
