@@ -12,25 +12,24 @@ import numpy as np
 import pytest
 
 from lycoris_cupy import DeviceError, LycorisError, MatchError, ShapeError
-from lycoris_cupy.arrays import gpu_missing, to_device
+from lycoris_cupy.arrays import to_device
 from lycoris_cupy.optim import AdamW, Average
 from lycoris_cupy.train import LostProcessError, NonFiniteError, fit, launch, parallel, read_log
+from lycoris_cupy.train.reducers import require_gpus
 from tests.training import batch, factors, squared_error, student
 
 
-def gpus():
-    if gpu_missing():
-        return 0
-    import cupy
-
-    return cupy.cuda.runtime.getDeviceCount()
+def missing(gpus):
+    try:
+        require_gpus(gpus)
+    except DeviceError as error:
+        return str(error)
+    return ""
 
 
 def pytest_generate_tests(metafunc):
     if "where" in metafunc.fixturenames:
-        few = pytest.mark.skipif(
-            gpus() < 2, reason=f"GPU row: two GPUs are needed, there are {gpus()}"
-        )
+        few = pytest.mark.skipif(bool(missing(2)), reason=f"GPU row: {missing(2)}")
         metafunc.parametrize("where", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, few])])
 
 

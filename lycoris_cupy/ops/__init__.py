@@ -5,8 +5,8 @@ from .attention import attention
 from .bilinear import resize_bilinear
 from .cayley import cayley, rotation_columns
 from .columns import column_sum, expand_rows
-from .dropout import Draw, dropout, kept_gain
 from .concatenate import concatenate, split
+from .dropout import Draw, dropout, kept_gain
 from .elementwise import add, cast, multiply, prelu, scale
 from .embedding import embedding
 from .extended import Pending, extended, pending, ready

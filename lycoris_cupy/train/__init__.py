@@ -10,6 +10,7 @@ from .fit import Result, fit
 from .log import read_log
 from .parallel import LostProcessError, launch
 from .step import Reducer, Step
+from .validation import mean_loss
 
 __all__ = [
     "Batches",
@@ -21,6 +22,7 @@ __all__ = [
     "Step",
     "fit",
     "launch",
+    "mean_loss",
     "read_log",
     "read_state",
 ]

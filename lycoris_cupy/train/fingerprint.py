@@ -27,7 +27,7 @@ def base_fingerprint(engine: Engine) -> str:
             if array is not None:
                 host = to_device(array, "cpu")
                 digest.update(f"{name}\0{what}\0{host.dtype}\0{host.shape}\0".encode())
-                digest.update(np.ascontiguousarray(host).reshape(-1).view(np.uint8))
+                digest.update(memoryview(host.reshape(-1).view(np.uint8)))
     return digest.hexdigest()
 
 
@@ -56,7 +56,8 @@ def described(thing: Any) -> dict[str, Any]:
     out: dict[str, Any] = {"class": type(thing).__name__}
     for key, value in vars(thing).items():
         if key == "lr" and callable(value):
-            value = [float(value(step)) for step in (0, 1, 10, 100, 1000, 10000)]
+            schedule: Any = value
+            value = [float(schedule(step)) for step in (0, 1, 10, 100, 1000, 10000)]
         if isinstance(value, (bool, int, float, str, tuple, list, type(None))) and key[0] != "_":
             out[key] = list(value) if isinstance(value, tuple) else value
     return out

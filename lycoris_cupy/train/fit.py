@@ -110,7 +110,7 @@ def fit(
                 done += 1
                 bar.step()
                 logs = done == steps or done % log_every == 0
-                validates = validate and (done == steps or done % validate_every == 0)
+                validates = validate and (done == steps or done % (validate_every or steps) == 0)
                 saves = done == steps or checkpoint_every and done % checkpoint_every == 0
                 if not (logs or validates or saves):
                     continue
@@ -148,7 +148,7 @@ def fit(
 
 def rate_of(optimizer: Optimizer, step: int) -> float:
     """The learning rate of a step; of Prodigy with what it has found."""
-    lr = optimizer.lr(step) if callable(optimizer.lr) else optimizer.lr
+    lr: Any = optimizer.lr(step) if callable(optimizer.lr) else optimizer.lr
     found = getattr(optimizer, "d", None)
     return float(lr) if found is None else float(lr) * float(to_device(found, "cpu")[0])
 

@@ -27,11 +27,10 @@ class Reading(NamedTuple):
 class Meter:
     """Sums of losses and gradient norms, and the first step at which one was not finite.
 
-    `pieces`: how many losses make one step. All is arrays on the device: made to be captured.
+    All is arrays on the device: made to be captured.
     """
 
-    def __init__(self, device: str, pieces: int = 1):
-        self.pieces = pieces
+    def __init__(self, device: str):
         with device_context(device):
             self._sums = to_device(np.zeros(5), device)
             self.loss = to_device(np.zeros(1), device)  # of the step that is being made
@@ -43,7 +42,7 @@ class Meter:
 
         def run(y: Array, *targets: Array):
             value, dy = loss(y, *targets)
-            self.loss += value / self.pieces
+            self.loss += value
             return value, dy
 
         return run

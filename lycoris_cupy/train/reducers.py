@@ -7,12 +7,13 @@ NCCL's id, and CuPy's communicator is used as it is.
 
 from __future__ import annotations
 
+import warnings
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, f64
+from ..arrays import Array, f64, gpu_missing
 from ..errors import DeviceError
 
 
@@ -37,8 +38,8 @@ class NcclReducer:
 
     def __init__(self, connection: Connection, rank: int, size: int):
         import cupy
-        from cupy.cuda import nccl
 
+        nccl: Any = cupy.cuda.nccl
         self.rank, self.size, self.device = rank, size, f"cuda:{rank}"
         cupy.cuda.Device(rank).use()
         connection.send(("join", nccl.get_unique_id() if rank == 0 else None))
@@ -57,8 +58,6 @@ class NcclReducer:
 
 def require_gpus(count: int) -> None:
     """Raise DeviceError unless there are so many GPUs, and NCCL."""
-    from ..arrays import gpu_missing
-
     reason = gpu_missing()
     if reason:
         raise DeviceError(f"{count} GPUs were asked for, but {reason}")
@@ -67,9 +66,19 @@ def require_gpus(count: int) -> None:
     there = cupy.cuda.runtime.getDeviceCount()
     if there < count:
         raise DeviceError(f"{count} GPUs were asked for, this machine has {there}")
-    if not getattr(cupy.cuda.nccl, "available", False):
-        major = cupy.cuda.runtime.runtimeGetVersion() // 1000
-        raise DeviceError(
-            f"{count} GPUs were asked for, but CuPy cannot load NCCL: "
-            f"python -m pip install nvidia-nccl-cu{major}"
-        )
+    reason = nccl_missing()
+    if reason:
+        raise DeviceError(f"{count} GPUs were asked for, but {reason}")
+
+
+def nccl_missing() -> str:
+    """Why NCCL cannot be used, as a clause for a sentence; empty when it can."""
+    import cupy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CuPy's own word for the same
+        from cupy.cuda import nccl
+    if getattr(nccl, "available", False):
+        return ""
+    major = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    return f"CuPy cannot load NCCL: python -m pip install nvidia-nccl-cu{major}"

@@ -17,18 +17,21 @@ from ..engine import Engine
 from ..errors import LycorisError, ShapeError
 from ..graph import Captured
 from ..optim import Average, Optimizer, apply_max_norm
-from ..optim.nested import Nested, Own, items
+from ..optim.nested import Nested, items
+from ..optim.running import Running
 from .meter import Meter
 
 Loss = Callable[..., tuple[Any, Array]]
 Piece = tuple[list[Array], list[Array]]  # inputs, targets
+_LOSS = "\0loss"  # beside the layers, whose names are texts that people give
 
 
 class Reducer(Protocol):
-    """Processes that each take a share of a batch. rank: of this one, from 0."""
+    """Processes that each take a share of a batch. rank: of this one, from 0. device: its own."""
 
     rank: int
     size: int
+    device: str
 
     def mean(self, array: Array) -> None:
         """Put the mean over all processes into the array, in place, in the stream's order."""
@@ -63,10 +66,11 @@ class Step:
         self.accumulate, self.reducer = accumulate, reducer
         self.average, self.max_norm = average, max_norm
         self.rank, self.processes = (0, 1) if reducer is None else (reducer.rank, reducer.size)
-        self.meter = Meter(engine.device, accumulate)
+        self.meter = Meter(engine.device)
         apart = accumulate > 1 or reducer is not None
-        self._sums = _Sums(optimizer, self.meter) if apart else None
+        self._sums = _Sums(optimizer, self.meter, accumulate) if apart else None
         self.count = 0  # of steps that are done
+        optimizer.measure_norm()
         self._captured: dict[tuple, Callable] = {}
         self._update: Captured | None = None
 
@@ -125,8 +129,7 @@ class Step:
 
     def _capture_update(self, sums: _Sums) -> Captured:
         def run() -> None:
-            masters = sums.update()
-            self.engine.set_parameters(self.name, masters)
+            sums.update(self.engine.parameters(self.name))
 
         # Warming up takes steps; what they change is put back.
         kept, total = self.snapshot(), sums.flat.copy()
@@ -150,10 +153,9 @@ class _Direct:
     def clock(self) -> Array:
         return self._optimizer.clock()
 
-    def apply(self, grads: Nested) -> Own:
-        masters = self._optimizer.apply(grads)
-        self._meter.step(_norm(self._optimizer, grads))
-        return masters
+    def apply(self, grads: Nested, out: Nested) -> None:
+        self._optimizer.apply(grads, out)
+        self._meter.step(self._optimizer.grad_norm)
 
     def snapshot(self) -> tuple:
         return self._optimizer.snapshot(), self._meter.snapshot()
@@ -164,21 +166,24 @@ class _Direct:
 
 
 class _Sums:
-    """In an optimizer's place: gradients added up in one flat array, whose last value is the loss.
+    """In an optimizer's place: adds gradients up, in one flat array that holds the loss too.
 
     So that one all-reduce carries all, and a value that is not finite stops every process.
     """
 
-    def __init__(self, optimizer: Optimizer, meter: Meter):
-        self._optimizer, self._meter = optimizer, meter
-        self._shapes = [(layer, n, p.shape, p.size) for layer, n, p in items(optimizer.masters)]
-        if not self._shapes:
+    def __init__(self, optimizer: Optimizer, meter: Meter, pieces: int):
+        self._optimizer, self._meter, self._share = optimizer, meter, 1 / pieces
+        first = next((p for _, _, p in items(optimizer.masters)), None)
+        if first is None:
             raise LycorisError("the optimizer has no parameters: there is nothing to train")
-        first = next(p for _, _, p in items(optimizer.masters))
-        count = sum(size for *_, size in self._shapes) + 1
         xp = module_of(first)
-        self.flat = xp.zeros(count, wide_dtype(first.dtype))
+        self._loss = {_LOSS: {_LOSS: xp.zeros(1, wide_dtype(first.dtype))}}
+        self._running = Running({**optimizer.masters, **self._loss})
         self.draw = xp.zeros(1, np.uint32)  # see Step.draw
+
+    @property
+    def flat(self) -> Array:
+        return self._running.flat
 
     def prepare(self) -> None:
         pass
@@ -186,29 +191,19 @@ class _Sums:
     def clock(self) -> Array:
         return self.draw
 
-    def apply(self, grads: Nested) -> Own:
+    def apply(self, grads: Nested, out: Nested) -> None:
         """Add a piece; no factor changes."""
-        begin, share = 0, 1 / self._meter.pieces
-        for layer, name, _, size in self._shapes:
-            part = self.flat[begin : begin + size]
-            part += grads[layer][name].reshape(-1).astype(self.flat.dtype, copy=False) * share
-            begin += size
-        self.flat[-1:] += self._meter.loss
+        self._loss[_LOSS][_LOSS][...] = self._meter.loss
         self._meter.loss.fill(0)
-        return {}
+        self._running.add({**grads, **self._loss}, self._share)
 
-    def update(self) -> Own:
+    def update(self, out: Nested) -> None:
         """The optimizer's update with the sums, which begin anew."""
-        grads: Own = {}
-        begin = 0
-        for layer, name, shape, size in self._shapes:
-            grads.setdefault(layer, {})[name] = self.flat[begin : begin + size].reshape(shape)
-            begin += size
-        masters = self._optimizer.apply(grads)
-        self._meter.loss += self.flat[-1:]
-        self._meter.step(_norm(self._optimizer, grads))
-        self.flat.fill(0)
-        return masters
+        views = self._running.views
+        self._optimizer.apply(views, out)
+        self._meter.loss[...] = views[_LOSS][_LOSS]
+        self._meter.step(self._optimizer.grad_norm)
+        self._running.clear()
 
     def snapshot(self) -> Array:
         return self.flat.copy()
@@ -238,14 +233,3 @@ def split(inputs: Sequence[Array], targets: Sequence[Array], count: int) -> list
 def _piece(x: Array, i: int, count: int) -> Array:
     size = x.shape[0] // count
     return x[i * size : (i + 1) * size]
-
-
-def _norm(optimizer: Optimizer, grads: Nested) -> Array:
-    """The global norm of the gradients as they came, (1,)."""
-    if optimizer.clip is not None:
-        return optimizer.grad_norm
-    total = 0.0
-    for layer, name, p in items(optimizer.masters):
-        g = grads[layer][name].astype(wide_dtype(p.dtype), copy=False)
-        total = total + (g * g).sum()
-    return module_of(optimizer.grad_norm).sqrt(total).reshape(1)
