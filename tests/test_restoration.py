@@ -14,6 +14,7 @@ from benchmarks.restoration.methods import FINE_TUNING, METHODS
 from benchmarks.restoration.table import TARGETS, against_torch, page, spread, table
 from benchmarks.results import FOLDER
 from lycoris_cupy.demo import extra
+from lycoris_cupy.losses import mse
 from tests.pages import PAGES
 
 installed = all(find_spec(module) for module in extra.PACKAGES)
@@ -40,7 +41,6 @@ def test_torch_takes_the_same_steps(name, way):
     from benchmarks.restoration.methods import ADAPTER
     from benchmarks.restoration.ours import optimizer_of
     from benchmarks.restoration.torch_side import Worker
-    from lycoris_cupy.demo.training import squared_error
     from lycoris_cupy.demo.upscaler import build_engine
 
     told = {"methods": [], "seeds": 1, "device": "cpu", "dtype": "f32", "modes": []}
@@ -53,7 +53,7 @@ def test_torch_takes_the_same_steps(name, way):
     ours = []
     for low, original in task.training(0):
         y, pullback = engine.vjp(low)
-        value, dy = squared_error(y, original)
+        value, dy = mse(y, original)
         _, grads = pullback(dy)
         engine.set_parameters(ADAPTER, optimizer.step(grads[ADAPTER]))
         ours.append(float(value))
@@ -195,12 +195,21 @@ def measured(**changes):
                         "way": "bypass",
                         "mode": mode,
                     }
-                    data["timings"].append({**row, "device_us": us, "wall_us": us + 100})
+                    data["timings"].append(
+                        {**row, "device_us": us, "wall_us": us + 100, "steps_per_second": 900}
+                    )
             if side != "torch":
                 us = own.get("us", 800.0)
                 row = {"side": side, "method": method, "way": ""}
                 data["timings"] += [
-                    {**row, "device": "cuda", "mode": "graph", "device_us": us, "wall_us": us + 9},
+                    {
+                        **row,
+                        "device": "cuda",
+                        "mode": "graph",
+                        "device_us": us,
+                        "wall_us": us + 9,
+                        "steps_per_second": 1234.5,
+                    },
                     {**row, "device": "cpu", "mode": "eager", "wall_us": 5e5},
                 ]
     data["runs"].append({**data["runs"][-1], "method": "LoCon", "error": "no"})
@@ -209,10 +218,13 @@ def measured(**changes):
 
 def test_the_tables_show_means_and_what_full_fine_tuning_reaches():
     lines = table(measured()).splitlines()
-    assert lines[2] == "| LoCon | 1,234 | 3 | 15.50 | 30.00 | +14.50 | -1.10 | 500 | 0.80; 0.81 |"
+    assert (
+        lines[2]
+        == "| LoCon | 1,234 | 3 | 15.50 | 30.00 | +14.50 | -1.10 | 500 | 0.80; 0.81 | 1234 |"
+    )
     assert (
         lines[-1]
-        == "| full fine-tuning, torch | 1,234 |  | 15.50 | 31.10 | +15.60 | +0.00 |  | 1.00; 1.10 |"
+        == "| full fine-tuning, torch | 1,234 |  | 15.50 | 31.10 | +15.60 | +0.00 |  | 1.00; 1.10 | 900 |"
     )
     rows = against_torch(measured()).splitlines()
     assert (

@@ -29,7 +29,7 @@ def main() -> int:
     add("--out", type=Path, required=True, metavar="DIR", help="folder for what comes out")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU, if any")
     add("--algorithms", default=",".join(METHODS), help=f"of {','.join(METHODS)}")
-    add("--steps", type=int, default=1500, metavar="N", help="of a training (1500)")
+    add("--steps", type=int, default=1000, metavar="N", help="of a training (1000)")
     add("--seeds", type=int, default=3, metavar="N", help="trainings of an algorithm (3)")
     add("--patches", type=int, default=16, metavar="N", help="of 32 x 32 pixels a step (16)")
     add("--cpu-steps", type=int, default=3, metavar="N", help="timed on the CPU (3); 0: none")

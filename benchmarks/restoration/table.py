@@ -56,7 +56,7 @@ def table(data: dict) -> str:
     tuned = runs(data, TORCH, FINE_TUNING) or runs(data, OURS, "Full")
     reference = fmean(map(after, tuned)) if tuned else None
     head = ["", "parameters", "file, KB", "dB before", "dB after", "gain", "to full fine-tuning"]
-    head += ["CPU step, ms", "GPU step, ms: device; wall"]
+    head += ["CPU step, ms", "GPU step, ms: device; wall", "steps/s"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for side, method in [*((OURS, name) for name in METHODS), (TORCH, FINE_TUNING)]:
         found = runs(data, side, method)
@@ -76,6 +76,7 @@ def table(data: dict) -> str:
             "" if reference is None else f"{reached - reference:+.2f}",
             f"{cpu['wall_us'] / 1000:.0f}" if cpu else "",
             f"{gpu['device_us'] / 1000:.2f}; {gpu['wall_us'] / 1000:.2f}" if gpu else "",
+            f"{gpu['steps_per_second']:.0f}" if gpu else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..arrays import Array, f32, module_of
 from ..engine import Engine
-from ..ops.elementwise import cast
+from ..losses import mse
 from ..optim import AdamW, cosine
 from ..train import fit
 from .photographs import batch
@@ -33,12 +32,6 @@ RECIPES = {
 }
 
 
-def squared_error(y: Array, original: Array) -> tuple[Array, Array]:
-    """(mean((y - original)^2), its gradient for y), f32: a loss as `fit` takes it."""
-    difference = cast(y, f32) - original
-    return module_of(y).mean(difference * difference), difference * (2 / difference.size)
-
-
 def train(
     engine: Engine, name: str, recipe: Recipe, photographs: list[np.ndarray], steps: int, seed: int
 ) -> float:
@@ -52,7 +45,7 @@ def train(
     result = fit(
         engine,
         lambda step: ((batches[step][0],), (batches[step][1],)),
-        squared_error,
+        mse,
         name=name,
         optimizer=AdamW(
             engine.parameters(name),
