@@ -180,11 +180,12 @@ def test_a_captured_forward_takes_the_step(device):
         assert (host(captured(x, step=step)) == host(engine.forward(x, step=step))).all()
 
 
-def test_the_clock_is_written_once_it_is_asked_for():
+def test_the_clock_counts_prepared_steps():
     factors = engine_on("cpu").parameters("a")
     optimizer = AdamW(factors)
-    optimizer.prepare()
     assert optimizer.clock()[0] == 0
+    optimizer.prepare()
+    assert optimizer.clock()[0] == 1
     optimizer.prepare()
     assert optimizer.clock()[0] == 2 and optimizer.clock() is optimizer.clock()
 
@@ -196,7 +197,7 @@ def test_the_clock_is_written_once_it_is_asked_for():
         ("locon", {"rank_dropout": -0.1}, "rank_dropout is -0.1, expected"),
         ("locon", {"module_dropout": True}, "module_dropout is True, expected"),
         ("locon", {"module_dropout": float("nan")}, "module_dropout is nan, expected"),
-        ("locon", {"rank_dropout_scale": 2}, "rank_dropout_scale is 2, expected True or False"),
+        ("locon", {"rank_dropout_scale": 2}, "rank_dropout_scale is 2, expected true or false"),
         ("ia3", {"rank_dropout": 0.1}, "layer 'l': ia3 has no rank_dropout"),
         ("dylora", {"rank_dropout": 0.1}, "dylora has no rank_dropout"),
         ("boft", {"rank_dropout": 0.1}, "boft has no rank_dropout"),
