@@ -379,15 +379,17 @@ def _elementwise_rows():
         yield Row(
             "scale", name, ops.scale, lambda x, s: x * s, (shape, FACTOR), 2, wide=(1,), fixed=(1,)
         )
-        yield Row(
-            "prelu",
-            name,
-            ops.prelu,
-            lambda x, s: np.where(x < 0, x * s, x),
-            (shape, (c,)),
-            rows + 1,
-            linear=False,
-        )
+        for what, fixed in (("", ()), (", frozen slope", (1,))):
+            yield Row(
+                "prelu",
+                name + what,
+                ops.prelu,
+                lambda x, s: np.where(x < 0, x * s, x),
+                (shape, (c,)),
+                rows + 1,
+                linear=False,
+                fixed=fixed,
+            )
         yield Row(
             "column_sum",
             name,

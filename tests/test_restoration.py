@@ -143,6 +143,7 @@ def test_what_fails_or_comes_too_late_is_kept(tmp_path, monkeypatch, capsys):
             "--algorithms: 'LoRa' is unknown: use LoCon, LoCon Tucker",
         ),
         (("--steps", 0), "--steps is 0, expected at least 1"),
+        (("--rate-factor", 0), "--rate-factor is 0.0, expected a number above 0"),
         (("--torch-modes", "jit"), "--torch-modes: 'jit' is unknown: use eager, graph, compiled"),
     ],
 )

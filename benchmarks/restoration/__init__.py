@@ -32,6 +32,7 @@ def main() -> int:
     add("--steps", type=int, default=1000, metavar="N", help="of a training (1000)")
     add("--seeds", type=int, default=3, metavar="N", help="trainings of an algorithm (3)")
     add("--patches", type=int, default=16, metavar="N", help="of 32 x 32 pixels a step (16)")
+    add("--rate-factor", type=float, default=1.0, metavar="F", help="times every rate (1)")
     add("--cpu-steps", type=int, default=3, metavar="N", help="timed on the CPU (3); 0: none")
     add("--torch", action="store_true", help="the same trainings in torch with lycoris-lora")
     add(
@@ -55,6 +56,8 @@ def main() -> int:
     for name in ("steps", "seeds", "patches"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}, expected at least 1")
+    if not 0 < options.rate_factor < float("inf"):
+        parser.error(f"--rate-factor is {options.rate_factor}, expected a number above 0")
     from .run import run
 
     try:

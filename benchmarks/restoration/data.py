@@ -12,6 +12,8 @@ import numpy as np
 from lycoris_cupy.arrays import bf16
 from lycoris_cupy.demo.photographs import batch, psnr, training_photographs
 from lycoris_cupy.demo.upscaler import upscale
+from lycoris_cupy.optim import cosine
+from lycoris_cupy.optim.schedules import Schedule
 
 VALIDATED = 16  # batches on which the final loss is taken: the same whatever the seed
 VALIDATION_SEED = 10**6
@@ -21,17 +23,22 @@ VALIDATION_SEED = 10**6
 class Task:
     """What a run trains: patches of `patch` x `patch` in low resolution, `patches` a step, from a
     list of `batches` that is gone through again and again; AdamW's rate rises for `warmup` steps
-    and falls to 0 along a cosine.
+    and falls to 0 along a cosine. rate_factor: what every method's rate is multiplied by.
     """
 
     steps: int
     patches: int = 16
     patch: int = 32
     batches: int = 256
+    rate_factor: float = 1.0
 
     @property
     def warmup(self) -> int:
         return min(50, self.steps // 4)
+
+    def schedule(self, rate: float) -> Schedule:
+        """Step -> rate, for a method whose greatest is this one."""
+        return cosine(rate * self.rate_factor, self.steps, self.warmup)
 
     def training(self, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(damaged, original) pairs: (P, S, S, 3) bf16, so that no side rounds what another keeps,

@@ -10,7 +10,7 @@ from pathlib import Path
 from lycoris_cupy.arrays import to_device
 from lycoris_cupy.engine import Engine
 from lycoris_cupy.losses import mse
-from lycoris_cupy.optim import AdamW, cosine
+from lycoris_cupy.optim import AdamW
 from lycoris_cupy.train import fit
 
 from ..timing import device_us, wall_us
@@ -29,8 +29,7 @@ class OnHost:
 
 
 def optimizer_of(engine: Engine, method: Method, task: Task) -> AdamW:
-    rate = cosine(method.rate, task.steps, task.warmup)
-    return AdamW(engine.parameters(ADAPTER), rate, weight_decay=0.0)
+    return AdamW(engine.parameters(ADAPTER), task.schedule(method.rate), weight_decay=0.0)
 
 
 def trained(base: Engine, method: Method, seed: int, task: Task, log_every: int):

@@ -43,7 +43,7 @@ class Session:
     def __init__(self, options: argparse.Namespace, chosen: list[str], modes: list[str]):
         self.options, self.chosen, self.modes = options, chosen, modes
         self.deadline = time.monotonic() + options.seconds
-        self.task = Task(options.steps, options.patches)
+        self.task = Task(options.steps, options.patches, rate_factor=options.rate_factor)
         self.log_every = max(1, self.task.steps // READINGS)
         self.network: Network = read_network(*network_files())
         self.base = build_engine(self.network, options.device)

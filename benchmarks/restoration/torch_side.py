@@ -27,7 +27,6 @@ from lycoris_cupy.demo.extra import network_files
 from lycoris_cupy.demo.ncnn import Network, read_network
 from lycoris_cupy.demo.photographs import held_out
 from lycoris_cupy.demo.upscaler import build_engine
-from lycoris_cupy.optim import cosine
 
 from .data import Task, decibels, mean_squared_error
 from .methods import FINE_TUNING, FINE_TUNING_RATE, METHODS
@@ -108,7 +107,7 @@ class Worker:
             rate = method.rate
             trained = adapted(network, method, method.on(base, seed), WAYS[way])
         run = torch.compile(network, dynamic=False) if compiled else network
-        rates = cosine(rate, self.task.steps, self.task.warmup)
+        rates = self.task.schedule(rate)
         return Trainer(run, trained.parameters(), rates, self.device, self.dtype)
 
     def moved(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[torch.Tensor, ...]]:
