@@ -19,6 +19,7 @@ from lycoris_cupy.ops.kron_square import _kron_cross
 from lycoris_cupy.ops.squares import _against_weight
 from lycoris_cupy.ops.window import Window
 from tests import naive
+from tests.rows_network import network_rows
 from tests.rows_transforms import transform_rows
 
 FACTOR = np.array([0.703125])  # exact in bf16
@@ -408,15 +409,17 @@ def _elementwise_rows():
         yield Row(
             "scale", name, ops.scale, lambda x, s: x * s, (shape, FACTOR), 2, wide=(1,), fixed=(1,)
         )
-        yield Row(
-            "prelu",
-            name,
-            ops.prelu,
-            lambda x, s: np.where(x < 0, x * s, x),
-            (shape, (c,)),
-            rows + 1,
-            linear=False,
-        )
+        for what, fixed in (("", ()), (", frozen slope", (1,))):
+            yield Row(
+                "prelu",
+                name + what,
+                ops.prelu,
+                lambda x, s: np.where(x < 0, x * s, x),
+                (shape, (c,)),
+                rows + 1,
+                linear=False,
+                fixed=fixed,
+            )
         yield Row(
             "column_sum",
             name,
@@ -712,4 +715,5 @@ ROWS = [
     *_square_rows(),
     *_magnitude_rows(),
     *(Row(**row) for row in transform_rows()),
+    *(Row(**row) for row in network_rows()),
 ]

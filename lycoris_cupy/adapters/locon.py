@@ -52,6 +52,8 @@ class LoCon(Adapter):
     keys = ("lora_down.weight", "lora_up.weight", "lora_mid.weight")
     marks = ("lora_down.weight", "lora_up.weight", "lora_mid.weight")
     decomposable = True
+    drops = "ranks"
+    rank_axes = {"up": (1, 0)}
 
     def __post_init__(self):
         if self.tucker and (self.per_tap or self.shape.taps == 1):

@@ -40,6 +40,8 @@ class LoHa(Adapter):
     keys = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
     marks = keys
     decomposable = True
+    drops = "outputs"
+    rank_axes = {"w1_up": (2, 0)}
 
     def __post_init__(self):
         if self.tucker and self.shape.taps == 1:
