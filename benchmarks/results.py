@@ -17,11 +17,11 @@ SECTIONS = ("bare", "rows", "weights", "optimizers", "peers")
 
 
 class Results:
-    """path: None to keep nothing. head: what stands before the rows."""
+    """path: None to keep nothing. head: what stands before the rows, which are in `sections`."""
 
-    def __init__(self, path: Path | None, head: dict):
+    def __init__(self, path: Path | None, head: dict, sections: tuple[str, ...] = SECTIONS):
         self.path = path
-        self.data = {**head, **{section: [] for section in SECTIONS}}
+        self.data = {**head, **{section: [] for section in sections}}
 
     def add(self, section: str, *rows: dict) -> None:
         self.data[section].extend(rows)

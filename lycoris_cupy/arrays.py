@@ -64,6 +64,11 @@ def like(value: np.ndarray, array: np.ndarray) -> np.ndarray:
     return value.astype(array.dtype, copy=False)
 
 
+def is_index(array: Array) -> bool:
+    """True for whole numbers and booleans, which are not differentiated: tokens, classes, masks."""
+    return np.dtype(array.dtype).kind in "iub"
+
+
 def require_float(array: Array, name: str) -> None:
     """Raise DtypeError, saying how to cast, unless array is bf16, f32 or f64."""
     if array.dtype not in (bf16, f32, f64):

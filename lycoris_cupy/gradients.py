@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .arrays import Array, device_context, module_of, wide_dtype
+from .arrays import Array, device_context, is_index, module_of, wide_dtype
 from .attachment import Attachment
 from .errors import LycorisError
 from .ops.elementwise import cast
@@ -22,12 +22,12 @@ def vjp(
 ) -> tuple[Any, Callable[[Array], tuple[Any, dict]]]:
     """(y, pullback) of run(inputs, views), see `Engine.vjp`.
 
-    run: the forward, on watched inputs and on the watched factors of each attachment, as
-    `Attachment.canonical` lays them out. taken: what makes an array of the device and a dtype of a
-    cotangent.
+    run: the forward, on inputs, watched unless they are whole numbers or booleans, and on the
+    watched factors of each attachment, as `Attachment.canonical` lays them out. taken: what makes
+    an array of the device and a dtype of a cotangent.
     """
     tape = Tape()
-    watched = [tape.watch(x) for x in inputs]
+    watched = [x if is_index(x) else tape.watch(x) for x in inputs]
     views = {
         name: {
             layer: {factor: tape.watch(array) for factor, array in p.items()}
@@ -47,9 +47,9 @@ def vjp(
                     f"dy has shape {tuple(dy.shape)}, expected that of y, {tuple(y.shape)}"
                 )
             leaves = [v for p in views.values() for layer in p.values() for v in layer.values()]
-            every = [*watched, *leaves]
+            every = [*(v for v in watched if isinstance(v, Var)), *leaves]
             found = dict(zip(map(id, every), tape.gradients(y, dy, every), strict=True))
-            dx = [_or_zeros(found[id(v)], v, dtype) for v in watched]
+            dx = [_or_zeros(found[id(v)], v, dtype) if id(v) in found else None for v in watched]
             grads = {
                 name: attachments[name].flame(
                     views[name], lambda v: _or_zeros(found[id(v)], v, wide_dtype(dtype))

@@ -99,8 +99,12 @@ def capture_step(engine, name: str, loss, optimizer, inputs, targets) -> Callabl
     """See Engine.capture_step."""
     count, factors = len(inputs), engine.parameters(name)
 
+    # What is dropped is drawn from the step's number, which stays on the device.
+    dropping = any(attached.dropout for attached in engine.attachments.values())
+    conditions = {"step": optimizer.clock()} if dropping else {}
+
     def run(*arrays: Array) -> Array:
-        y, pullback = engine.vjp(*arrays[:count])
+        y, pullback = engine.vjp(*arrays[:count], **conditions)
         value, dy = loss(y, *arrays[count:])
         _, grads = pullback(dy)
         optimizer.apply(grads[name], out=factors)

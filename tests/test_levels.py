@@ -24,6 +24,7 @@ LEVELS = [
         "tucker",
         "nearest_kron",
         "tape",
+        "philox",
         "plan",
         "tensor_map",
         "io.header",
@@ -37,7 +38,7 @@ LEVELS = [
     },
     {"gemm"},
     {"ops"},
-    {"layers"},
+    {"layers", "losses"},
     {"norms"},
     {"adapters"},
     {
@@ -68,9 +69,10 @@ LEVELS = [
     {"io.diff", "io.inspection", "io.charts", "io.page_style"},
     {"io.page"},
     {"attachment", "explain", "graph", "optim"},
-    {"conditions", "gradients", "merged"},
+    {"conditions", "gradients", "merged", "recipe"},
     {"engine"},
     {""},  # the package itself
+    {"train"},
     {"demo"},
     {"cli"},
     {"__main__"},

@@ -12,9 +12,9 @@ import numpy as np
 
 from ..arrays import Array, like, on_gpu, require_float, wide, wide_dtype
 from ..errors import DtypeError, ShapeError
-from ..kernels import kernel
 from ..tape import Primitive, value_of
 from .columns import column_sum
+from .norm_gpu import group_norm_gpu, group_norm_pull_gpu
 from .shapes import reshape
 
 
@@ -70,28 +70,6 @@ def _group_norm_cpu(x, weight, bias, *, groups, eps):
     return like(normal.reshape(x.shape) * weight + bias, x)
 
 
-def _launch_gpu(x, weight, bias, out, groups, eps):
-    """Writes out if it is given; returns mean and inverse deviation of each sample's groups."""
-    import cupy
-
-    samples, positions, _, _ = _sizes(x, groups)
-    stats = cupy.empty((samples, groups, 2), weight.dtype)
-    if x.size:
-        kernel("norm.cu", "group_norm", x.dtype)(
-            (samples, groups), (256,), x, weight, bias, out, stats, eps,
-            positions, x.shape[-1], groups,
-        )  # fmt: skip
-    return stats
-
-
-def _group_norm_gpu(x, weight, bias, *, groups, eps):
-    import cupy
-
-    out = cupy.empty(x.shape, x.dtype)
-    _launch_gpu(x, weight, bias, out, groups, eps)
-    return out
-
-
 def _pull_cpu(needs, g, x, weight, groups, eps):
     normal, inverse = _normal_cpu(x, groups, eps)
     h = (wide(g) * weight).reshape(normal.shape)
@@ -103,31 +81,15 @@ def _pull_cpu(needs, g, x, weight, groups, eps):
     return dx, dweight
 
 
-def _pull_gpu(needs, g, x, weight, groups, eps):
-    import cupy
-
-    # The statistics are computed again rather than kept: a primitive has one result.
-    samples, positions, _, _ = _sizes(x, groups)
-    stats = _launch_gpu(x, weight, weight, None, groups, eps)
-    dx = cupy.empty(x.shape, x.dtype)
-    terms = cupy.empty(x.shape, weight.dtype) if needs[1] else None
-    if dx.size:
-        kernel("norm.cu", "group_norm_d", x.dtype)(
-            (samples, groups), (256,), g, x, weight, stats, dx, terms,
-            positions, x.shape[-1], groups,
-        )  # fmt: skip
-    return dx, None if terms is None else column_sum(terms)
-
-
 def _group_norm_vjp(needs, out, x, weight, bias, *, groups, eps):
     def pull(g):
         dx = dweight = None
         if needs[0] or needs[1]:
-            run = _pull_gpu if on_gpu(x) else _pull_cpu
+            run = group_norm_pull_gpu if on_gpu(x) else _pull_cpu
             dx, dweight = run(needs, g, x, weight, groups, eps)
         return dx if needs[0] else None, dweight, column_sum(g) if needs[2] else None
 
     return pull
 
 
-_group_norm = Primitive("group_norm", _group_norm_cpu, _group_norm_gpu, _group_norm_vjp)
+_group_norm = Primitive("group_norm", _group_norm_cpu, group_norm_gpu, _group_norm_vjp)

@@ -1,4 +1,4 @@
-"""Operations that only move values: reshape, transpose, tap_diagonal, pixel_shuffle,
+"""Operations that only move values: reshape, transpose, tap_diagonal, pixel_shuffle and back,
 resize_nearest. Bits are untouched.
 
 On the GPU a copy runs on the array seen as unsigned integers, so that no dtype support is asked of
@@ -52,6 +52,20 @@ def pixel_shuffle(x: Array, factor: int) -> Array:
         )
     x = reshape(x, (n, h, w, c // factor**2, factor, factor))
     return reshape(transpose(x, (0, 1, 4, 2, 5, 3)), (n, h * factor, w * factor, c // factor**2))
+
+
+def pixel_unshuffle(x: Array, factor: int) -> Array:
+    """(N, H * f, W * f, C) -> (N, H, W, C * f^2), the inverse of pixel_shuffle: pixel (i, j) of
+    channel c goes to channel c * f^2 + i * f + j.
+    """
+    if x.ndim != 4 or factor < 1 or x.shape[1] % factor or x.shape[2] % factor:
+        raise ShapeError(
+            f"x has shape {tuple(x.shape)}, expected (N, H, W, C) with H and W multiples of "
+            f"{factor}"
+        )
+    n, h, w, c = x.shape[0], x.shape[1] // factor, x.shape[2] // factor, x.shape[3]
+    x = reshape(x, (n, h, factor, w, factor, c))
+    return reshape(transpose(x, (0, 1, 3, 5, 2, 4)), (n, h, w, c * factor**2))
 
 
 def resize_nearest(x: Array, factor: int) -> Array:

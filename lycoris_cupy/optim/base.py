@@ -71,6 +71,7 @@ class Optimizer:
         self._numbers = xp.zeros((len(self._factors), columns), self._dtype)
         self._clock = xp.zeros(1, np.uint32)  # the step, for random numbers
         self.grad_norm = xp.zeros(1, self._dtype)
+        self._measured = clip is not None  # whether a step leaves the norm in grad_norm
         self._factor = xp.ones(1, self._dtype)  # what clipping multiplies by
         self._scalars = [xp.full(1, value, self._dtype) for value in self._first_scalars()]
         chunks = sum(group.table.chunks for group in self._groups if group.table)
@@ -105,6 +106,16 @@ class Optimizer:
         """The step that was prepared, on arrays alone, see `step`."""
         self._require(grads, out)
         return self._apply(grads, out)
+
+    def clock(self) -> Array:
+        """The number of the prepared step, the first being 1: (1,) u32 on the device, for random
+        numbers.
+        """
+        return self._clock
+
+    def measure_norm(self) -> None:
+        """From now on every step leaves the gradients' norm in `grad_norm`, as with `clip`."""
+        self._measured = True
 
     def snapshot(self) -> tuple:
         """A copy of all that a step changes, for `restore`."""
@@ -158,10 +169,11 @@ class Optimizer:
 
     def _apply_cpu(self, grads: Nested, out: Nested | None) -> None:
         clip = None
+        if self._measured:
+            self.grad_norm[...] = sum(group.squares(grads) for group in self._groups) ** 0.5
         if self.clip is not None:
-            norm = sum(group.squares(grads) for group in self._groups) ** 0.5
-            self.grad_norm[...] = norm
-            clip, self._factor[...] = self._factor, self.clip / np.maximum(norm, self.clip)
+            clip, norm = self._factor, self.grad_norm
+            clip[...] = self.clip / np.maximum(norm, self.clip)
         self._before_cpu(grads, clip)
         for group in self._groups:
             wide = group.widened()
@@ -175,12 +187,12 @@ class Optimizer:
 
     def _apply_gpu(self, grads: Nested, out: Nested | None) -> None:
         sources = [g.table.sources(g.layout.listed(grads), self._dtype) for g in self._groups]
-        clip = None
-        if self.clip is not None:
-            clip, partial = self._factor, self._partial[0]
+        clip = None if self.clip is None else self._factor
+        if self._measured:
+            partial, bound = self._partial[0], float("inf") if self.clip is None else self.clip
             for chunks, own, group in self._chunks(sources):
                 group.table.launch("squares", self._dtype, own, partial[chunks])
-            numbers = (partial, partial.size, float(self.clip), self.grad_norm, clip)
+            numbers = (partial, partial.size, float(bound), self.grad_norm, self._factor)
             multi.finish("norm_bound", self._dtype, *numbers)
         self._before_gpu(sources, clip)
         seed = self._seed or 0

@@ -10,7 +10,7 @@ import numpy as np
 from ..arrays import Array, bf16, on_gpu
 from ..errors import DtypeError
 from ..kernels import kernel
-from .philox import random_bits
+from ..philox import random_bits
 
 
 def round_stochastically(array: Array, seed: int, step: Array, tensor: int) -> Array:

@@ -13,25 +13,27 @@ from .nested import Nested, Own, common_dtype
 
 
 class Running:
-    """Zeros in the wide dtype for arrays of these shapes. views: layer -> factor -> array."""
+    """Zeros in the wide dtype for arrays of these shapes. views: layer -> factor -> array. flat:
+    all of them in one array, which nothing else is in.
+    """
 
     def __init__(self, like: Nested):
         self._layout, self._dtype = Layout(like), common_dtype(like)
         some: Sequence[Array] = self._layout.listed(like)[:1] or [np.zeros(0)]
-        self._buffer = module_of(some[0]).zeros(self._layout.length, self._dtype)
+        self.flat = module_of(some[0]).zeros(self._layout.length, self._dtype)
         self._table = Table(self._layout, some[0]) if on_gpu(some[0]) else None
-        self.views: Own = self._layout.nested(self._buffer)
+        self.views: Own = self._layout.nested(self.flat)
 
     def fill(self, nested: Nested) -> None:
         """Set to these values."""
-        self._layout.fill(self._buffer, nested)
+        self._layout.fill(self.flat, nested)
 
     def clear(self) -> None:
-        self._buffer.fill(0)
+        self.flat.fill(0)
 
     def copies(self, factor: float = 1.0) -> Own:
         """factor times the values, in new arrays."""
-        return self._layout.nested(self._buffer * factor)
+        return self._layout.nested(self.flat * factor)
 
     def add(self, nested: Nested, weight: float) -> None:
         """values += weight * nested."""
@@ -45,8 +47,8 @@ class Running:
         arrays = self._layout.listed(nested)
         if self._table is not None:
             sources = self._table.sources(arrays, self._dtype)
-            self._table.launch("approach", self._dtype, sources, self._buffer, share, pull)
+            self._table.launch("approach", self._dtype, sources, self.flat, share, pull)
             return
         for spot, array in zip(self._layout.spots, arrays, strict=True):
-            value, source = spot.of(self._buffer), array.astype(self._dtype, copy=False)
+            value, source = spot.of(self.flat), array.astype(self._dtype, copy=False)
             value += share * (source - value if pull else source)
