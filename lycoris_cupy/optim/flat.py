@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..arrays import Array
+from ..philox import random_words
 from .nested import Nested, Own
 
 BLOCK = 1 << 14  # elements: what NumPy works on at a time stays in the cache of a core
@@ -66,6 +67,19 @@ class Block:
         """The elements of separate arrays, to be read only."""
         found = [piece.of(nested, dtype) for piece in self._pieces]
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def bits(self, seed: int, step: np.ndarray) -> np.ndarray:
+        """Random bits of the elements: for each factor those of `random_bits` for its place."""
+        quads = [np.arange(p.first // 4, (p.last + 3) // 4, dtype=np.uint32) for p in self._pieces]
+        places = np.array([piece.spot.place for piece in self._pieces], np.uint32)
+        tensors = np.repeat(places, [len(own) for own in quads])
+        words = random_words(np.concatenate(quads), tensors, seed, step).reshape(-1)
+        if words.size == self.own.stop - self.own.start:
+            return words
+        # What fills a factor's last quad up is left out.
+        ends = np.cumsum([4 * len(own) for own in quads])
+        parts = zip(np.split(words, ends[:-1]), self._pieces, strict=True)
+        return np.concatenate([part[: piece.last - piece.first] for part, piece in parts])
 
 
 class Layout:

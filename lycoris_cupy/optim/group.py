@@ -11,7 +11,7 @@ from ..arrays import Array, bf16, f32, module_of, on_gpu, wide_dtype
 from .flat import Layout
 from .multi import Table
 from .nested import Nested
-from .rounding import round_stochastically
+from .rounding import rounded
 
 
 class Group:
@@ -54,7 +54,5 @@ class Group:
     def keep(self, wide: Array, seed: int, clock: Array) -> None:
         """Round what `widened` gave, and a step changed, back into bf16."""
         if wide is not self.masters:
-            for spot in self.layout.spots:
-                spot.of(self.masters)[...] = round_stochastically(
-                    spot.of(wide), seed, clock, spot.place
-                )
+            for block in self.layout.blocks:
+                self.masters[block.own] = rounded(wide[block.own], block.bits(seed, clock))
