@@ -98,10 +98,11 @@ def test_blocks_are_neighbours_of_one_row_that_fit_the_cache():
 def test_bits_of_a_block_are_those_of_its_factors():
     like, step = many(0, bf16, count=2), np.array([7], np.uint32)
     layout = Layout(like, rows_of(like))
-    found = np.concatenate([block.bits(2**33 + 5, step) for block in layout.blocks])
-    for spot in layout.spots:
-        expected = random_bits(spot.shape, 2**33 + 5, step, spot.place)
-        assert (spot.of(found) == expected).all()
+    for size in (64, BLOCK, 1 << 20):
+        found = np.concatenate([block.bits(2**33 + 5, step) for block in layout.cut(size)])
+        for spot in layout.spots:
+            expected = random_bits(spot.shape, 2**33 + 5, step, spot.place)
+            assert (spot.of(found) == expected).all()
 
 
 def test_nothing_at_all_is_a_step():

@@ -109,14 +109,15 @@ class Layout:
             end = self.length + int(np.prod(shape, dtype=np.int64))
             self.spots.append(Spot(layer, name, shape, self.length, end, row, place))
             self.length = end
-        self.blocks = list(self._blocks())
+        self.blocks = list(self.cut(BLOCK))
 
-    def _blocks(self) -> Iterator[Block]:
+    def cut(self, size: int) -> Iterator[Block]:
+        """Blocks of at most so many elements; a multiple of four, for the sake of `Block.bits`."""
         pieces: list[Piece] = []  # of the block that is being filled
         for spot in self.spots:
-            for first in range(0, spot.size, BLOCK):
-                piece = Piece(spot, first, min(first + BLOCK, spot.size))
-                full = pieces and piece.end - pieces[0].begin > BLOCK
+            for first in range(0, spot.size, size):
+                piece = Piece(spot, first, min(first + size, spot.size))
+                full = pieces and piece.end - pieces[0].begin > size
                 if full or (pieces and pieces[0].spot.row != spot.row):
                     yield Block(pieces)
                     pieces = []

@@ -13,6 +13,8 @@ from .multi import Table
 from .nested import Nested
 from .rounding import rounded
 
+DRAWN = 1 << 17  # random bits that NumPy draws at a time: their cost is in the number of calls
+
 
 class Group:
     """masters: (length,) of f32, f64, or bf16 without anything wider. slots: state, wide; start
@@ -54,5 +56,5 @@ class Group:
     def keep(self, wide: Array, seed: int, clock: Array) -> None:
         """Round what `widened` gave, and a step changed, back into bf16."""
         if wide is not self.masters:
-            for block in self.layout.blocks:
+            for block in self.layout.cut(DRAWN):
                 self.masters[block.own] = rounded(wide[block.own], block.bits(seed, clock))
