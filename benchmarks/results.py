@@ -2,7 +2,8 @@
 a run that is cut off keeps what it has.
 
     environment fields; "ceilings"; "bare": a row a shape; "rows": a row a shape and adapter;
-    "weights": a row a weight and adapter; "peers": a row a shape, adapter, peer and mode
+    "weights": a row a weight and adapter; "optimizers": a row a method, and torch's;
+    "peers": a row a shape, adapter, peer and mode
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import os
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "results"
-SECTIONS = ("bare", "rows", "weights", "peers")
+SECTIONS = ("bare", "rows", "weights", "optimizers", "peers")
 
 
 class Results:
-    """path: None to keep nothing. head: what stands before the rows."""
+    """path: None to keep nothing. head: what stands before the rows, which are in `sections`."""
 
-    def __init__(self, path: Path | None, head: dict):
+    def __init__(self, path: Path | None, head: dict, sections: tuple[str, ...] = SECTIONS):
         self.path = path
-        self.data = {**head, **{section: [] for section in SECTIONS}}
+        self.data = {**head, **{section: [] for section in sections}}
 
     def add(self, section: str, *rows: dict) -> None:
         self.data[section].extend(rows)

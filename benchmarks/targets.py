@@ -6,7 +6,7 @@ speaks of, and what was not measured is not met.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .adapters import adapters, builders
@@ -176,10 +176,10 @@ TARGETS = [
 ]  # fmt: skip
 
 
-def targets(data: dict) -> str:
+def targets(data: dict, chosen: Sequence[Target] = TARGETS) -> str:
     """Markdown: each target, the worst that was measured, where, and whether it is met."""
     lines = ["| target | must | aim | measured | worst at | |", "|---" * 6 + "|"]
-    for target in TARGETS:
+    for target in chosen:
         mark, value, where = target.judged(data)
         bounds = [
             "" if bound is None else format(bound, ".0%" if target.form == ".0%" else ".2f")

@@ -40,14 +40,17 @@ extern "C" __global__ void NAME(prelu)(const T* x, const T* slope,  // (columns)
   }
 }
 
-// The gradient of x, and the terms whose column sum is the gradient of the slope.
-extern "C" __global__ void NAME(prelu_terms)(const T* x, const T* slope, const T* g, T* dx, A* terms, long long n,
-                                             int columns) {
+// The gradient of x.
+extern "C" __global__ void NAME(prelu_dx)(const T* x, const T* slope,  // (columns)
+                                          const T* g, T* dx, long long n, int columns) {
+  EACH(i, n) dx[i] = widen(x[i]) < A(0) ? narrow(widen(g[i]) * widen(slope[i % columns])) : g[i];
+}
+
+// The terms whose column sum is the gradient of the slope.
+extern "C" __global__ void NAME(prelu_terms)(const T* x, const T* g, A* terms, long long n) {
   EACH(i, n) {
-    const A v = widen(x[i]), d = widen(g[i]);
-    const bool negative = v < A(0);
-    dx[i] = negative ? narrow(d * widen(slope[i % columns])) : g[i];
-    terms[i] = negative ? d * v : A(0);
+    const A v = widen(x[i]);
+    terms[i] = v < A(0) ? widen(g[i]) * v : A(0);
   }
 }
 

@@ -34,6 +34,7 @@ from .errors import (
 from .io.report import LoadReport
 from .layers import Conv1d, Conv2d, Conv3d, Layer, LayerShape, Linear
 from .norms import GroupNorm, LayerNorm
+from .recipe import AddReport, Recipe
 from .tape import Tape
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ALGORITHMS",
     "Adapter",
+    "AddReport",
     "BOFT",
     "Conv1d",
     "Conv2d",
@@ -68,6 +70,7 @@ __all__ = [
     "LycorisError",
     "MatchError",
     "Norm",
+    "Recipe",
     "ShapeError",
     "TLoRA",
     "Tape",

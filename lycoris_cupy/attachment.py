@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
 
-from .adapters import Adapter
+from .adapters import Adapter, Dropout, Dropped
 from .arrays import Array, device_context, to_device, wide_dtype
 from .errors import LycorisError, MatchError, ShapeError
 from .io.report import LoadReport
@@ -35,6 +34,9 @@ class Attachment:
         layers: Mapping[str, Layer] | None = None,
     ):
         self.report, self.device = report, device
+        self._dropout, self._drops = Dropout(), {}
+        # By name: what is added, saved and attached again has its layers in the file's order.
+        self._places = {layer: place for place, layer in enumerate(sorted(found))}
         self.adapters = {layer: adapter for layer, (adapter, _) in found.items()}
         self.parameters = {
             layer: {
@@ -65,6 +67,16 @@ class Attachment:
             for layer, adapter in self.adapters.items():
                 self.scales[layer].fill(value * adapter.scale)
 
+    @property
+    def dropout(self) -> Dropout:
+        """What training drops; a forward that is given a step number does."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, knobs: Dropout) -> None:
+        self._drops = knobs.over(self.adapters)
+        self._dropout = knobs
+
     def canonical(self) -> dict[str, dict[str, Array]]:
         """The factors as algorithms see them, (taps, rows, columns): views."""
         return {
@@ -74,12 +86,14 @@ class Attachment:
 
     def part(
         self, name: str, p: Mapping[str, Any], conditions: Mapping[str, Any]
-    ) -> tuple[Adapter, dict[str, Any], Array]:
+    ) -> tuple[Any, dict[str, Any], Array]:
         """What `adapters.join.forward` takes: p are a layer's factors as `canonical` gives them,
         conditions what forward was given.
         """
-        adapter = self.adapters[name]
+        adapter: Any = self.adapters[name]
         read = {key: conditions[key] for key in adapter.conditions if key in conditions}
+        if "step" in conditions and (drops := self._drops.get(name)):
+            adapter = Dropped(adapter, drops, self._places[name], conditions["step"])
         return adapter, {**p, **self.kept[name], **read}, self.scales[name]
 
     def flame(self, views: Mapping[str, Mapping[str, Any]], made: Callable) -> dict:
@@ -176,14 +190,3 @@ class Strengths(MutableMapping):
                 f"{', '.join(self._attachments) or 'none'})"
             )
         return self._attachments[name]
-
-
-def select(layers: Mapping[str, Layer], patterns: Sequence[str]) -> list[str]:
-    """The names that match any of the patterns, in the layers' order; a pattern without a match is
-    an error.
-    """
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in layers):
-            raise MatchError(f"pattern {pattern!r} matches none of the layers {', '.join(layers)}")
-    return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in patterns)]

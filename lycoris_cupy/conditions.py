@@ -2,6 +2,8 @@
 
 noise_level   T-LoRA: an array of one level a sample, or one for all, 0 clean to 1 pure noise
 ranks         DyLoRA: (first, last), the block of ranks that is trained, see `draw_block`
+step          the number of a training step, a whole number or (1,) uint32: with it, and only with
+              it, adapters drop what their dropout says. Taken also where none has any
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from .arrays import Array, to_device
 from .errors import LycorisError, ShapeError
 from .graph import capture
 
-ARRAYS = ("noise_level",)  # conditions that are arrays, and so inputs of a captured graph
+ARRAYS = ("noise_level", "step")  # conditions that are arrays, and so inputs of a captured graph
 
 
 def checked(
@@ -28,6 +30,9 @@ def checked(
     """
     out: dict[str, Any] = {}
     for name, value in conditions.items():
+        if name == "step":
+            out[name] = _step(value, device)
+            continue
         if name not in read:
             raise LycorisError(
                 f"forward was given {name}, which no attached adapter reads "
@@ -40,6 +45,20 @@ def checked(
         else:
             out[name] = tuple(int(v) for v in value)
     return out
+
+
+def _step(value: Any, device: str) -> Array:
+    """(1,) uint32 on the device; an array that lies there already is taken as it is."""
+    array: Any = value
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        if not 0 <= value < 2**32:
+            raise LycorisError(f"step is {value}, expected 0 to 2^32 - 1")
+        array = np.array([value], np.uint32)
+    if getattr(array, "dtype", None) != np.uint32 or tuple(array.shape) != (1,):
+        raise LycorisError(
+            f"step is {value!r}, expected a whole number, or an array of shape (1,) and uint32"
+        )
+    return to_device(array, device)
 
 
 def _levels(value: Any, device: str, dtype: np.dtype) -> Array:

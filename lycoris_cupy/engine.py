@@ -18,9 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .adapters import new_adapter, takes, truncated
+from .adapters import Dropout, truncated
 from .adapters.join import forward
 from .arrays import (
     Array,
@@ -33,7 +31,7 @@ from .arrays import (
     to_device,
     wide_dtype,
 )
-from .attachment import Attachment, Strengths, select
+from .attachment import Attachment, Strengths
 from .conditions import captured, checked
 from .errors import LycorisError, MatchError
 from .explain import explain
@@ -46,6 +44,8 @@ from .layers import Layer, LayerShape
 from .merged import merged_layers
 from .ops.elementwise import cast
 from .plan import recording
+from .recipe import AddReport, Recipe
+from .recipe.adding import new_attachment
 from .tape import Var
 
 Topology = Callable[..., Any]
@@ -156,36 +156,30 @@ class Engine:
     def add(
         self,
         name: str,
-        algorithm: str,
-        targets: Sequence[str] = ("*",),
+        recipe: str | Recipe | Mapping[str, Any] | None = None,
+        targets: str | Sequence[str] | None = None,
         *,
-        rank: int = 4,
+        rank: int | None = None,
         alpha: float | None = None,
         seed: int = 0,
         strength: float = 1.0,
         **options,
-    ) -> list[str]:
-        """New adapters that change nothing yet, on every layer whose name matches a pattern.
+    ) -> AddReport:
+        """New adapters that change nothing yet, on the layers that a recipe takes.
 
-        Returns the layers' names. Patterns are fnmatch's; one that matches no layer is an error. Of
-        the matched layers those are taken that the algorithm can sit on; none is an error.
-        algorithm: one of ALGORITHMS. alpha: by default the rank, so that the scale is 1. options:
-        the algorithm's own, such as tucker, factor, decompose_both; dora='output' or 'input' puts
-        DoRA on locon, loha or lokr.
+        recipe: one of ALGORITHMS, with what else a recipe says: targets, fnmatch patterns of names
+        and groups such as ':attention', by default all layers; rank, by default 4; alpha, by
+        default the rank, so that the scale is 1; options such as conv_rank, exclude, preset,
+        override, tucker, factor, dora, or LyCORIS's names for them (see `Recipe`); those of
+        `set_dropout`, with this seed. Or a Recipe or its table, which says all. The report is a
+        sequence of the names of the layers that got an adapter; `text()` has the rest. A pattern
+        that brings no layer is an error.
         """
         self._require_new(name)
-        matched = select(self.layers, targets)
-        taken = [name for name in matched if takes(algorithm, self.layers[name].shape)]
-        matched = taken or matched  # none: the error that names the layer
-        rng = np.random.default_rng(seed)
-        made = {}
-        for layer in matched:
-            adapter = new_adapter(algorithm, self.layers[layer].shape, rank, alpha, **options)
-            made[layer] = (adapter, adapter.start(rng, self.layers[layer].matrix))
-        self.attachments[name] = Attachment(
-            made, self.device, self.dtype, strength, layers=self.layers
-        )
-        return matched
+        wanted = Recipe.of(recipe, targets, {"rank": rank, "alpha": alpha} | options)
+        made = new_attachment(name, wanted, self.layers, self.device, self.dtype, seed, strength)
+        self.attachments[name], report = made
+        return report
 
     def detach(self, name: str) -> None:
         """Take an adapter off again; the layers were never changed."""
@@ -194,6 +188,25 @@ class Engine:
     def parameters(self, name: str) -> dict[str, dict[str, Array]]:
         """The factors of an adapter: layer -> factor -> the array itself, in Flame layout."""
         return self.attachments[self._known(name)].parameters
+
+    def set_dropout(
+        self,
+        name: str,
+        *,
+        dropout: float = 0.0,
+        rank_dropout: float = 0.0,
+        rank_dropout_scale: bool = False,
+        module_dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """What an adapter drops in training, of all it drops: what is left out is 0.
+
+        It acts in `forward` and `vjp` that are given a `step`, and in `capture_step`; a captured
+        graph keeps what it was captured with. What each means: see adapters/dropout.py. Where
+        layers have different algorithms, each drops what it has; LycorisError for what none has.
+        """
+        knobs = Dropout(dropout, rank_dropout, rank_dropout_scale, module_dropout, seed)
+        self.attachments[self._known(name)].dropout = knobs
 
     @_on_device
     def set_parameters(self, name: str, values: Mapping[str, Mapping[str, Array]]) -> None:
@@ -230,6 +243,7 @@ class Engine:
         booleans (tokens, masks) reach the topology as they are. conditions: what the attached
         algorithms read: noise_level (T-LoRA), an array (N,), one a sample, or (1,), from 0 to 1;
         ranks (DyLoRA), a pair as `draw_block` gives it. One that none reads is an error.
+        step: the number of a training step, whole or (1,) uint32; only with it is anything dropped.
         """
         arrays = self._inputs(inputs)
         conditions = self._conditions(conditions)

@@ -97,13 +97,17 @@ def capture(engine, inputs: Sequence[Array]) -> Captured:
 
 def capture_step(engine, name: str, loss, optimizer, inputs, targets) -> Callable[..., Array]:
     """See Engine.capture_step."""
-    count = len(inputs)
+    count, factors = len(inputs), engine.parameters(name)
+
+    # What is dropped is drawn from the step's number, which stays on the device.
+    dropping = any(attached.dropout for attached in engine.attachments.values())
+    conditions = {"step": optimizer.clock()} if dropping else {}
 
     def run(*arrays: Array) -> Array:
-        y, pullback = engine.vjp(*arrays[:count])
+        y, pullback = engine.vjp(*arrays[:count], **conditions)
         value, dy = loss(y, *arrays[count:])
         _, grads = pullback(dy)
-        engine.set_parameters(name, optimizer.apply(grads[name]))
+        optimizer.apply(grads[name], out=factors)
         return value
 
     def convert(given):
@@ -112,7 +116,6 @@ def capture_step(engine, name: str, loss, optimizer, inputs, targets) -> Callabl
         return [*engine._inputs(given[:count]), *rest]
 
     # Warming up takes steps; what they change is put back, also if the capture fails.
-    factors = engine.parameters(name)
     before = {layer: {n: v.copy() for n, v in p.items()} for layer, p in factors.items()}
     kept = optimizer.snapshot()
     try:

@@ -51,7 +51,7 @@ def commands(block: Block) -> list[str]:
 
 def make_files(folder: Path) -> None:
     """A model in one file and in two, what became of it by training, adapters for it in several
-    algorithms and dialects: the names that the pages' commands use.
+    algorithms and dialects, the log of a run: the names that the pages' commands use.
     """
     rng = np.random.default_rng(0)
     model = {
@@ -86,6 +86,9 @@ def make_files(folder: Path) -> None:
         engine.set_parameters(name, values)
         engine.save_adapter(name, folder / f"{name}.safetensors")
         engine.detach(name)
+    lines = [{"step": s, "seconds": s / 5, "loss": 1 / s, "grad_norm": 2 / s} for s in range(1, 9)]
+    (folder / "run").mkdir()
+    (folder / "run/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     base = folder / "model.safetensors"
     convert_file(folder / "style.safetensors", folder / "my-peft-adapter", "peft", base=base)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from lycoris_cupy import ops
+from lycoris_cupy.arrays import module_of
+from lycoris_cupy.tape import value_of
+from tests import masks
 
 FACTOR = np.array([0.703125])  # exact in bf16
 
@@ -16,6 +19,7 @@ def transform_rows():
     yield from _rotation_rows()
     yield from _turn_rows()
     yield from _rank_rows()
+    yield from _dropout_rows()
 
 
 def _statistics(x, groups):
@@ -286,4 +290,46 @@ def _rank_rows():
             "args": (shape, level),
             "wide": (1,),
             "fixed": (1,),
+        }
+
+
+def _dropout_rows():
+    draw = ops.Draw(0.375, seed=0x1234_5678_9ABC_DEF0, tensor=7, kind=2)
+    numbers = {"step": 11, "tensor": draw.tensor, "kind": draw.kind, "seed": draw.seed}
+    for name, shape, axis in (
+        ("odd", (3, 5, 7), None),
+        ("aligned", (4, 3, 8), None),
+        ("columns", (5, 3, 7), -1),
+        ("aligned columns", (9, 16), 1),
+        ("rows", (2, 11, 3), 1),
+        ("first", (6, 5), 0),
+        ("one", (1, 1), 1),
+        ("none", (0, 3), 1),
+        ("large", (701, 33), None),
+    ):
+
+        def kept(shape=shape, axis=axis):
+            return masks.along(shape, axis, draw.probability, **numbers)
+
+        def run(x, axis, gain=1.0, add=None):
+            step = module_of(value_of(x)).full(1, numbers["step"], np.uint32)
+            return ops.dropout(x, draw, step, axis=axis, gain=gain, add=add)
+
+        yield {
+            "primitive": "dropout",
+            "name": name,
+            "call": lambda x, axis=axis: run(x, axis, draw.inverse),
+            "formula": lambda x, kept=kept: x * kept() / (1 - draw.probability),
+            "args": (shape,),
+            "depth": 2,
+        }
+        yield {
+            "primitive": "dropout",
+            "name": f"{name}, to a sum",
+            "call": lambda x, add, gain, axis=axis: run(x, axis, gain, add),
+            "formula": lambda x, add, gain, kept=kept: add + gain * x * kept(),
+            "args": (shape, shape, FACTOR),
+            "depth": 3,
+            "wide": (2,),
+            "fixed": (2,),
         }

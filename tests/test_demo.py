@@ -99,6 +99,22 @@ def test_training_twice_gives_the_same_bits_and_less_loss(network):
 
 
 @needs_extra
+def test_a_short_training_gains_three_decibels_on_a_photograph_it_has_not_seen(
+    network, small, monkeypatch
+):
+    from lycoris_cupy.demo import photographs, training
+    from lycoris_cupy.demo.upscaler import build_engine, upscale
+
+    monkeypatch.setattr(training, "PATCH", 16)
+    engine = build_engine(network, "cpu")
+    low, original = photographs.held_out(0)["cat"]
+    before = photographs.psnr(upscale(engine, low), original)
+    photos = photographs.training_photographs()
+    training.train(engine, "x", training.RECIPES["LoCon"], photos, 24, seed=0)
+    assert photographs.psnr(upscale(engine, low), original) > before + 3
+
+
+@needs_extra
 @pytest.mark.parametrize(
     "algorithm, settings", [("lokr", {"rank": 2}), ("locon", {"rank": 3}), ("loha", {"rank": 2})]
 )
@@ -187,10 +203,16 @@ def test_damage_and_psnr():
     from lycoris_cupy.demo import photographs
 
     rng = np.random.default_rng(0)
-    low = photographs.damaged(np.full((200, 100, 3), 0.8, np.float32), rng)
-    assert low.shape == (100, 50, 3)
-    rows = np.sort([low[0::2].mean(), low[1::2].mean()])
-    np.testing.assert_allclose(rows, [0.6, 0.8], atol=5 * 0.03 / np.sqrt(low.size / 2))
+    low = photographs.damaged(np.full((200, 400, 3), 0.8, np.float32), rng)
+    assert low.shape == (100, 200, 3)
+    pixels = low.reshape(-1, 3)
+    assert (pixels == pixels[:, :1]).all()  # a spot has lost all channels
+    lost = (pixels[:, 0] == 0) | (pixels[:, 0] == 1)
+    for found, share in ((lost.mean(), 0.06), ((pixels[:, 0] == 1).mean(), 0.03)):
+        assert abs(found - share) < 5 * np.sqrt(share / len(pixels))
+    kept = np.where((low == 0) | (low == 1), np.nan, low)
+    rows = np.sort([np.nanmean(kept[0::2]), np.nanmean(kept[1::2])])
+    np.testing.assert_allclose(rows, [0.6, 0.8], rtol=1e-6)
     a = np.zeros((20, 20, 3))
     b = a + 0.1
     b[:4] = 9  # the border does not count

@@ -282,9 +282,9 @@ def test_inputs_are_not_changed():
         ),
         (lambda e: e.add("a", "locon", bogus=1), LycorisError, "no option 'bogus'"),
         (
-            lambda e: e.add("a", "locon", tucker=True),
-            ShapeError,
-            "Tucker core needs a spatial kernel",
+            lambda e: e.add("a", "locon", ["head"], tucker=True),
+            MatchError,
+            "tucker acts on kernels over space alone",
         ),
         (lambda e: e.detach("x"), MatchError, "no adapter named 'x'"),
         (lambda e: e.strength.__setitem__("x", 1), MatchError, "no adapter named 'x'"),

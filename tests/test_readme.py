@@ -21,6 +21,7 @@ import pytest
 from benchmarks.table import table
 from lycoris_cupy import ALGORITHMS
 from lycoris_cupy.cli import COMMANDS, main, make_parser
+from lycoris_cupy.cli.train_config import EXAMPLE
 from lycoris_cupy.io.dialects import DIALECTS
 from tests import support_table
 from tests.pages import PAGES, ROOT, blocks, commands, make_files
@@ -45,6 +46,8 @@ def run_line(line: str, monkeypatch) -> None:
         words = shlex.split(part, comments=True)
         if words == ["lycoris-cupy", "demo"]:
             make_parser().parse_args(words[1:])  # test_demo.py runs it
+        elif words[:2] == ["lycoris-cupy", "train"] and not {"--example", "--dry-run"} & {*words}:
+            make_parser().parse_args(words[1:])  # test_train_cli.py runs it, in less time
         elif words[0] == "lycoris-cupy":
             assert main(words[1:]) == 0, part
         elif words[:5] == ["python", "-m", "pip", "install", "-e"] and len(words) == 6:
@@ -103,6 +106,8 @@ def run_page(name: str, page: str, monkeypatch) -> None:
         elif block.language == "sh":
             for line in commands(block):
                 run_line(line, monkeypatch)
+        elif block.language == "toml":
+            assert block.text.strip() in EXAMPLE.read_text(), f"{name}: not of the example"
         else:
             assert block.language == "text", f"{name}, line {block.line}: nothing runs this block"
             assert "lycoris-cupy" not in block.text, f"{name}, line {block.line}: a command"

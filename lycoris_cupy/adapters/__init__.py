@@ -9,6 +9,7 @@ from .biased import Biased
 from .boft import BOFT
 from .diag_oft import DiagOFT
 from .dora import DoRA
+from .dropout import Dropout, Dropped
 from .dylora import DyLoRA, draw_block, truncated
 from .factor import Factor
 from .full import Full
@@ -18,6 +19,7 @@ from .locon import LoCon
 from .loha import LoHa
 from .lokr import LoKr, factorization
 from .norm import Norm
+from .option import Option
 from .peft_boft import PeftBOFT
 from .peft_oft import PeftOFT
 from .rows import RowPart, Rows, slice_rows
@@ -45,13 +47,31 @@ ALGORITHMS: dict[str, type[Adapter]] = {
 }
 
 
-def takes(algorithm: str, shape: LayerShape) -> bool:
-    """Whether one of ALGORITHMS can sit on such a layer. Raises LycorisError for an unknown one."""
+# Options of what stands on an adapter, for every algorithm that it can stand on.
+DORA = {
+    "dora": Option("dora", "str", None, optional=True),
+    "rule": Option("rule", "str", "base"),
+}
+
+
+def kind_of(algorithm: str) -> type[Adapter]:
+    """One of ALGORITHMS. Raises LycorisError."""
     if algorithm not in ALGORITHMS:
         raise LycorisError(
             f"algorithm {algorithm!r} is unknown: use one of {', '.join(ALGORITHMS)}"
         )
-    return ALGORITHMS[algorithm].takes(shape)
+    return ALGORITHMS[algorithm]
+
+
+def takes(algorithm: str, shape: LayerShape) -> bool:
+    """Whether one of ALGORITHMS can sit on such a layer. Raises LycorisError for an unknown one."""
+    return kind_of(algorithm).takes(shape)
+
+
+def options_of(algorithm: str) -> dict[str, Option]:
+    """The options that `new_adapter` takes for it. Raises LycorisError for an unknown one."""
+    kind = kind_of(algorithm)
+    return {**kind.options(), **(DORA if kind.decomposable else {})}
 
 
 def new_adapter(
@@ -71,12 +91,15 @@ def new_adapter(
 
 __all__ = [
     "ALGORITHMS",
+    "DORA",
     "RULES",
     "Adapter",
     "BOFT",
     "Biased",
     "DiagOFT",
     "DoRA",
+    "Dropout",
+    "Dropped",
     "DyLoRA",
     "Factor",
     "Full",
@@ -86,6 +109,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "Norm",
+    "Option",
     "Parameters",
     "PeftBOFT",
     "PeftOFT",
@@ -95,7 +119,9 @@ __all__ = [
     "TLoRA",
     "draw_block",
     "factorization",
+    "kind_of",
     "new_adapter",
+    "options_of",
     "scale_of",
     "slice_rows",
     "takes",

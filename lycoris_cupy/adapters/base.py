@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -21,11 +21,12 @@ from ..arrays import Array
 from ..errors import FileFormatError, LycorisError
 from ..layers import Layer, LayerShape
 from ..norms import NormShape
-from ..ops.extended import Pending, pending
+from ..ops.extended import Pending, pending, ready
 from ..ops.product import product
 from ..ops.scale_columns import spread_columns
 from ..svd import Svd
 from .factor import Factor, require
+from .option import Option, options_of_class
 
 Parameters = Mapping[str, Array]
 RULES = ("base", "reference")  # what a strength between 0 and 1 means, for algorithms with a `rule`
@@ -41,6 +42,10 @@ class Share(NamedTuple):
     factor: Array
     strength: Array
 
+
+# drop(array, add, which mask) and drop(factor, axis, which mask), see dropout.py.
+DropElements = Callable[..., Array]
+DropRanks = Callable[[Array, int | None, int], Array]
 
 # What an adapter makes of the layer's own output: turn(y, total) -> total plus its part. y has the
 # layer's bias in it, which is not turned.
@@ -66,6 +71,9 @@ class Adapter(ABC):
     told: ClassVar[tuple[str, ...]] = ()  # keyword arguments of `read`: what the file does not say
     conditions: ClassVar[tuple[str, ...]] = ()  # arguments of forward that are put into p
     decomposable: ClassVar[bool] = False  # DoRA may stand on it: it has `square`, and `columns`
+    drops: ClassVar[str] = ""  # what rank_dropout takes away, in words; '' where it is refused
+    rank_axes: ClassVar[Mapping[str, tuple[int, int]]] = {}  # factor -> (axis, which mask) of that
+    has_output: ClassVar[bool] = True  # False: its change is none of an output, see Norm
 
     @abstractmethod
     def factors(self) -> dict[str, Factor]:
@@ -113,16 +121,18 @@ class Adapter(ABC):
         """A new adapter with the options that users know; an unknown one is an error. alpha: by
         default the rank.
         """
-        known = [
-            field.name for field in fields(cls) if field.name not in ("shape", "rank", "alpha")
-        ]
         for option in options:
-            if option not in known:
+            if option not in (known := cls.options()):
                 raise LycorisError(
                     f"{cls.algorithm} has no option {option!r} (it has: "
                     f"{', '.join(known) or 'none'})"
                 )
         return cls(shape, rank, alpha, **options)
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """The options of `create`, by name."""
+        return options_of_class(cls)
 
     @classmethod
     @abstractmethod
@@ -255,6 +265,23 @@ class Adapter(ABC):
         mixes that too.
         """
         return self.apply(change, layer, x, p, scale), None
+
+    def apply_dropped(
+        self,
+        change: Array | None,
+        layer: Layer,
+        x: Array,
+        p: Parameters,
+        scale: Array,
+        drop: DropElements,
+    ) -> Array:
+        """`apply`, with elements dropped from this adapter's part."""
+        return drop(ready(self.apply(None, layer, x, p, scale)), change)
+
+    def drop_ranks(self, p: Parameters, drop: DropRanks) -> dict[str, Array]:
+        """The factors without what `drops` names, wherever drop takes it away."""
+        axes = {name: where for name, where in self.rank_axes.items() if name in p}
+        return {**p, **{name: drop(p[name], *where) for name, where in axes.items()}}
 
     def canonical(self, p: Mapping[str, Array]) -> dict[str, Array]:
         """Flame arrays as (taps, rows, columns): views."""

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..arrays import Array
+from ..arrays import Array, module_of, wide_dtype
 from ..errors import FileFormatError, ShapeError
 from ..layers import Layer, LayerShape
 from ..ops.cayley import cayley, rotation_columns
-from ..ops.elementwise import cast
+from ..ops.elementwise import add, cast, multiply
 from ..ops.product import product
 from ..ops.turn import turn_blocks
-from .base import Adapter, Parameters, Share, Turn
+from ..tape import value_of
+from .base import Adapter, DropRanks, Parameters, Share, Turn
 from .factor import Factor, require
 from .lokr import factorization
 from .oft import BLOCKS, LYCORIS, Rotation, dialect_of
@@ -33,6 +34,7 @@ class DiagOFT(Rotation):
     algorithm = "diag-oft"
     keys = (BLOCKS, "rescale")
     marks = keys  # BOFT has the same, and another axis in its blocks
+    drops = "entries"
 
     @classmethod
     def create(
@@ -64,6 +66,9 @@ class DiagOFT(Rotation):
     def _matrices(self, p: Parameters, scale: Array) -> tuple[Array, Array | None]:
         """(what blocks of outputs are multiplied by to give the change, wide; its scale)."""
         e = cayley(p["blocks"], limit=self.limit)
+        if "mask" in p:  # mask * (I + e) - I
+            rest = (p["mask"] - 1) * module_of(p["mask"]).eye(self.block_size, dtype=e.dtype)
+            e = add(multiply(e, p["mask"]), rest)
         c = self.rescale(p, e)
         if self.rule == "base":
             return rotation_columns(e, c), scale
@@ -72,6 +77,12 @@ class DiagOFT(Rotation):
     def delta_weight(self, weight: Array, p: Parameters, scale: Array) -> Array:
         matrices, factor = self._matrices(p, scale)
         return turn_blocks(cast(weight, matrices.dtype), matrices, scale=factor)
+
+    def drop_ranks(self, p: Parameters, drop: DropRanks) -> dict[str, Array]:
+        """With the mask of the entries of the rotations, what stays of them times 1 / (1 - p)."""
+        blocks = value_of(p["blocks"])
+        ones = module_of(blocks).ones(blocks.shape, wide_dtype(blocks.dtype))
+        return {**p, "mask": drop(ones, None, 0)}
 
     @property
     def turns_outputs(self) -> bool:

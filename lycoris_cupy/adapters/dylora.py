@@ -25,6 +25,7 @@ from ..tape import value_of
 from .base import Adapter, Parameters, apply_low_rank
 from .factor import Factor, require_two_axes
 from .locon import LoCon
+from .option import Option
 
 
 def draw_block(rng: np.random.Generator, rank: int, block_size: int = 1) -> tuple[int, int]:
@@ -49,12 +50,17 @@ class DyLoRA(LoCon):
     marks = ()  # told from a LoCon by the shape of its up, or by metadata
     conditions = ("ranks",)
     decomposable = False
+    drops = ""  # its ranks are drawn already
 
     @classmethod
     def create(cls, shape: LayerShape, rank: int, alpha: float | None = None, **options) -> Adapter:
         for option in options:
             raise LycorisError(f"dylora has no option {option!r}: blocks are drawn by draw_block")
         return cls(shape, rank, alpha)
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        return {}
 
     def factors(self) -> dict[str, Factor]:
         up = Factor("lora_up.weight", self.rank, self.shape.outputs, flat=True)

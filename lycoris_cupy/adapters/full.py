@@ -33,6 +33,8 @@ class Full(Unranked):
     reads_weight = False
     keys = ("diff", "diff_b")
     marks = ("diff", "diff_b")
+    drops = "outputs"
+    rank_axes = {"diff": (2, 0), "diff_b": (0, 0)}
 
     def factors(self) -> dict[str, Factor]:
         out = {"diff": Factor("diff", self.shape.inputs, self.shape.outputs, spatial=True)}

@@ -20,10 +20,19 @@ from ..arrays import Array
 from ..layers import Layer, LayerShape
 from ..ops import elementwise
 from ..ops.elementwise import add, cast
+from ..ops.extended import ready
 from ..ops.low_rank import fold_core, low_rank_weight
 from ..ops.product import product
 from ..ops.shapes import reshape
-from .base import Adapter, Parameters, apply_low_rank, low_rank_cost, uniform, zeros
+from .base import (
+    Adapter,
+    DropElements,
+    Parameters,
+    apply_low_rank,
+    low_rank_cost,
+    uniform,
+    zeros,
+)
 from .factor import Factor, extents, kernel_of, require_two_axes
 
 
@@ -34,6 +43,8 @@ class GLoRA(Adapter):
     algorithm = "glora"
     keys = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
     marks = keys
+    drops = "ranks"
+    rank_axes = {"a1": (1, 0), "b1": (1, 1)}
 
     def factors(self) -> dict[str, Factor]:
         inputs, outputs = self.shape.inputs, self.shape.outputs
@@ -83,6 +94,24 @@ class GLoRA(Adapter):
         mixed = cast(self._mixed(layer.matrix, p), x.dtype)
         change = product(inner, mixed, window, add=change, scale=scale)
         return apply_low_rank(change, layer, x, p["b2"], p["b1"], scale)
+
+    def apply_dropped(
+        self,
+        change: Array | None,
+        layer: Layer,
+        x: Array,
+        p: Parameters,
+        scale: Array,
+        drop: DropElements,
+    ) -> Array:
+        # (drop(x @ a2 @ a1) * W + drop(x * b2 @ b1)): both are dropped from where they are added.
+        window = layer.window
+        point = window.pointwise_like(window.groups, shared=True)
+        seen = product(product(x, p["a2"], point), p["a1"], point)
+        change = product(drop(seen, None, 0), layer.matrix, window, add=change, scale=scale)
+        second = ready(apply_low_rank(None, layer, x, p["b2"], p["b1"], scale))
+        assert second is not None
+        return drop(second, change, 1)
 
     @classmethod
     def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:

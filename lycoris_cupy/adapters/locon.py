@@ -52,6 +52,8 @@ class LoCon(Adapter):
     keys = ("lora_down.weight", "lora_up.weight", "lora_mid.weight")
     marks = ("lora_down.weight", "lora_up.weight", "lora_mid.weight")
     decomposable = True
+    drops = "ranks"
+    rank_axes = {"up": (1, 0)}
 
     def __post_init__(self):
         if self.tucker and (self.per_tap or self.shape.taps == 1):
@@ -96,9 +98,12 @@ class LoCon(Adapter):
         return low_rank_weight(p["down"], p["up"], scale)
 
     def changed(self, weight: Array, p: Parameters, scale: Array) -> Array | None:
-        if self.tucker or self.per_tap:
+        if self.per_tap:
             return None
-        return low_rank_changed(weight, p["down"], p["up"], scale)
+        down = p["down"]
+        if self.tucker:  # down and core together are the down factor of a plain pair
+            down = fold_core(reshape(down, down.shape[1:]), p["mid"])
+        return low_rank_changed(weight, down, p["up"], scale)
 
     def square(self, weight: Array, p: Parameters, square: Array, scale: Array, axis: str) -> Array:
         down = p["down"]

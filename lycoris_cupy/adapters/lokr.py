@@ -18,19 +18,21 @@ from math import isfinite, isqrt
 
 import numpy as np
 
-from ..arrays import Array
+from ..arrays import Array, module_of, wide_dtype
 from ..errors import ShapeError
 from ..layers import Layer, LayerShape
 from ..ops.changed import kron_changed
-from ..ops.elementwise import cast
+from ..ops.elementwise import cast, multiply
 from ..ops.extended import pending
 from ..ops.kron import kron_weight, mix_blocks
 from ..ops.kron_square import kron_square
 from ..ops.low_rank import low_rank_weight, tucker_weight
 from ..ops.product import product
 from ..ops.shapes import reshape
+from ..ops.squares import changed_square
 from ..svd import Svd, flat_rows, kron_svd, matrix_svd, product_svd
-from .base import Adapter, Parameters, by_columns, uniform, zeros
+from ..tape import value_of
+from .base import Adapter, DropRanks, Parameters, by_columns, uniform, zeros
 from .factor import Factor, extents, kernel_of, require_two_axes
 
 
@@ -65,6 +67,7 @@ class LoKr(Adapter):
     keys = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     marks = keys
     decomposable = True
+    drops = "outputs"
 
     def __post_init__(self):
         rows, columns, blocks, width = self.split
@@ -185,12 +188,20 @@ class LoKr(Adapter):
         w1, w2 = self._w1(p), self._w2(p)
         if w1.dtype != w2.dtype:  # the side that is a product is wide
             w1, w2 = (cast(w, max(w1.dtype, w2.dtype, key=lambda d: d.itemsize)) for w in (w1, w2))
-        return kron_weight(w1, w2, scale)
+        return by_columns(kron_weight(w1, w2, scale), p.get("mask"))
+
+    def drop_ranks(self, p: Parameters, drop: DropRanks) -> dict[str, Array]:
+        """With the mask of the outputs, (OUT,) wide, which no factor can take in."""
+        some = value_of(next(p[name] for name in self.factors()))
+        ones = module_of(some).ones(self.shape.outputs, wide_dtype(some.dtype))
+        return {**p, "mask": drop(ones, 0, 0)}
 
     def changed(self, weight: Array, p: Parameters, scale: Array) -> Array | None:
         return kron_changed(weight, self._w1(p), self._w2(p), scale)
 
     def square(self, weight: Array, p: Parameters, square: Array, scale: Array, axis: str) -> Array:
+        if "mask" in p:
+            return changed_square(weight, self.delta_weight(weight, p, scale), axis=axis)
         return kron_square(self._w1(p), self._w2(p), weight, square, scale, axis=axis)
 
     def svd(self, p: Mapping[str, np.ndarray], vectors: bool = True) -> Svd | None:
@@ -232,6 +243,8 @@ class LoKr(Adapter):
             return super().apply(change, layer, x, p, scale, columns)
         rows, _, blocks, _ = self.split
         window, w1 = layer.window, cast(self._w1(p), x.dtype)
+        if "mask" in p:
+            columns = p["mask"] if columns is None else multiply(columns, p["mask"])
         # Scaled columns are no longer those of every block: each block gets its own.
         shared = columns is None
         if self.w2_rank is None:

@@ -35,6 +35,9 @@ class Norm(Unranked):
     algorithm = "norm"
     keys = ("w_norm", "b_norm")
     marks = keys
+    drops = "channels"
+    rank_axes = {"w_norm": (0, 0), "b_norm": (0, 0)}
+    has_output = False
 
     def __post_init__(self):
         if not (self.weight or self.bias):

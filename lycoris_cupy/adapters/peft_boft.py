@@ -41,6 +41,8 @@ class PeftBOFT(Rotation):
     algorithm = "boft-peft"
     keys = ("boft_R", "boft_s")
     marks = keys
+    drops = "blocks"  # what is left of one is Q = 0, the identity
+    rank_axes = {"blocks": (1, 0)}
     told = ("rule",)
 
     def __post_init__(self):

@@ -45,6 +45,8 @@ class PeftOFT(Rotation):
     algorithm = "oft-peft"
     keys = ("oft_R.weight",)
     marks = keys
+    drops = "blocks"  # what is left of one is Q = 0, the identity
+    rank_axes = {"blocks": (0, 0)}
     told = ("rule", "dialect", "options")
 
     def __post_init__(self):

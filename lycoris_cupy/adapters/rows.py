@@ -22,7 +22,7 @@ from ..ops.elementwise import add
 from ..ops.extended import ready
 from ..ops.join import Ranges, join_columns, take_columns
 from ..svd import Svd, product_svd
-from .base import Adapter, Parameters
+from .base import Adapter, DropRanks, Parameters
 from .biased import BIAS, Biased, without_bias
 from .dora import KEY, DoRA
 from .factor import Factor
@@ -100,11 +100,32 @@ class Rows(Adapter):
         }
 
     def split(self, p: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The factors of each part under its own names: the inverse of `joined`."""
+        """The factors of each part under its own names, and what dropout put beside them: the
+        inverse of `joined`.
+        """
+        names = [(part.name, [*part.adapter.factors(), "mask"]) for part in self.parts]
         return [
-            {name: p[f"{part.name}.{name}"] for name in part.adapter.factors()}
-            for part in self.parts
+            {name: p[f"{part}.{name}"] for name in own if f"{part}.{name}" in p}
+            for part, own in names
         ]
+
+    @property
+    def rule(self) -> str:  # pyright: ignore
+        return next((r for part in self.parts if (r := part.adapter.rule) != "base"), "base")
+
+    @property
+    def drops(self) -> str:  # pyright: ignore
+        every = dict.fromkeys(part.adapter.drops for part in self.parts)
+        return "" if "" in every else ", ".join(every)
+
+    def drop_ranks(self, p: Parameters, drop: DropRanks) -> dict[str, Any]:
+        split = zip(self.parts, self.split(p), strict=True)
+        return self.joined(
+            [
+                part.adapter.drop_ranks(own, lambda w, axis, m, i=i: drop(w, axis, 2 * i + m))
+                for i, (part, own) in enumerate(split)
+            ]
+        )
 
     def init(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         return self.joined([part.adapter.init(rng) for part in self.parts])

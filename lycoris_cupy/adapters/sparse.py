@@ -36,6 +36,7 @@ class SparseLoCon(LoCon):
     keys = (*LoCon.keys, *KEYS)
     marks = ()
     decomposable = False
+    drops = ""  # the residual has no ranks
 
     @classmethod
     def over(cls, on: LoCon) -> SparseLoCon:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from ..arrays import Array
-from .base import Adapter
+from .base import Adapter, DropRanks, Parameters
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,14 @@ class Stacked(Adapter):
     @property
     def algorithm(self) -> str:  # pyright: ignore
         return self.on.algorithm
+
+    @property
+    def rule(self) -> str:  # pyright: ignore
+        return self.on.rule
+
+    @property
+    def drops(self) -> str:  # pyright: ignore
+        return self.on.drops
 
     @property
     def scale(self) -> float:
@@ -56,6 +64,9 @@ class Stacked(Adapter):
 
     def kept(self, weight: Array) -> dict[str, Array]:
         return self.on.kept(weight)
+
+    def drop_ranks(self, p: Parameters, drop: DropRanks) -> dict[str, Array]:
+        return self.on.drop_ranks(p, drop)
 
     def costs(self) -> dict[str, int]:
         return self.on.costs()

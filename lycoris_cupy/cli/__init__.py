@@ -14,9 +14,9 @@ import sys
 
 from .. import __version__
 from ..errors import LycorisError
-from . import convert, demo, diff, extract, inspect, merge, resize
+from . import convert, demo, diff, extract, inspect, merge, plot, resize, train
 
-COMMANDS = (inspect, diff, convert, resize, extract, merge, demo)
+COMMANDS = (inspect, diff, convert, resize, extract, merge, train, plot, demo)
 
 _EXAMPLES = """examples:
   lycoris-cupy inspect style.safetensors
@@ -27,6 +27,8 @@ _EXAMPLES = """examples:
   lycoris-cupy resize style.safetensors small.safetensors --energy 0.99
   lycoris-cupy extract base.safetensors tuned.safetensors style.safetensors --rank 16
   lycoris-cupy merge model.safetensors style.safetensors:0.8 -o merged.safetensors
+  lycoris-cupy train --example train.toml
+      a commented configuration; lycoris-cupy train train.toml trains an adapter as it says
   lycoris-cupy demo
       a small network, adapted, trained and merged on this machine
 lycoris-cupy COMMAND --help has more for each.
@@ -55,8 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
         "lycoris-cupy",
-        description="LyCORIS weight adapters without torch: inspect, convert, resize, extract and "
-        "merge them.",
+        description="LyCORIS weight adapters without torch: inspect, convert, resize, extract, "
+        "merge and train them.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,7 +1,8 @@
 """Photographs that scikit-image's wheel brings, and the damage that the network is taught to undo.
 
 Pictures are (H, W, 3) f32 in [0, 1]. Low resolution is the mean of 2 x 2 pixels; then every second
-row is darkened, as the scan lines of a screen are, and noise is added.
+row is darkened, as the scan lines of a screen are, and salt-and-pepper noise comes over it: each
+pixel of low resolution is, with probability SPOTS, replaced in all channels by black or by white.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ HELD_OUT = {
 }
 SIZE = 256  # of that square
 LINE = 0.75  # brightness of the darker rows
-NOISE = 0.03  # standard deviation
+SPOTS = 0.06  # share of the pixels of low resolution that are lost, half of them to each colour
 BORDER = 4  # pixels left out of a PSNR at each side
 
 
@@ -61,12 +62,14 @@ def held_out(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def damaged(original: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(2H, 2W, 3) -> (H, W, 3): halved, the even or the odd rows darkened, with noise."""
+    """(2H, 2W, 3) -> (H, W, 3): halved, the even or the odd rows darkened, with spots."""
     h, w = original.shape[0] // FACTOR, original.shape[1] // FACTOR
     low = original.reshape(h, FACTOR, w, FACTOR, 3).mean((1, 3))
     low[rng.integers(2) :: 2] *= LINE
-    low += NOISE * rng.standard_normal(low.shape, np.float32)
-    return low.clip(0, 1)
+    spots = rng.random((h, w), np.float32)
+    low[spots < SPOTS] = 1
+    low[spots < SPOTS / 2] = 0
+    return low
 
 
 def batch(

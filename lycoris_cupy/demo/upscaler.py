@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ..arrays import Array, bf16, module_of, resolve_device, to_device, wide_dtype
+from ..arrays import Array, bf16, on_gpu, resolve_device, to_device, wide_dtype
 from ..engine import Engine, Topology
 from ..errors import ShapeError
 from ..ops.elementwise import add, cast, prelu
@@ -76,20 +77,23 @@ def halve_bicubic(x: Array) -> Array:
     _, h, w, _ = x.shape
     if h % 2 or w % 2:
         raise ShapeError(f"x has shape {tuple(x.shape)}, expected an even height and width")
-    x = product(transpose(x, (0, 1, 3, 2)), _halving(w, x))  # (N, H, C, W / 2)
-    x = product(transpose(x, (0, 3, 2, 1)), _halving(h, x))  # (N, W / 2, C, H / 2)
+    value = value_of(x)
+    device = f"cuda:{value.device.id}" if on_gpu(value) else "cpu"
+    rows, columns = (_halving(size, x.dtype, device) for size in (h, w))
+    x = product(transpose(x, (0, 1, 3, 2)), columns)  # (N, H, C, W / 2)
+    x = product(transpose(x, (0, 3, 2, 1)), rows)  # (N, W / 2, C, H / 2)
     return transpose(x, (0, 3, 1, 2))
 
 
-def _halving(size: int, x: Array) -> Array:
-    """(1, size, size / 2), dtype of x: in column i the taps of the point between 2i and 2i + 1."""
-    xp = module_of(value_of(x))
-    matrix = xp.zeros((1, size, size // 2), wide_dtype(x.dtype))
-    columns = xp.arange(size // 2)
+@functools.lru_cache(maxsize=32)  # a training step would make the same ones again and again
+def _halving(size: int, dtype: np.dtype, device: str) -> Array:
+    """(1, size, size / 2): in column i the taps of the point between 2i and 2i + 1."""
+    matrix = np.zeros((1, size, size // 2), wide_dtype(dtype))
+    columns = np.arange(size // 2)
     # At distances 0.5 and 1.5, exact in bf16. At the edge two taps share a row: one add for each.
     for offset, tap in ((-1, -0.09375), (0, 0.59375), (1, 0.59375), (2, -0.09375)):
-        matrix[0, xp.clip(2 * columns + offset, 0, size - 1), columns] += tap
-    return cast(matrix, x.dtype)
+        matrix[0, np.clip(2 * columns + offset, 0, size - 1), columns] += tap
+    return to_device(matrix.astype(dtype), device)
 
 
 def upscale(engine: Engine, picture: np.ndarray) -> np.ndarray:

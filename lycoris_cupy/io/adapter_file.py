@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from ..adapters import Adapter, Rows
-from ..arrays import Array, to_device
+from ..arrays import Array, to_device, wide_dtype
 from ..errors import DtypeError, FileFormatError, LycorisError, MatchError, ShapeError
 from ..layers import LayerShape
 from .keys import FOLDED_PREFIXES, OWNED
@@ -25,7 +25,7 @@ from .modules import FACTOR_DTYPES, told
 from .names import HOMES, BaseNames, fold, part_of
 from .placing import Loaded, Placed, gather, place, survey, told_rows
 from .report import LayerReport, LoadReport, Unmatched
-from .safetensors import NUMPY, TensorFile, write
+from .safetensors import NUMPY, TensorFile, size_of, write
 from .source import Source, open_source
 
 _LISTED = 20  # unmatched modules in an error; the report has all of them
@@ -142,14 +142,42 @@ def write_adapter(
                 tensors[f"{module}.alpha"] = cast_checked(
                     np.asarray(alpha, np.float64), "alpha", np.dtype(np.float32)
                 )
-    apart = [adapter for _, _, adapter, _ in _apart(adapters)]
-    args: dict[str, object] = {"algo": "+".join(sorted({adapter.algorithm for adapter in apart}))}
-    told = [item for adapter in apart for item in adapter.network_args.items()]
-    # What the layers do not agree on is left out: a reader would take it for all of them.
-    args |= {key: value for key, value in told if all(v == value for k, v in told if k == key)}
-    notes = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(args)}
+    notes = _notes([adapter for _, _, adapter, _ in _apart(adapters)])
     notes |= {key: value for key, value in (metadata or {}).items() if key not in STALE}
     write(path, tensors, notes)
+
+
+def adapter_file_size(adapters: Mapping[str, Adapter], dtype: np.dtype) -> int:
+    """The bytes of the file that `write_adapter` makes of {layer: adapter}, factors of this dtype,
+    without metadata of the caller's.
+    """
+
+    def one(dtype, shape: tuple[int, ...]) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), dtype), shape)
+
+    tensors = {}
+    for layer, adapter in adapters.items():
+        module = (adapter.prefix or "lycoris_") + fold(layer)
+        for factor in adapter.factors().values():
+            kept = wide_dtype(dtype) if factor.wide else dtype
+            tensors[f"{module}.{factor.key}"] = one(kept, factor.in_file(adapter.shape))
+        tensors |= {f"{module}.{key}": one(np.int64, ()) for key in adapter.flags}
+        if adapter.saved_alpha is not None:
+            tensors[f"{module}.alpha"] = one(np.float32, ())
+    return size_of(tensors, _notes(list(adapters.values())))
+
+
+def _notes(apart: list[Adapter]) -> dict[str, str]:
+    """What a file's metadata says for certain. What the layers do not agree on is left out: a
+    reader would take it for all of them.
+    """
+    args: dict[str, object] = {"algo": "+".join(sorted({adapter.algorithm for adapter in apart}))}
+    told: dict[str, list[object]] = {}
+    for adapter in apart:
+        for key, value in adapter.network_args.items():
+            told.setdefault(key, []).append(value)
+    args |= {key: same[0] for key, same in told.items() if same.count(same[0]) == len(same)}
+    return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(args)}
 
 
 def _apart(adapters) -> Iterator[tuple[str, str, Adapter, Mapping[str, Array]]]:

@@ -149,6 +149,14 @@ def write(
         dump(handle, tensors, metadata)
 
 
+def size_of(
+    tensors: Mapping[str, np.ndarray | Stored], metadata: Mapping[str, str] | None = None
+) -> int:
+    """The bytes of the file that `write` would make of these; no tensor is read."""
+    stored, _, header = _laid_out(tensors, metadata)
+    return len(header) + sum(one.nbytes for one in stored.values())
+
+
 def dump(
     handle: BinaryIO,
     tensors: Mapping[str, np.ndarray | Stored],
@@ -160,11 +168,7 @@ def dump(
     in all. workers: threads that each make a tensor, write it to its place and go on with the next;
     0 does so here.
     """
-    stored = {name: _stored(name, tensor) for name, tensor in tensors.items()}
-    # Wide dtypes first, otherwise in the order given: every tensor then starts at a multiple of its
-    # item size.
-    order = sorted(stored, key=lambda name: -BITS[stored[name].dtype])
-    header = _header(stored, order, metadata)
+    stored, order, header = _laid_out(tensors, metadata)
     total = len(header) + sum(one.nbytes for one in stored.values())
     require_room(os.path.dirname(handle.name), total)
     out = Output(handle, total, progress)
@@ -181,6 +185,15 @@ def _put(out: Output, one: Stored, offset: int) -> None:
         data = np.ascontiguousarray(one.read()).reshape(-1).view(np.uint8)
         assert data.size == one.nbytes
         out.write(data, offset)
+
+
+def _laid_out(tensors, metadata) -> tuple[dict[str, Stored], list[str], bytes]:
+    """The tensors, the order of their bytes, and the header."""
+    stored = {name: _stored(name, tensor) for name, tensor in tensors.items()}
+    # Wide dtypes first, otherwise in the order given: every tensor then starts at a multiple of its
+    # item size.
+    order = sorted(stored, key=lambda name: -BITS[stored[name].dtype])
+    return stored, order, _header(stored, order, metadata)
 
 
 def _header(stored, order, metadata) -> bytes:

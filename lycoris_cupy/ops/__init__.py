@@ -6,6 +6,7 @@ from .bilinear import resize_bilinear
 from .cayley import cayley, rotation_columns
 from .columns import column_sum, expand_rows
 from .concatenate import concatenate, split
+from .dropout import Draw, dropout, kept_gain
 from .elementwise import add, cast, multiply, prelu, scale
 from .embedding import embedding
 from .extended import Pending, extended, pending, ready
@@ -28,6 +29,7 @@ from .turn import turn_blocks
 from .window import Window
 
 __all__ = [
+    "Draw",
     "Window",
     "add",
     "attention",
@@ -38,6 +40,7 @@ __all__ = [
     "column_sum",
     "concatenate",
     "convolution",
+    "dropout",
     "embedding",
     "Pending",
     "expand_rows",
@@ -49,6 +52,7 @@ __all__ = [
     "hadamard_weight",
     "join_columns",
     "interleave",
+    "kept_gain",
     "kron_square",
     "kron_weight",
     "layer_norm",

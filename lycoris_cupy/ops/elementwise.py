@@ -152,10 +152,16 @@ def _prelu_gpu(x, slope):
     return out
 
 
-def _prelu_terms_gpu(x, slope, g):
-    dx, terms = _out(x), _out(x, wide_dtype(x.dtype))
-    _launch("prelu_terms", x.dtype, x.size, x, slope, g, dx, terms, x.size, x.shape[-1])
-    return dx, terms
+def _prelu_dx_gpu(x, slope, g):
+    dx = _out(x)
+    _launch("prelu_dx", x.dtype, x.size, x, slope, g, dx, x.size, x.shape[-1])
+    return dx
+
+
+def _prelu_terms_gpu(x, g):
+    terms = _out(x, wide_dtype(x.dtype))
+    _launch("prelu_terms", x.dtype, x.size, x, g, terms, x.size)
+    return terms
 
 
 def _prelu_cpu(x, slope):
@@ -163,17 +169,22 @@ def _prelu_cpu(x, slope):
     return like(np.maximum(v, 0) + np.minimum(v, 0) * wide(slope), x)
 
 
-def _prelu_terms_cpu(x, slope, g):
-    v, d = wide(x), wide(g)
-    return like(np.where(v < 0, d * wide(slope), d), x), d * np.minimum(v, 0)
+def _prelu_dx_cpu(x, slope, g):
+    return like(np.where(wide(x) < 0, wide(g) * wide(slope), wide(g)), x)
+
+
+def _prelu_terms_cpu(x, g):
+    return wide(g) * np.minimum(wide(x), 0)
 
 
 def _prelu_vjp(needs, out, x, slope):
-    def pull(g):
-        dx, terms = (_prelu_terms_gpu if on_gpu(x) else _prelu_terms_cpu)(x, slope, g)
-        return dx, column_sum(terms) if needs[1] else None
-
-    return pull
+    # Each half by itself: the slopes of a network are mostly frozen, and the terms are wide.
+    on = on_gpu(x)
+    dx, terms = (_prelu_dx_gpu, _prelu_terms_gpu) if on else (_prelu_dx_cpu, _prelu_terms_cpu)
+    return lambda g: (
+        dx(x, slope, g) if needs[0] else None,
+        column_sum(terms(x, g)) if needs[1] else None,
+    )
 
 
 _prelu = Primitive("prelu", _prelu_cpu, _prelu_gpu, _prelu_vjp)

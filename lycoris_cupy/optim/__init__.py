@@ -6,6 +6,7 @@
 Everything that a captured step runs works on arrays alone and never looks at a value.
 """
 
+from ..philox import philox4x32, random_bits
 from .accumulation import Accumulator
 from .adamw import AdamW
 from .average import Average
@@ -13,7 +14,6 @@ from .base import Optimizer
 from .clipping import clip_by_global_norm
 from .lion import Lion
 from .max_norm import NormReport, apply_max_norm
-from .philox import philox4x32, random_bits
 from .prodigy import Prodigy
 from .rates import rate_factors
 from .rounding import round_stochastically

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from ..arrays import Array, module_of
-from .base import Optimizer, Rate, not_negative, shares, zeros_beside
+import numpy as np
+
+from ..arrays import Array
+from .base import Optimizer, Rate, zeros_beside
 from .nested import Nested
+from .settings import not_negative, shares
 
 
 class AdamW(Optimizer):
@@ -15,6 +18,8 @@ class AdamW(Optimizer):
 
     parameters, lr, and rates, clip, seed: see Optimizer.
     """
+
+    _kernel = "adamw"
 
     def __init__(
         self,
@@ -38,11 +43,15 @@ class AdamW(Optimizer):
         root = (1 - b2**steps) ** 0.5
         return lr * root / (1 - b1**steps), self.eps * root, 1 - lr * self.weight_decay
 
-    def _update(self, p: Array, g: Array, slots: tuple, numbers: list[Array]) -> None:
+    def _update(self, p: Array, g: Array, slots: list[Array], numbers: list[Array]) -> None:
         b1, b2 = self.betas
         rate, eps, left = numbers
         m, v = slots
         m += (1 - b1) * (g - m)
         v += (1 - b2) * (g * g - v)
         p *= left
-        p -= rate * m / (module_of(p).sqrt(v) + eps)
+        p -= rate * m / (np.sqrt(v) + eps)
+
+    def _arguments(self, slots: tuple[Array, ...]) -> tuple[tuple, tuple]:
+        b1, b2 = self.betas
+        return slots, (1 - b1, 1 - b2)

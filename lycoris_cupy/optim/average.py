@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..arrays import wide_dtype
-from .base import shares
-from .nested import Nested, items, mapped, require_gradients
+from .nested import Nested, Own, require_gradients
+from .running import Running
+from .settings import shares
 
 
 class Average:
@@ -18,23 +18,23 @@ class Average:
     def __init__(self, masters: Nested, decay: float = 0.999, warmup: bool = False):
         (self.decay,) = shares("decay", (decay,), 1)
         self.warmup, self._updates = warmup, 0
-        self.values = mapped(lambda p: p.astype(wide_dtype(p.dtype)), masters)
+        self._running = Running(masters)
+        self._running.fill(masters)
+        self.values: Own = self._running.views
 
     def update(self, masters: Nested) -> None:
-        """Take the values of a step in."""
+        """Take the values of a step in: one launch for 480 factors."""
         require_gradients(masters, self.values, "value")
         self._updates += 1
         early = (1 + self._updates) / (10 + self._updates)
         decay = min(self.decay, early) if self.warmup else self.decay
-        for layer, name, value in items(self.values):
-            value += (1 - decay) * (masters[layer][name].astype(value.dtype, copy=False) - value)
+        self._running.approach(masters, 1 - decay)
 
     def snapshot(self) -> tuple:
         """A copy of all that an update changes, for `restore`."""
-        return self._updates, mapped(lambda value: value.copy(), self.values)
+        return self._updates, self._running.copies()
 
     def restore(self, kept: tuple) -> None:
         """Put a snapshot back into the same arrays."""
         self._updates, copies = kept
-        for layer, name, value in items(self.values):
-            value[...] = copies[layer][name]
+        self._running.fill(copies)

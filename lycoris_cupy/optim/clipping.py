@@ -13,7 +13,7 @@ def clip_by_global_norm(grads: Nested, bound: float) -> tuple[Own, Array]:
     """(gradients times min(1, bound / norm), norm) where norm is that of all values together.
 
     The gradients are new arrays in the wide dtype; the norm, (1,), is of before, and stays on the
-    device. A norm that is not finite makes all of them so.  Pascanu et al. 2013.
+    device. A NaN anywhere makes all of them NaN.  Pascanu et al. 2013.
     """
     if not bound > 0:
         raise LycorisError(f"the bound of the norm is {bound}, expected a number above 0")

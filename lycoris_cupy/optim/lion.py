@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from ..arrays import Array, module_of
-from .base import Optimizer, Rate, shares, zeros_beside
+import numpy as np
+
+from ..arrays import Array
+from .base import Optimizer, Rate, zeros_beside
 from .nested import Nested
+from .settings import shares
 
 
 class Lion(Optimizer):
@@ -16,6 +19,8 @@ class Lion(Optimizer):
     Every value moves by lr, so lr is three to ten times smaller than AdamW's, and weight_decay as
     much larger. parameters, lr, and rates, clip, seed: see Optimizer.
     """
+
+    _kernel = "lion"
 
     def __init__(
         self,
@@ -34,10 +39,14 @@ class Lion(Optimizer):
     def _numbers_of(self, lr: float, steps: int) -> tuple[float, ...]:
         return lr, 1 - lr * self.weight_decay
 
-    def _update(self, p: Array, g: Array, slots: tuple, numbers: list[Array]) -> None:
+    def _update(self, p: Array, g: Array, slots: list[Array], numbers: list[Array]) -> None:
         b1, b2 = self.betas
         rate, left = numbers
         (m,) = slots
         p *= left
-        p -= rate * module_of(p).sign(b1 * m + (1 - b1) * g)
+        p -= rate * np.sign(b1 * m + (1 - b1) * g)
         m += (1 - b2) * (g - m)
+
+    def _arguments(self, slots: tuple[Array, ...]) -> tuple[tuple, tuple]:
+        b1, b2 = self.betas
+        return slots, (b1, 1 - b1, 1 - b2)

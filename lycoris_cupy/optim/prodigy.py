@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from ..arrays import Array, module_of, wide_dtype
+import numpy as np
+
+from ..arrays import Array
 from ..errors import LycorisError
-from .base import Optimizer, Rate, not_negative, shares, zeros_beside
-from .nested import Nested, items
+from . import multi
+from .base import Optimizer, Rate, zeros_beside
+from .nested import Nested
+from .settings import not_negative, shares
 
 
 class Prodigy(Optimizer):
@@ -23,6 +27,8 @@ class Prodigy(Optimizer):
     `d_numerator`. What `rates` multiply is the step alone, not the estimate. parameters, and rates,
     clip, seed: see Optimizer.
     """
+
+    _kernel = "prodigy"
 
     def __init__(
         self,
@@ -49,7 +55,7 @@ class Prodigy(Optimizer):
     # d0 = 1e-6 times squares of small gradients do not vanish in f32.
 
     def _start(self, p: Array) -> tuple[Array, ...]:
-        return (*zeros_beside(p, 3), p.copy())
+        return (*zeros_beside(p, 3), p)
 
     def _first_scalars(self) -> tuple[float, ...]:
         return self.d0, 0.0, self.d0
@@ -60,28 +66,35 @@ class Prodigy(Optimizer):
     def _numbers_of(self, lr: float, steps: int) -> tuple[float, ...]:
         return lr, lr * self.weight_decay, self._plain
 
-    def _before(self, grads: Nested) -> None:
+    def _before_cpu(self, grads: Nested, clip: Array | None) -> None:
         """r, s and the next d; this step's own d is left in `_d_now`."""
         kept = self.betas[1] ** 0.5
         self._d_now[...] = self.d
         weight = (1 - kept) * self._numbers[0, 2:3] * (self.d / self.d0) ** 2
         total = size = 0.0
-        for layer, name, p in items(self.masters):
-            g = grads[layer][name].astype(wide_dtype(p.dtype), copy=False)
-            _, _, s, first = self._slots[layer][name]
-            total = total + (g * (first - p.astype(g.dtype, copy=False))).sum()
-            s *= kept
-            s += weight * g
-            size = size + abs(s).sum()
+        for group in self._groups:
+            for _, p, g, (_, _, s, first) in group.blocks(group.widened(), grads, clip):
+                total += float((g * (first - p)).sum())
+                s *= kept
+                s += weight * g
+                size += float(abs(s).sum())
         self.d_numerator *= kept
         self.d_numerator += weight * total
-        xp = module_of(self.d)
-        size = size + xp.zeros_like(self.d)
         # No gradient at all yet tells nothing: 0 / 0 would stay for ever.
-        found = self.d_coef * self.d_numerator / xp.where(size > 0, size, 1)
-        self.d[...] = xp.maximum(self.d, found)
+        self.d[...] = np.maximum(self.d, self.d_coef * self.d_numerator / (size or 1.0))
 
-    def _update(self, p: Array, g: Array, slots: tuple, numbers: list[Array]) -> None:
+    def _before_gpu(self, sources: list[multi.Sources], clip: Array | None) -> None:
+        kept, (totals, sizes) = self.betas[1] ** 0.5, self._partial
+        for chunks, own, group in self._chunks(sources):
+            _, _, s, first = group.slots
+            sums = (group.masters, s, first, totals[chunks], sizes[chunks])
+            numbers = (self._numbers, clip, self.d, self.d0, kept)
+            group.table.launch("prodigy_sums", group.masters.dtype, own, *sums, *numbers)
+        scalars = (self.d_numerator, self.d, self._d_now, self.d0, self.d_coef, kept)
+        sums = (totals, sizes, totals.size, self._numbers)
+        multi.finish("prodigy_estimate", self._dtype, *sums, *scalars)
+
+    def _update(self, p: Array, g: Array, slots: list[Array], numbers: list[Array]) -> None:
         b1, b2 = self.betas
         rate, decay, _ = numbers
         m, v, _, _ = slots
@@ -90,4 +103,8 @@ class Prodigy(Optimizer):
         m += (1 - b1) * (g - m)
         v += (1 - b2) * (g * g - v)
         p *= 1 - decay * d
-        p -= rate * d * m / (module_of(p).sqrt(v) + d / self.d0 * self.eps)
+        p -= rate * d * m / (np.sqrt(v) + d / self.d0 * self.eps)
+
+    def _arguments(self, slots: tuple[Array, ...]) -> tuple[tuple, tuple]:
+        b1, b2 = self.betas
+        return slots[:2], (self._d_now, self.d0, 1 - b1, 1 - b2, self.eps)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arrays import Array, bf16, module_of
+from ..arrays import Array, bf16, on_gpu
 from ..errors import DtypeError
-from .philox import random_bits
+from ..kernels import kernel
+from ..philox import random_bits
 
 
 def round_stochastically(array: Array, seed: int, step: Array, tensor: int) -> Array:
@@ -19,10 +20,25 @@ def round_stochastically(array: Array, seed: int, step: Array, tensor: int) -> A
     """
     if array.dtype != np.float32:
         raise DtypeError(f"the array to round has dtype {array.dtype}, expected f32")
-    xp = module_of(array)
-    bits = xp.ascontiguousarray(array).view(np.uint32).reshape(array.shape)
+    return (_gpu if on_gpu(array) else _cpu)(array, seed, step, tensor)
+
+
+def _cpu(array: Array, seed: int, step: Array, tensor: int) -> Array:
+    bits = np.ascontiguousarray(array).view(np.uint32).reshape(array.shape)
     noise = random_bits(array.shape, seed, step, tensor) & np.uint32(0xFFFF)
     # The carry out of the 16 bits that go is the rounding; in a NaN it could reach the sign.
     up = (bits + noise) >> np.uint32(16)
     quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
-    return xp.where(xp.isnan(array), quiet, up).astype(np.uint16).view(bf16)
+    return np.where(np.isnan(array), quiet, up).astype(np.uint16).view(bf16)
+
+
+def _gpu(array: Array, seed: int, step: Array, tensor: int) -> Array:
+    import cupy
+
+    out = cupy.empty(array.shape, bf16)
+    if array.size:
+        run = kernel("rounding.cu", "round_stochastically", bf16)
+        blocks = -(-array.size // 1024)  # 256 threads, four values each
+        arguments = (cupy.ascontiguousarray(array), out, array.size, step, tensor)
+        run((blocks,), (256,), *arguments, seed & 0xFFFFFFFF, seed >> 32)
+    return out

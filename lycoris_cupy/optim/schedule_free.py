@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from ..arrays import Array, module_of
-from .base import Optimizer, Rate, not_negative, shares, zeros_beside
+import numpy as np
+
+from ..arrays import Array
+from .base import Optimizer, Rate, zeros_beside
 from .nested import Nested, Own
+from .settings import not_negative, shares
 
 
 class ScheduleFreeAdamW(Optimizer):
@@ -20,6 +23,8 @@ class ScheduleFreeAdamW(Optimizer):
     `averaged`, which is x. lr: a constant, best after a warm-up. parameters, lr, and rates, clip,
     seed: see Optimizer; with `seed` y alone is bf16, z and x are f32.
     """
+
+    _kernel = "schedule_free"
 
     def __init__(
         self,
@@ -39,13 +44,10 @@ class ScheduleFreeAdamW(Optimizer):
     @property
     def averaged(self) -> Own:
         """The weights to evaluate and to save: the arrays themselves, wide."""
-        return {
-            layer: {name: slots[2] for name, slots in factors.items()}
-            for layer, factors in self._slots.items()
-        }
+        return self._nested(lambda group: group.slots[2])
 
     def _start(self, p: Array) -> tuple[Array, ...]:
-        return (*zeros_beside(p, 1), p.copy(), p.copy())
+        return (*zeros_beside(p, 1), p.copy(), p)
 
     def _count(self, lr: float) -> None:
         self._counts["weights"] += lr * lr
@@ -56,11 +58,15 @@ class ScheduleFreeAdamW(Optimizer):
         root = (1 - self.betas[1] ** steps) ** 0.5
         return lr * root, self.eps * root, lr * self.weight_decay, self._share
 
-    def _update(self, p: Array, g: Array, slots: tuple, numbers: list[Array]) -> None:
+    def _update(self, p: Array, g: Array, slots: list[Array], numbers: list[Array]) -> None:
         b1, b2 = self.betas
         rate, eps, decay, share = numbers
         v, z, x = slots
         v += (1 - b2) * (g * g - v)
-        z -= rate * g / (module_of(p).sqrt(v) + eps) + decay * p
+        z -= rate * g / (np.sqrt(v) + eps) + decay * p
         x += share * (z - x)
         p[...] = z + b1 * (x - z)
+
+    def _arguments(self, slots: tuple[Array, ...]) -> tuple[tuple, tuple]:
+        b1, b2 = self.betas
+        return slots, (b1, 1 - b2)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..arrays import Array
-from .base import Optimizer, Rate, shares, zeros_beside
+from .base import Optimizer, Rate, zeros_beside
 from .nested import Nested
+from .settings import shares
 
 
 class SGD(Optimizer):
@@ -16,6 +17,8 @@ class SGD(Optimizer):
 
     parameters, lr, and rates, clip, seed: see Optimizer.
     """
+
+    _kernel = "sgd"
 
     def __init__(
         self,
@@ -36,10 +39,13 @@ class SGD(Optimizer):
     def _numbers_of(self, lr: float, steps: int) -> tuple[float, ...]:
         return lr, 1 - lr * self.weight_decay
 
-    def _update(self, p: Array, g: Array, slots: tuple, numbers: list[Array]) -> None:
+    def _update(self, p: Array, g: Array, slots: list[Array], numbers: list[Array]) -> None:
         rate, left = numbers
         (m,) = slots
         m *= self.momentum
         m += g
         p *= left
         p -= rate * (g + self.momentum * m if self.nesterov else m)
+
+    def _arguments(self, slots: tuple[Array, ...]) -> tuple[tuple, tuple]:
+        return slots, (self.momentum, float(self.nesterov))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..arrays import Array, module_of
+from .arrays import Array, module_of
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio, sqrt(3) - 1
@@ -31,18 +31,20 @@ def philox4x32(counter: Sequence[Array], key: tuple[int, int]) -> list[Array]:
     return [a, b, c, d]
 
 
-def random_bits(shape: tuple[int, ...], seed: int, step: Array, tensor: int) -> Array:
+def random_bits(
+    shape: tuple[int, ...], seed: int, step: Array, tensor: int, kind: int = 0
+) -> Array:
     """u32 array of a shape, on the device of step.
 
     seed: below 2^64, the key. step: u32, (1,), on the device, so that a captured graph draws anew.
-    tensor: which of a step's tensors. Element i in C order is word i % 4 of the counter (i // 4,
-    tensor, step, 0).
+    tensor: which of a step's tensors. kind: what is drawn for it. Element i in C order is word
+    i % 4 of the counter (i // 4, tensor, step, kind).
     """
     xp = module_of(step)
     count = int(np.prod(shape, dtype=np.int64))
     blocks = xp.arange((count + 3) // 4, dtype=np.uint32)
     zero = xp.zeros(1, np.uint32)
-    counter = (blocks, zero + np.uint32(tensor), step, zero)
+    counter = (blocks, zero + np.uint32(tensor), step, zero + np.uint32(kind))
     words = philox4x32(counter, (seed & _WORD, seed >> 32))
     return xp.stack(words, axis=-1).reshape(-1)[:count].reshape(shape)
 

@@ -1,0 +1,41 @@
+"""What is compared: an algorithm, its options, and the rate at which it is trained.
+
+Both sides get the same: ranks, alpha = rank, the factors before the first step, and the rates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lycoris_cupy.engine import Engine
+
+ADAPTER = "adapter"
+
+
+@dataclass(frozen=True)
+class Method:
+    """algorithm and options: as `Engine.add` takes them. rate: AdamW's greatest."""
+
+    algorithm: str
+    rate: float
+    options: dict = field(default_factory=dict)
+
+    def on(self, base: Engine, seed: int) -> Engine:
+        """An engine of the same layers with a new ADAPTER, which changes nothing yet."""
+        engine = Engine(base.layers, base.topology, device=base.device, dtype=base.dtype)
+        engine.add(ADAPTER, self.algorithm, seed=seed, **self.options)
+        return engine
+
+
+# Full trains every weight and bias of the network's convolutions from where they are, which is full
+# fine-tuning of them; only the 1088 slopes of its PReLUs stay.
+METHODS = {
+    "LoCon": Method("locon", 4e-3, {"rank": 8}),
+    "LoCon Tucker": Method("locon", 4e-3, {"rank": 16, "tucker": True}),
+    "LoHa": Method("loha", 3e-3, {"rank": 8}),
+    "LoKr": Method("lokr", 3e-3, {"rank": 16, "factor": 4}),
+    "Full": Method("full", 1e-3, {"bias": True}),
+}
+# In torch alone: every parameter of the network itself, the slopes too, without an adapter.
+FINE_TUNING = "fine-tuning"
+FINE_TUNING_RATE = METHODS["Full"].rate
