@@ -6,9 +6,7 @@
 struct Axis {
   int inputs, outputs, corners;
 
-  __device__ __forceinline__ int denominator() const {
-    return corners ? max(outputs - 1, 1) : 2 * outputs;
-  }
+  __device__ __forceinline__ int denominator() const { return corners ? max(outputs - 1, 1) : 2 * outputs; }
   // Half-pixel centres: ((2 o + 1) inputs - outputs) / (2 outputs). Aligned corners: o (inputs - 1) / (outputs - 1).
   __device__ __forceinline__ int numerator(int o) const {
     return corners ? (outputs > 1 ? o * (inputs - 1) : 0) : max((2 * o + 1) * inputs - outputs, 0);
@@ -36,10 +34,10 @@ struct Axis {
 };
 
 // out[n, p, q, c]. Grid (out columns * channels / 256, out rows, samples).
-extern "C" __global__ void __launch_bounds__(256) NAME(resize_bilinear)(const T* x,  // (samples, height, width, channels)
-                                                                        T* out,      // (samples, rows, columns, channels)
-                                                                        int samples, int height, int width, int rows,
-                                                                        int columns, int channels, int corners) {
+extern "C" __global__ void __launch_bounds__(256)
+    NAME(resize_bilinear)(const T* x,  // (samples, height, width, channels)
+                          T* out,      // (samples, rows, columns, channels)
+                          int samples, int height, int width, int rows, int columns, int channels, int corners) {
   const int at = blockIdx.x * 256 + threadIdx.x;  // in a row
   if (at >= columns * channels) return;
   const int q = at / channels, c = at % channels;
@@ -58,9 +56,9 @@ extern "C" __global__ void __launch_bounds__(256) NAME(resize_bilinear)(const T*
 
 // dx[n, i, j, c] = the sum over the outputs that lie within one input of (i, j). Grid (width * channels / 256, height,
 // samples).
-extern "C" __global__ void __launch_bounds__(256, 2) NAME(resize_bilinear_d)(const T* g, T* dx, int samples, int height,
-                                                                          int width, int rows, int columns, int channels,
-                                                                          int corners) {
+extern "C" __global__ void __launch_bounds__(256, 2)
+    NAME(resize_bilinear_d)(const T* g, T* dx, int samples, int height, int width, int rows, int columns, int channels,
+                            int corners) {
   const int at = blockIdx.x * 256 + threadIdx.x;  // in a row
   if (at >= width * channels) return;
   const int i = blockIdx.y, j = at / channels, c = at % channels;
