@@ -136,13 +136,14 @@ def report(out: Path) -> list[str]:
     path = out / "layers.json"
     if not path.exists():
         return ["nothing was measured"]
-    from .table import bare, full, head, table, weights
+    from .table import bare, full, head, optimizers, table, weights
     from .targets import targets
 
     data = json.loads(path.read_text())
     if not data["rows"]:
         return ["no layer was measured"]
     parts = [head(data), table(data), targets(data), bare(data), full(data), weights(data)]
+    parts.append(optimizers(data))
     (out / "table.md").write_text("\n\n".join(part for part in parts if part) + "\n")
     lines = parts[:1] + [table(data), targets(data)]
     try:

@@ -2,7 +2,8 @@
 a run that is cut off keeps what it has.
 
     environment fields; "ceilings"; "bare": a row a shape; "rows": a row a shape and adapter;
-    "weights": a row a weight and adapter; "peers": a row a shape, adapter, peer and mode
+    "weights": a row a weight and adapter; "optimizers": a row a method, and torch's;
+    "peers": a row a shape, adapter, peer and mode
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "results"
-SECTIONS = ("bare", "rows", "weights", "peers")
+SECTIONS = ("bare", "rows", "weights", "optimizers", "peers")
 
 
 class Results:

@@ -142,6 +142,22 @@ def weights(data: dict) -> str:
     return "\n".join(lines) if data.get("weights") else ""
 
 
+def optimizers(data: dict) -> str:
+    """Markdown: a step of each optimizer on all factors of an adapter; torch's with its copy to
+    bf16.
+    """
+    names = ("optimizer", "device us", "eager, wall us", "GB/s", "of the copy's")
+    lines = ["| " + " | ".join(names) + " |", "|---" * 5 + "|"]
+    for row in data.get("optimizers", []):
+        us = row.get("us", row.get("step_and_copy_us"))
+        wall = row.get("wall_us", row.get("step_and_copy_wall_us"))
+        cells = [row["optimizer"], f"{us:.0f}" if us else "", f"{wall:.0f}"]
+        cells.append(f"{row['gb_s']:.0f}" if "gb_s" in row else "")
+        cells.append(f"{row['copy_share']:.0%}" if "copy_share" in row else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) if data.get("optimizers") else ""
+
+
 def head(data: dict) -> str:
     """The machine and the versions, in a line."""
     names = ("driver", "cupy", "cublaslt", "cudnn", "commit", "date")
@@ -175,7 +191,7 @@ def main() -> int:
         data = json.loads(path.read_text())
         parts = [head(data), table(data), targets(data)]
         if options.full:
-            more = (bare(data), full(data), weights(data))
+            more = (bare(data), full(data), weights(data), optimizers(data))
             parts[2:2] = [part for part in more if part]
         print("\n\n".join(parts) + "\n")
     return 0

@@ -9,12 +9,13 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import composed, floors, reference, timing
+from benchmarks import composed, floors, reference, test_optimizer, timing
 from benchmarks.adapters import adapters
 from benchmarks.bare import Bare
 from benchmarks.case import Case
 from benchmarks.peers import job, run
 from benchmarks.shapes import SHAPES, Shape
+from benchmarks.table import optimizers
 from benchmarks.test_peers import Clock
 from benchmarks.ulp import ulp, worst
 from lycoris_cupy import Engine, LoCon, bf16
@@ -238,3 +239,24 @@ def test_the_peers_give_what_the_project_gives():
     ):
         assert cells[cell]["ulp"]["y"]["max"] < 8 and cells[cell]["step_us"] > 0, cells[cell]
     assert all("forward_us" in row or "error" in row for row in rows)  # none is hidden
+
+
+def test_the_table_of_optimizers():
+    rows = [
+        {"optimizer": "AdamW", "us": 500.0, "wall_us": 900.0, "gb_s": 2500.0, "copy_share": 0.9},
+        {"optimizer": "torch", "step_and_copy_us": 700.0, "step_and_copy_wall_us": 4000.0},
+        {"optimizer": "SGD", "wall_us": 40.0, "gb_s": 3.0},
+    ]
+    assert optimizers({"optimizers": rows}).splitlines()[2:] == [
+        "| AdamW | 500 | 900 | 2500 | 90% |",
+        "| torch | 700 | 4000 |  |  |",
+        "| SGD |  | 40 | 3 |  |",
+    ]
+    assert optimizers({}) == ""
+
+
+def test_the_factors_of_an_optimizer_benchmark():
+    found = test_optimizer.shapes()
+    layers = 700 if test_optimizer.GPU else 70
+    assert len(found) == layers and all(set(p) == {"down", "up"} for p in found.values())
+    assert {p["down"][1] for p in found.values()} == {test_optimizer.RANK}

@@ -328,8 +328,8 @@ def test_the_gpu_is_the_cpu(method, dtype):
     shapes = [*SHAPES, *[(3, 2)] * 500]
     start, base = many(0, dtype, shapes), many(1, dtype, shapes)
     rates = {layer: {"a": 0.5} for layer in start}
-    host = kind(start, clip=2.0, rates=rates, **options)
-    device = kind(on("cuda:0", start), clip=2.0, rates=rates, **options)
+    host = kind(start, clip=100.0, rates=rates, **options)
+    device = kind(on("cuda:0", start), clip=100.0, rates=rates, **options)
     for i in range(3):
         # Of one direction, so that Prodigy's sum does not cancel.
         noise = many(2 + i, dtype, shapes)
@@ -342,7 +342,7 @@ def test_the_gpu_is_the_cpu(method, dtype):
     size = np.abs(values(start)).max() + 3 * 10 * rate
     limit = 3 * (16 + 64) * np.finfo(dtype).eps * size
     assert np.abs(values(device.masters) - values(host.masters)).max() <= limit
-    assert np.abs(values(host.masters) - values(start)).max() > 1e4 * limit
+    assert np.abs(values(host.masters) - values(start)).max() > 50 * limit
     found = float(to_device(device.grad_norm, "cpu")[0])
     assert abs(found - host.grad_norm[0]) <= 64 * np.finfo(dtype).eps * found
     if isinstance(host, Prodigy) and isinstance(device, Prodigy):

@@ -117,7 +117,7 @@ class Layout:
     def fill(self, buffer: Array, nested: Nested) -> Array:
         """Copy arrays into a buffer of any dtype; returns it."""
         for spot, array in zip(self.spots, self.listed(nested), strict=True):
-            spot.of(buffer)[...] = array
+            spot.of(buffer)[...] = array.astype(buffer.dtype, copy=False)
         return buffer
 
     def nested(self, buffer: Array) -> Own:
