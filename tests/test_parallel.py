@@ -78,6 +78,17 @@ def test_two_processes_are_one(where, accumulate, tmp_path):
     }
 
 
+def joining(reducer):
+    """What NcclReducer does before there is a communicator."""
+    reducer._connection.send(("join", "of 0" if reducer.rank == 0 else None))
+    assert reducer._connection.recv() == "of 0"
+    return reducer.rank
+
+
+def test_all_join_by_what_the_first_gives():
+    assert launch(joining, 3, device="cpu") == 0
+
+
 def keyword(reducer, function, arguments, options):
     return function(reducer, *arguments, **options)
 
