@@ -11,7 +11,7 @@ from .dense import matmul
 from .elementwise import cast
 from .softmax import softmax_d, team
 
-WIDTHS = (32, 64, 128)  # of the fused kernels; heads between are filled up with zeros
+WIDTHS = (64, 128)  # of the fused kernels; narrower heads are filled up with zeros
 _ROWS, _KEYS, _COLUMNS = 64, 64, 32  # as in attention.cuh and attention.cu
 
 
