@@ -62,12 +62,11 @@ def _tiles(x: Array) -> tuple[int, int]:
 def attention_gpu(q, k, v, mask, *, setting, kept):
     import cupy
 
-    out = cupy.empty((*q.shape[:3], v.shape[3]), q.dtype)
-    width = fused_width(q, v)
-    if not out.size:
-        return out
+    width, shape = fused_width(q, v), (*q.shape[:3], v.shape[3])
     if not k.shape[2]:
-        out[...] = 0
+        return cupy.zeros(shape, q.dtype)
+    out = cupy.empty(shape, q.dtype)
+    if not out.size:
         return out
     if width is None:
         p = _probabilities(q, k, mask, setting)
