@@ -18,7 +18,7 @@ from ..engine import Engine
 from ..errors import LycorisError
 from ..optim import Average, Optimizer
 from .batches import Batch, Batches
-from .finite import raise_cause, require_finite_factors
+from .finite import error_of_factors, raise_cause
 from .progress import Progress
 from .run import Run
 from .step import Loss, Reducer, Step
@@ -121,11 +121,12 @@ def fit(
                 course.batches = source.state()
                 if logs:
                     told = {"loss": reading.loss, "grad_norm": reading.grad_norm}
-                    log.write(done, course.seconds, **told, lr=rate_of(optimizer, done - 1))
+                    log.write(done, course.seconds, **told, lr=rate_of(optimizer))
                     bar.tell(loss=reading.loss)
                     step.meter.clear()
-                if validates or saves:
-                    require_finite_factors(done, optimizer.masters)
+                broken = error_of_factors(done, optimizer.masters) if validates or saves else None
+                if broken is not None:
+                    raise_cause(step, source, *kept, done - 1, broken)
                 if validate and validates:
                     value = run.validated(validate)
                     log.write(done, course.seconds, validation=value)
@@ -146,8 +147,9 @@ def fit(
         )
 
 
-def rate_of(optimizer: Optimizer, step: int) -> float:
-    """The learning rate of a step; of Prodigy with what it has found."""
+def rate_of(optimizer: Optimizer) -> float:
+    """The learning rate of the last step; of Prodigy with what it has found. Waits for it."""
+    step = int(to_device(optimizer.clock(), "cpu")[0]) - 1
     lr: Any = optimizer.lr(step) if callable(optimizer.lr) else optimizer.lr
     found = getattr(optimizer, "d", None)
     return float(lr) if found is None else float(lr) * float(to_device(found, "cpu")[0])
