@@ -90,7 +90,7 @@ def call(monkeypatch, *words):
 
 
 @needs_extra
-def test_the_command_trains_times_and_writes(tmp_path, monkeypatch, capsys):
+def test_the_command_trains_times_and_writes(tmp_path, monkeypatch, capsys, device):
     from lycoris_cupy.demo import photographs
     from lycoris_cupy.demo.photographs import read_picture
 
@@ -98,7 +98,7 @@ def test_the_command_trains_times_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(photographs, "HELD_OUT", {"cat": photographs.HELD_OUT["cat"]})
     monkeypatch.setattr("lycoris_cupy.demo.picture.CROP", 32)
     monkeypatch.setattr("benchmarks.restoration.data.VALIDATED", 2)
-    words = ("--device", "cpu", "--steps", 2, "--patches", 1, "--cpu-steps", 1)
+    words = ("--device", device[:4], "--steps", 2, "--patches", 1, "--cpu-steps", 1)
     out = tmp_path / "new"
     done = call(monkeypatch, "--out", out, "--algorithms", "LoCon", "--seeds", 2, *words)
     printed = capsys.readouterr().out
@@ -110,7 +110,8 @@ def test_the_command_trains_times_and_writes(tmp_path, monkeypatch, capsys):
     assert data["runs"][0]["parameters"] == 87640
     assert data["runs"][0]["loss"] != data["runs"][1]["loss"]
     assert data["runs"][0]["file_bytes"] == (out / "locon.safetensors").stat().st_size
-    assert [row["device"] for row in data["timings"]] == ["cpu"]
+    gpu = [] if device == "cpu" else ["cuda"]
+    assert [row["device"] for row in data["timings"]] == [*gpu, "cpu"]
     assert (out / "table.md").read_text() == page(data)
     assert read_picture(out / "crops.png").shape[1] == 5 * 68 - 4
     names = "restoration.json table.md crops.png locon.safetensors"
