@@ -136,6 +136,34 @@ def test_what_fails_or_comes_too_late_is_kept(tmp_path, monkeypatch, capsys):
         assert f"LoCon: {data['runs'][0]['error']}" in capsys.readouterr().out
 
 
+@needs_extra
+def test_what_torch_s_process_says_is_kept_also_when_it_dies(tmp_path, monkeypatch, capsys):
+    from benchmarks.restoration import run
+    from lycoris_cupy.demo import photographs
+
+    rows = [
+        {"section": "timings", "method": "LoCon", "error": "RuntimeError: waits for the device"},
+        {"section": "runs", "method": "LoCon", "seed": 0, "loss": 0.5, "decibels": {"cat": 9.0}},
+    ]
+    rows[1] |= {"train_seconds": 1.0, "version": "2", "lycoris_lora": "4.1.3", "parameters": 1}
+    lines = "".join(json.dumps({"side": "torch", "mode": "eager", **row}) + "\n" for row in rows)
+    script = f"import sys; sys.stdout.write({lines!r}); open(sys.argv[1]).read(); sys.exit(3)"
+    command = [sys.executable, "-c", script]
+    monkeypatch.setattr(run, "torch_command", lambda job, seconds: [*command, str(job)])
+    monkeypatch.setattr(run, "find_spec", lambda name: True)
+    monkeypatch.setattr(run, "_ours", lambda session: {})
+    monkeypatch.setattr(photographs, "SIZE", 32)
+    words = ("--device", "cpu", "--steps", 1, "--seeds", 1, "--algorithms", "LoCon")
+    assert call(monkeypatch, "--out", tmp_path, "--torch", *words) == 1
+    data = json.loads((tmp_path / "restoration.json").read_text())
+    assert data["timings"][0]["error"] == "RuntimeError: waits for the device"
+    assert data["runs"][0]["loss"] == 0.5
+    printed = capsys.readouterr().out
+    assert "torch LoCon eager: seed 0, loss 0.500000, 9.00 dB" in printed
+    assert "the process of torch ended with status 3" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["restoration.json", "table.md"]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
