@@ -1,7 +1,7 @@
 // softmax(scale q k^T + mask) v without an array of queries by keys, and its gradients; bf16, widths up to 128 (a multiple
 // of 8), sums and softmax in f32. Dao et al. 2022, arXiv 2205.14135; the gradients of queries and of keys are two kernels,
 // so that every sum has a fixed order. Grid (samples * heads, tiles of ROWS).
-// variants bf16: WIDTH=32 | WIDTH=64 | WIDTH=128
+// variants bf16: WIDTH=64 | WIDTH=128
 #include "attention.cuh"
 
 constexpr int KEYS = 64;     // of a tile, forward

@@ -1,29 +1,42 @@
-// The extended product: y = x * w + scale * (x2 * w2) + add + bias in one accumulator, rounded once. For Hopper.
+// The extended product: y = c * (x * w) + scale * (x2 * w2) + add + bias in one accumulator, rounded once. For Hopper.
 //
-//   y[p, n] = sum over taps t and channels k of x[pixel(p, t), k] * w[t, k, n]
+//   y[p, n] = c[n] * sum over taps t and channels k of x[pixel(p, t), k] * w[t, k, n]
 //           + scale * sum over t, k of x2[pixel(p, t), b * K2 + k] * w2[t, k, n - b * block]      b = n / block
 //           + add[p, n] + bias[n]
 //
-// An adapter is the second term: a few more steps along the inner axis. A linear layer is a convolution with one tap;
+// An adapter is the second term: a few more steps along the inner axis, before the first term's, or, with SCALED=1, behind
+// them: c (1 without) scales the columns of the first alone, which can be kept by itself for the gradient of c, and there is
+// no scale. A linear layer is a convolution with one tap;
 // the gradient of the input is the same product with w turned (B_ROWS=0: rows of K values) and the taps in reverse.
 //
 // A block is persistent: one warpgroup copies tiles (a matrix by boxes, an image by im2col boxes) into a ring of stages,
-// two others multiply, each 128 rows of the tile. Tiles go by bands of `band` row tiles, so that what runs at the same
+// the others multiply: two, 128 rows of the tile each, or three, 64 rows each. Tiles go by bands of `band` row tiles, so that what runs at the same
 // time shares its operands in L2. EXT_N: columns that x2 * w2 does at a time, so that narrow blocks fit a wide tile.
 //
 // only sm_90a
 // variants bf16: TILE_N=64 B_ROWS=0 | TILE_N=96 B_ROWS=0 | TILE_N=128 B_ROWS=0 | TILE_N=144 B_ROWS=0
 // variants bf16: TILE_N=160 B_ROWS=0
 // variants bf16: TILE_N=64 B_ROWS=1 | TILE_N=96 B_ROWS=1 | TILE_N=128 B_ROWS=1 | TILE_N=160 B_ROWS=1
+// variants bf16: TILE_N=64 B_ROWS=1 SCALED=1 | TILE_N=96 B_ROWS=1 SCALED=1 | TILE_N=128 B_ROWS=1 SCALED=1
+// variants bf16: TILE_N=160 B_ROWS=1 SCALED=1
+// variants bf16: TILE_M=192 TILE_N=192 B_ROWS=0 | TILE_M=192 TILE_N=192 B_ROWS=1
+// variants bf16: TILE_M=192 TILE_N=192 B_ROWS=1 SCALED=1
 // variants bf16: TILE_N=160 B_ROWS=1 EXT_N=40 | TILE_N=160 B_ROWS=1 EXT_N=80
 // variants bf16: TILE_N=160 B_ROWS=0 EXT_N=40 | TILE_N=160 B_ROWS=0 EXT_N=80
 #include "hopper.cuh"
+#include "exchange.cuh"
 
 #ifndef EXT_N
 #define EXT_N TILE_N
 #endif
+#ifndef SCALED
+#define SCALED 0
+#endif
+#ifndef TILE_M
+#define TILE_M 256
+#endif
 
-constexpr int TILE_M = 256, TILE_K = 64, WORKERS = 2;
+constexpr int TILE_K = 64, WORKERS = TILE_M == 192 ? 3 : 2;  // warpgroups that multiply, each an equal share of the rows
 constexpr int ROWS = TILE_M / WORKERS / 64;  // products of 64 rows a worker
 constexpr int A_BYTES = TILE_M * ROW_BYTES;
 // Along N a box is 64 columns wide, so the last one may hold columns that nobody reads.
@@ -132,6 +145,7 @@ INLINE void multiply(float (&sum)[ROWS][TILE_N / 2], int steps, int worker, bool
   if (steps <= 0) return;
   unsigned before = 0;
   settle(sum);
+#pragma unroll 1
   for (; steps > 0; --steps) {
     barrier_wait(ring.full + 8 * stage.index, stage.parity);
     const unsigned a_at = ring.memory + stage.index * STAGE + worker * (TILE_M / WORKERS) * ROW_BYTES;
@@ -194,28 +208,16 @@ INLINE void accumulate_other(float (&sum)[ROWS][TILE_N / 2], const Term& term, c
   }
 }
 
-// Lane t of four holds values t of four pieces; afterwards it holds all four values of piece t.
-INLINE void exchange(unsigned (&v)[4]) {
-  const int lane = threadIdx.x & 3;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const unsigned other = __shfl_xor_sync(~0u, lane & 1 ? v[i] : v[i + 1], 1);
-    (lane & 1 ? v[i] : v[i + 1]) = other;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const unsigned other = __shfl_xor_sync(~0u, lane & 2 ? v[i] : v[i + 2], 2);
-    (lane & 2 ? v[i] : v[i + 2]) = other;
-  }
-}
-
-// The sums times `factor` plus the bias of their columns; sums that are not there yet (FRESH) are zeros.
+// The sums times `factor`, or times that of each column, plus the bias of their columns; sums that are not there yet
+// (FRESH) are zeros.
 template <bool FRESH>
-INLINE void begin(float (&sum)[ROWS][TILE_N / 2], float factor, const bf16* bias, const Tile& tile, int columns) {
+INLINE void begin(float (&sum)[ROWS][TILE_N / 2], float factor, const float* factors, const bf16* bias, const Tile& tile,
+                  int columns) {
 #pragma unroll
   for (int piece = 0; piece < TILE_N / 8; ++piece) {
     const int n = tile.column + piece * 8 + threadIdx.x % 4 * 2;
-    float both[2] = {0, 0};
+    float both[2] = {0, 0}, by[2] = {factor, factor};
+    if (factors && n < columns) by[0] = factors[n], by[1] = factors[n + 1];
     if (bias && n < columns) {
       const Pack<bf16, 2> b = *reinterpret_cast<const Pack<bf16, 2>*>(bias + n);
       both[0] = widen(b.at[0]), both[1] = widen(b.at[1]);
@@ -225,7 +227,7 @@ INLINE void begin(float (&sum)[ROWS][TILE_N / 2], float factor, const bf16* bias
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& s = sum[r][piece * 4 + i];
-        s = FRESH ? both[i % 2] : s * factor + both[i % 2];
+        s = FRESH ? both[i % 2] : s * by[i % 2] + both[i % 2];
       }
   }
 }
@@ -259,8 +261,7 @@ INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int w
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int at = (four * 4 + i) * 4;
-          v[i] = round_pair(values[at] + (ADD ? __uint_as_float(added[i] << 16) : 0),
-                            values[at + 1] + (ADD ? __uint_as_float(added[i] & 0xFFFF0000) : 0));
+          v[i] = round_pair(values[at] + (ADD ? low_half(added[i]) : 0), values[at + 1] + (ADD ? high_half(added[i]) : 0));
         }
         exchange(v);
         if (n < left) *reinterpret_cast<uint4*>(y + start + n) = make_uint4(v[0], v[1], v[2], v[3]);
@@ -269,8 +270,8 @@ INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int w
       for (int piece = FOURS * 4; piece < TILE_N / 8; ++piece) {
         const int n = piece * 8 + lane % 4 * 2;
         const unsigned added = ADD && n < left ? *reinterpret_cast<const unsigned*>(add + start + n) : 0;
-        const unsigned v = round_pair(values[piece * 4] + (ADD ? __uint_as_float(added << 16) : 0),
-                                      values[piece * 4 + 1] + (ADD ? __uint_as_float(added & 0xFFFF0000) : 0));
+        const unsigned v = round_pair(values[piece * 4] + (ADD ? low_half(added) : 0),
+                                      values[piece * 4 + 1] + (ADD ? high_half(added) : 0));
         if (n < left) *reinterpret_cast<unsigned*>(y + start + n) = v;
       }
     }
@@ -280,8 +281,10 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
     NAME(extended)(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
                    const __grid_constant__ TensorMap x2, const __grid_constant__ TensorMap w2,
                    const float* scale,  // (1,), or null for 1
+                   const float* c,      // (columns), with SCALED
                    const bf16* add,     // (positions, columns), or null
                    const bf16* bias,    // (columns), or null
+                   bf16* kept,          // (positions, columns): x * w, with SCALED; or null
                    bf16* y,             // (positions, columns)
                    const __grid_constant__ Geometry g, const Term own, const Term other, int positions, int columns,
                    int band) {
@@ -299,30 +302,39 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
   __syncthreads();
   Stage stage;
   if (group == WORKERS) {
-    registers_fewer<40>();
+    registers_fewer<WORKERS == 2 ? 40 : 32>();
     if (threadIdx.x == WORKERS * GROUP) {
       prefetch_map(&x), prefetch_map(&w), prefetch_map(&x2), prefetch_map(&w2);
       for (int t = blockIdx.x; t < tiles_m * tiles_n; t += gridDim.x) {
         const Tile tile(t, tiles_m, tiles_n, band, g, image);
-        fetch_other(&x2, &w2, other, tile, columns, g, ring, stage);
+        if (!SCALED) fetch_other(&x2, &w2, other, tile, columns, g, ring, stage);
         fetch<TILE_N>(&x, &w, own, tile, tile.column, g, ring, stage);
+        if (SCALED) fetch_other(&x2, &w2, other, tile, columns, g, ring, stage);
       }
     }
   } else {
-    registers_more<232>();
+    registers_more<WORKERS == 2 ? 232 : 160>();
     const bool chief = threadIdx.x % GROUP == 0;
     const float factor = scale ? *scale : 1.0f;
     for (int t = blockIdx.x; t < tiles_m * tiles_n; t += gridDim.x) {
       const Tile tile(t, tiles_m, tiles_n, band, g, false);
       float sum[ROWS][TILE_N / 2];
-      if (other.taps) {
-        begin<true>(sum, 0, nullptr, tile, columns);
+      if constexpr (SCALED) {
+        begin<true>(sum, 0, nullptr, nullptr, tile, columns);
+        accumulate<TILE_N, 0>(sum, own, group, chief, ring, stage);
+        if (kept) finish<false>(sum, tile, group, nullptr, kept, positions, columns);
+        begin<false>(sum, 0, c, bias, tile, columns);
         accumulate_other(sum, other, tile, columns, group, chief, ring, stage);
-        begin<false>(sum, factor, bias, tile, columns);
       } else {
-        begin<true>(sum, 0, bias, tile, columns);
+        if (other.taps) {
+          begin<true>(sum, 0, nullptr, nullptr, tile, columns);
+          accumulate_other(sum, other, tile, columns, group, chief, ring, stage);
+          begin<false>(sum, factor, nullptr, bias, tile, columns);
+        } else {
+          begin<true>(sum, 0, nullptr, bias, tile, columns);
+        }
+        accumulate<TILE_N, 0>(sum, own, group, chief, ring, stage);
       }
-      accumulate<TILE_N, 0>(sum, own, group, chief, ring, stage);
       if (add)
         finish<true>(sum, tile, group, add, y, positions, columns);
       else

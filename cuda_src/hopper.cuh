@@ -132,6 +132,7 @@ INLINE void wgmma_turned(float* d, unsigned long long a, unsigned long long b);
 #define OUT64 OUT48, OUT4(48), OUT4(52), OUT4(56), OUT4(60)
 #define OUT72 OUT64, OUT4(64), OUT4(68)
 #define OUT80 OUT72, OUT4(72), OUT4(76)
+#define OUT96 OUT80, OUT4(80), OUT4(84), OUT4(88), OUT4(92)
 #define IN20 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19"
 #define IN32 IN20 ", %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define IN40 IN32 ", %32, %33, %34, %35, %36, %37, %38, %39"
@@ -139,6 +140,7 @@ INLINE void wgmma_turned(float* d, unsigned long long a, unsigned long long b);
 #define IN64 IN48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define IN72 IN64 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define IN80 IN72 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define IN96 IN80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
 // COUNT: registers a thread, N / 2. A, B: the numbers of the descriptors among the asm's operands, COUNT and COUNT + 1.
 #define DEFINE_WGMMA(N, COUNT, A, B)                                                                        \
@@ -164,3 +166,4 @@ DEFINE_WGMMA(96, 48, 48, 49)
 DEFINE_WGMMA(128, 64, 64, 65)
 DEFINE_WGMMA(144, 72, 72, 73)
 DEFINE_WGMMA(160, 80, 80, 81)
+DEFINE_WGMMA(192, 96, 96, 97)

@@ -56,18 +56,18 @@ __device__ __forceinline__ void difference(const T* y, const T* target, const A*
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
     NAME(square)(const T* y, const T* target, const A* wide_target,  // (n)
                  const A* weights,                                   // (n / sample), or null
                  T* dy, A* partial, A eps, A share, long long n, long long sample) {
   difference<Square>(y, target, wide_target, weights, dy, partial, eps, share, n, sample);
 }
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
     NAME(absolute)(const T* y, const T* target, const A* wide_target, const A* weights, T* dy, A* partial, A eps, A share,
                    long long n, long long sample) {
   difference<Absolute>(y, target, wide_target, weights, dy, partial, eps, share, n, sample);
 }
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
     NAME(charbonnier)(const T* y, const T* target, const A* wide_target, const A* weights, T* dy, A* partial, A eps,
                       A share, long long n, long long sample) {
   difference<Charbonnier>(y, target, wide_target, weights, dy, partial, eps, share, n, sample);

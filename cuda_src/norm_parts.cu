@@ -39,6 +39,7 @@ __device__ __forceinline__ void column_sums(const Walk<V>& walk, A* lane, A* sum
   walk.channels_of([&](int c, bool valid) {
     A sum[V] = {};
     const auto add = values(valid ? c : 0);
+#pragma unroll(V > 1 ? 1 : 4)  // a pack a thread keeps enough under way
     for (int p = walk.first + walk.row; valid && p < walk.last; p += walk.rows) add(sum, p);
 #pragma unroll
     for (int j = 0; j < V; j++) lane[j * THREADS + threadIdx.x] = sum[j];
@@ -148,6 +149,7 @@ __device__ __forceinline__ void apply(const T* x, const A* weight, const A* bias
       const A* own = stats + 2 * ((c + j) / width);
       mean[j] = own[0], inverse[j] = own[1], w[j] = weight[c + j], b[j] = bias[c + j];
     }
+#pragma unroll(V > 1 ? 1 : 4)
     for (int p = walk.first + walk.row; p < walk.last; p += walk.rows) {
       const long long at = (long long)p * channels + c;
       Pack<T, V> v = load<V>(x, at);
@@ -260,6 +262,7 @@ __device__ __forceinline__ void apply_d(const T* g, const T* x, const A* weight,
       mean[j] = stats[2 * group], inverse[j] = stats[2 * group + 1], w[j] = weight[c + j];
       plain[j] = means[2 * group], along[j] = means[2 * group + 1];
     }
+#pragma unroll(V > 1 ? 1 : 4)
     for (int p = walk.first + walk.row; p < walk.last; p += walk.rows) {
       const long long at = (long long)p * channels + c;
       const Pack<T, V> d = load<V>(g, at);

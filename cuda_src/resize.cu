@@ -61,7 +61,7 @@ __device__ __forceinline__ A taken(const Axis& axis, int o, int i) {
 
 // dx[n, i, j, c] = the sum over the outputs that lie within one input of (i, j). Grid (width * channels / 256, height,
 // samples).
-extern "C" __global__ void __launch_bounds__(256) NAME(resize_bilinear_d)(const T* g, T* dx, int samples, int height,
+extern "C" __global__ void __launch_bounds__(256, 2) NAME(resize_bilinear_d)(const T* g, T* dx, int samples, int height,
                                                                           int width, int rows, int columns, int channels,
                                                                           int corners) {
   const long long at = blockIdx.x * 256LL + threadIdx.x;

@@ -105,10 +105,14 @@ class Layer:
         """The weight as every algorithm sees it: (taps, IN / groups, OUT)."""
         return self.weight.reshape(self.window.taps, *self.weight.shape[-2:])
 
-    def forward(self, x: Array, change: Array | Pending | None = None) -> Array:
-        """x * weight + bias + change, one rounding. change: what adapters add, (..., OUT)."""
+    def forward(
+        self, x: Array, change: Array | Pending | None = None, c: Array | None = None
+    ) -> Array:
+        """c * (x * weight) + bias + change, one rounding. change: what adapters add, (..., OUT). c:
+        (OUT,) wide, or None for 1; only beside a pending change without a scale of its own.
+        """
         if isinstance(change, Pending):
-            return extended(x, self.matrix, self.window, change, bias=self.bias)
+            return extended(x, self.matrix, self.window, change, bias=self.bias, c=c)
         return product(x, self.matrix, self.window, bias=self.bias, add=change)
 
     def to(self, device: str, dtype=None) -> Layer:

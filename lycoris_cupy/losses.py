@@ -54,19 +54,19 @@ def cross_entropy(
 ) -> Loss:
     """The mean over positions of -log softmax(y)[target].
 
-    y: (..., classes), logits. target: (...), whole numbers; positions whose target is `ignore` are
-    left out, also from the count that the sum is divided by, and with all of them left out value
-    and dy are 0. smoothing: this share of each target is spread evenly over all classes (Szegedy et
-    al. 2015, arXiv 1512.00567). weights: (N,), a factor a sample along the first axis.
+    y: (N, ..., classes), logits. target: (N, ...), whole numbers; positions whose target is
+    `ignore` are left out, also from the count that the sum is divided by, and with all of them left
+    out value and dy are 0. smoothing: this share of each target is spread evenly over all classes
+    (Szegedy et al. 2015, arXiv 1512.00567). weights: (N,), a factor a sample.
 
     A target that is no class: on the CPU a ShapeError; on a GPU, where no value is read back, value
     and row are NaN. Raises ShapeError, DtypeError.
     """
     require_float(y, "y")
-    if y.ndim < 1 or tuple(target.shape) != tuple(y.shape[:-1]):
+    if y.ndim < 2 or tuple(target.shape) != tuple(y.shape[:-1]):
         raise ShapeError(
             f"target has shape {tuple(target.shape)}, expected {tuple(y.shape[:-1])} for y of "
-            f"shape {tuple(y.shape)}: a class a position"
+            f"shape {tuple(y.shape)}: (N, ..., classes), and a class a position"
         )
     if not 0 <= smoothing <= 1:
         raise LycorisError(f"cross_entropy: smoothing is {smoothing}, expected 0 to 1")
@@ -191,7 +191,7 @@ def _cross_entropy_gpu(y, target, weights, ignore, smoothing) -> Loss:
     kernel("losses.cu", "counted_share", y.dtype)((1,), (1024,), target, share, rows, ignore)
     kernel("losses.cu", "cross_entropy", y.dtype)(
         (rows,), (256 if y.shape[-1] > 256 else 32,), y, target, weights, share, dy, losses,
-        smoothing, y.shape[-1], ignore, rows // (y.shape[0] if y.ndim > 1 else 1),
+        smoothing, y.shape[-1], ignore, rows // y.shape[0],
     )  # fmt: skip
     kernel("losses.cu", "total", y.dtype)((1,), (1024,), losses, value, rows)
     return value, dy

@@ -66,6 +66,9 @@ def value_of(x: Any) -> Any:
 class Primitive:
     """One differentiable operation. Calling it runs `gpu` if the first array lies there, else
     `cpu`, and records it.
+
+    keeps: they take keep=, whether the call is recorded, and return (result, what the gradient
+    needs beside the arguments); `vjp` finds that as kept=.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Primitive:
     gpu: Callable
     vjp: Callable
     keeps_wide: bool = False  # its gradient is not rounded to the dtype of its result on the way
+    keeps: bool = False
 
     def __post_init__(self):
         if self.name in PRIMITIVES:
@@ -81,8 +85,12 @@ class Primitive:
 
     def __call__(self, *args, **static) -> Any:
         values = [value_of(a) for a in args]
-        out = (self.gpu if on_gpu(values[0]) else self.cpu)(*values, **static)
         tape = next((a.tape for a in args if isinstance(a, Var)), None)
+        run = self.gpu if on_gpu(values[0]) else self.cpu
+        if self.keeps:
+            out, static["kept"] = run(*values, keep=tape is not None, **static)
+        else:
+            out = run(*values, **static)
         if tape is None:
             return out
         needs = tuple(isinstance(a, Var) for a in args)

@@ -141,6 +141,36 @@ def _extended_rows():
         )
 
 
+def _scaled_rows():
+    """extended with a scale of the layer's own columns, which is differentiated too."""
+    flat, square = _window(), _window((3, 3), padding=1)
+    cases = {
+        "columns, linear": (flat, (5, 24), (1, 24, 40), flat, (5, 8), (1, 8, 40)),
+        "columns, odd": (flat, (2, 3, 7), (1, 7, 11), flat, (2, 3, 5), (1, 5, 11)),
+        "columns, long": (flat, (1100, 16), (1, 16, 24), flat, (1100, 8), (1, 8, 24)),
+        "columns, conv": (square, (2, 4, 5, 8), (9, 8, 24), _window((1, 1)), (2, 4, 5, 16), (1, 16, 24)),
+        "columns, blocks": (square, (1, 5, 4, 16), (9, 16, 80), _window((3, 3), padding=1, groups=2, shared=True), (1, 5, 4, 16), (9, 8, 40)),
+        "columns, empty": (flat, (0, 8), (1, 8, 16), flat, (0, 8), (1, 8, 16)),
+    }  # fmt: skip
+    for name, (window, x, w, other, x2, w2) in cases.items():
+        y = np.shape(naive.product(np.zeros(x), np.zeros(w), window))
+        yield Row(
+            "extended",
+            name,
+            lambda x, w, b, a, x2, w2, c, window=window, other=other: ops.extended(
+                x, w, window, ops.pending(x2, w2, other, add=a), bias=b, c=c
+            ),
+            lambda x, w, b, a, x2, w2, c, window=window, other=other: (
+                a + b + c * naive.product(x, w, window) + naive.product(x2, w2, other)
+            ),
+            (x, w, (y[-1],), y, x2, w2, (y[-1],)),
+            w[0] * w[1] + w2[0] * w2[1] + 4,
+            wide=(6,),
+            roundings=3.0,  # elsewhere both sums are written by themselves, and rounded
+            gradient_roundings=2.0,  # c * g, and x * w beside it
+        )
+
+
 def _product_rows():
     for name, (window, x, outputs) in GEOMETRIES.items():
         inputs = x[-1] // window.groups
@@ -676,6 +706,7 @@ def _magnitude_rows():
 ROWS = [
     *_product_rows(),
     *_extended_rows(),
+    *_scaled_rows(),
     *_kron_rows(),
     *_weight_rows(),
     *_elementwise_rows(),

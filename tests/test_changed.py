@@ -6,7 +6,12 @@ import pytest
 from lycoris_cupy import bf16, to_device
 from lycoris_cupy.arrays import wide_dtype
 from lycoris_cupy.errors import DtypeError, ShapeError
-from lycoris_cupy.ops.changed import changed, kron_changed, low_rank_changed
+from lycoris_cupy.ops.changed import (
+    changed,
+    hadamard_changed,
+    kron_changed,
+    low_rank_changed,
+)
 from tests.bounds import assert_within, bound
 
 SCALE = 0.703125
@@ -54,6 +59,57 @@ def test_low_rank(taps, inputs, rank, outputs, dtype, device):
     size = abs(w) + SCALE * abs(down) @ abs(up)
     assert out.dtype == dtype
     assert_within(host(out), expected, bound(expected, size, rank + 2, dtype))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "taps, inputs, rank, outputs",
+    [
+        (1, 24, 8, 40),
+        (9, 7, 3, 11),
+        (2, 301, 16, 520),
+        (1, 130, 33, 264),
+        (3, 50, 64, 256),
+        (1, 9, 70, 16),
+    ],
+)
+def test_hadamard(taps, inputs, rank, outputs, dtype, wide, device):
+    """Tails in rows, columns and ranks; more ranks than the kernel takes."""
+    rng = np.random.default_rng(3)
+    w, down1, down2 = (draw(rng, taps, inputs, n) for n in (outputs, rank, rank))
+    up1, up2 = draw(rng, 1, rank, outputs), draw(rng, 1, rank, outputs)
+    if wide:  # values that bf16 does not hold
+        down1, down2 = (d.astype(np.float32) * np.float32(1.001) for d in (down1, down2))
+        down1, down2 = (d.astype(np.float64) for d in (down1, down2))
+    downs = put(device, wide_dtype(dtype) if wide else dtype, down1, down2)
+    ups = put(device, dtype, up1, up2)
+    (weight,) = put(device, dtype, w)
+    out = hadamard_changed(weight, downs[0], ups[0], downs[1], ups[1], scale_on(device, dtype))
+    expected = w + SCALE * (down1 @ up1) * (down2 @ up2)
+    size = abs(w) + SCALE * (abs(down1) @ abs(up1)) * (abs(down2) @ abs(up2))
+    # Two sums of `rank` terms are multiplied; a wide down counts with 16 bits in two halves.
+    limit = bound(expected, size, 2 * rank + 4, dtype) + (2.0**-15 * size if wide else 0)
+    assert_within(host(out), expected, limit)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "taps, inputs, rank, outputs", [(9, 24, 16, 40), (4, 33, 5, 16), (2, 301, 40, 520)]
+)
+def test_low_rank_with_a_wide_down(taps, inputs, rank, outputs, dtype, device):
+    """A down that a core was folded into."""
+    rng = np.random.default_rng(4)
+    w, down, up = (
+        draw(rng, taps, inputs, outputs),
+        draw(rng, taps, inputs, rank),
+        draw(rng, 1, rank, outputs),
+    )
+    down = (down.astype(np.float32) * np.float32(1.001)).astype(np.float64)
+    (weight, up_on), (down_on,) = put(device, dtype, w, up), put(device, wide_dtype(dtype), down)
+    out = low_rank_changed(weight, down_on, up_on, scale_on(device, dtype))
+    expected, size = w + SCALE * down @ up, abs(w) + SCALE * abs(down) @ abs(up)
+    assert_within(host(out), expected, bound(expected, size, rank + 4, dtype) + 2.0**-16 * size)
 
 
 @pytest.mark.parametrize("wide", [False, True])

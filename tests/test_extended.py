@@ -9,9 +9,18 @@ import pytest
 from lycoris_cupy import bf16, ops, plan, to_device
 from lycoris_cupy.arrays import gpu_missing
 from lycoris_cupy.errors import DtypeError, ShapeError
-from lycoris_cupy.ops import conv_cpu, extended_gpu, narrow_gpu, outer_gpu, product_gpu
+from lycoris_cupy.ops import (
+    conv_cpu,
+    extended_gpu,
+    extended_plan,
+    halo_gpu,
+    narrow_gpu,
+    outer_gpu,
+    product_gpu,
+)
 from lycoris_cupy.ops.extended_gpu import Extra
 from lycoris_cupy.ops.window import Window
+from lycoris_cupy.tape import Tape
 from tests.bounds import assert_within, bound
 
 FLAT = Window()
@@ -90,13 +99,18 @@ def on_gpu(*arrays):
     return [None if a is None else to_device(a.astype(bf16), "cuda:0") for a in arrays]
 
 
+def tile_of(columns):
+    """The variant whose tile has so many columns."""
+    return extended_plan.Tile(192 if columns == 192 else 256, columns, columns, 0.0)
+
+
 def need_hopper():
     if not extended_gpu.hopper():
         pytest.skip("not a Hopper GPU")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [None, 64, 96, 128, 160])
+@pytest.mark.parametrize("tile", [None, 64, 96, 128, 160, 192])
 @pytest.mark.parametrize("name", FORWARD)
 def test_forward(name, tile, monkeypatch):
     need_hopper()
@@ -120,24 +134,60 @@ def test_forward(name, tile, monkeypatch):
         block = second[1][2] if second is not None and second[2].groups > 1 else tile
         if block % tile:
             pytest.skip("the tile does not fit the blocks")
-        monkeypatch.setattr(extended_gpu, "_choose", lambda *args: (tile, tile, 0.0))
-        extended_gpu.plan_forward.cache_clear()
+        monkeypatch.setattr(extended_plan, "_choose", lambda *args: tile_of(tile))
+        extended_plan.plan_forward.cache_clear()
     add, bias = on_gpu(add, bias)
     x, w = on_gpu(x, w)
     assert extended_gpu.takes(x, w, add, bias)
     out = [
         to_device(
-            extended_gpu.extended_forward(x, w, window, extra=extra, add=add, bias=bias), "cpu"
+            extended_gpu.extended_forward(x, w, window, extra=extra, add=add, bias=bias)[0], "cpu"
         )
         for _ in range(2)
     ]
-    extended_gpu.plan_forward.cache_clear()
+    extended_plan.plan_forward.cache_clear()
     assert (out[0] == out[1]).all()
     assert_within(out[0].astype(np.float64), y, bound(y, size, depth, bf16), name)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [None, 64, 96, 128, 144, 160])
+@pytest.mark.parametrize("tile", [None, 64, 96, 128, 160, 192])
+@pytest.mark.parametrize("name", [name for name, case in FORWARD.items() if case[3] is not None])
+def test_scaled_columns(name, tile, monkeypatch):
+    """c * (x * w) with the second term behind it, and x * w by itself."""
+    need_hopper()
+    x_shape, w_shape, window, second, terms = FORWARD[name]
+    block = second[1][2] if second[2].groups > 1 else tile or 64
+    if block % (tile or 64):
+        pytest.skip("the tile does not fit the blocks")
+    rng = np.random.default_rng([*name.encode(), 1])
+    x, w = draw(rng, x_shape), draw(rng, w_shape)
+    x2, w2, c = draw(rng, second[0]), draw(rng, second[1]), draw(rng, w_shape[-1:])
+    own, size = wide_conv(x, w, window), wide_conv(abs(x), abs(w), window)
+    depth = w_shape[0] * w_shape[1] + second[1][0] * second[1][1]
+    add = draw(rng, own.shape) if "add" in terms else None
+    bias = draw(rng, own.shape[-1:]) if "bias" in terms else None
+    y = c * own + wide_conv(x2, w2, second[2]).reshape(own.shape)
+    sizes = abs(c) * size + wide_conv(abs(x2), abs(w2), second[2]).reshape(own.shape)
+    for more in (add, bias):
+        if more is not None:
+            y, sizes = y + more, sizes + abs(more)
+    if tile is not None:
+        monkeypatch.setattr(extended_plan, "_choose", lambda *args: tile_of(tile))
+    extended_plan.plan_forward.cache_clear()
+    extra = Extra(*on_gpu(x2, w2), second[2], None)
+    add, bias = on_gpu(add, bias)
+    options = {"extra": extra, "add": add, "bias": bias, "keep": True}
+    c_gpu = to_device(c.astype(np.float32), "cuda:0")
+    out, kept = extended_gpu.extended_forward(*on_gpu(x, w), window, c=c_gpu, **options)
+    extended_plan.plan_forward.cache_clear()
+    out, kept = (to_device(array, "cpu").astype(np.float64) for array in (out, kept))
+    assert_within(out, y, bound(y, sizes, depth, bf16), name)
+    assert_within(kept, own, bound(own, size, depth, bf16), name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [None, 64, 96, 128, 144, 160, 192])
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward(name, tile, monkeypatch):
     need_hopper()
@@ -159,12 +209,12 @@ def test_backward(name, tile, monkeypatch):
         size = size + (abs(g2) @ abs(w2[0]).T).reshape(x_shape)
         extra = Extra(*on_gpu(g2, w2), FLAT, to_device(SCALE, "cuda:0"))
     if tile is not None:
-        monkeypatch.setattr(extended_gpu, "_choose", lambda *args: (tile, tile, 0.0))
-        extended_gpu.plan_dx.cache_clear()
+        monkeypatch.setattr(extended_plan, "_choose", lambda *args: tile_of(tile))
+        extended_plan.plan_dx.cache_clear()
     g, w, add = on_gpu(g, w, add)
     assert extended_gpu.takes(g, w, add)
     out = to_device(extended_gpu.extended_dx(g, w, window, space, extra=extra, add=add), "cpu")
-    extended_gpu.plan_dx.cache_clear()
+    extended_plan.plan_dx.cache_clear()
     depth = w_shape[0] * w_shape[2] + width
     assert_within(out.astype(np.float64), dx, bound(dx, size, depth, bf16), name)
 
@@ -204,6 +254,52 @@ def test_narrow(x_shape, window, columns):
     dw = to_device(narrow_gpu.narrow_dw(on[0], on[2], window, scale=None), "cpu")
     expected, size = conv_cpu.conv_dw(x, g, window), conv_cpu.conv_dw(abs(x), abs(g), window)
     assert_within(dw, expected, bound(expected, size, g[..., 0].size, np.float32))
+    tape = Tape()
+    watched = tape.watch(on[0]), tape.watch(on[1])
+    found = tape.gradients(ops.product(*watched, window), on[2], watched)  # g is spread once
+    assert (to_device(found[0], "cpu") == dx).all()
+    assert (to_device(found[1], "cpu") == dw).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("terms", [False, True])
+@pytest.mark.parametrize(
+    ("x_shape", "window", "columns"),
+    [
+        ((2, 13, 37, 40), square(padding=1), 16),
+        ((1, 8, 32, 32), square(padding=1), 8),
+        ((3, 21, 65, 328), square(padding=1), 16),
+        ((2, 19, 33, 24), square(), 16),
+        ((2, 19, 33, 72), square(padding=2, dilation=2), 8),
+        ((2, 5, 70, 96), Window.of((2, 3), 1, (1, 0)), 16),
+        ((1, 40, 40, 64), Window.of((1, 1)), 16),
+    ],
+)
+def test_halo(x_shape, window, columns, terms):
+    """A convolution to a few columns from a piece of the image with its halo."""
+    rng = np.random.default_rng(x_shape)
+    x, w = draw(rng, x_shape), draw(rng, (window.taps, x_shape[-1], columns))
+    expected, size = wide_conv(x, w, window), wide_conv(abs(x), abs(w), window)
+    add, bias, scale = None, None, None
+    if terms:
+        add, bias, scale = (
+            draw(rng, expected.shape),
+            draw(rng, (columns,)),
+            to_device(SCALE, "cuda:0"),
+        )
+        expected, size = add + SCALE * expected + bias, abs(add) + size + abs(bias)
+    limit = bound(expected, size, w.shape[0] * w.shape[1] + 2, bf16)
+    x, w, add, bias = on_gpu(x, w, add, bias)
+    assert halo_gpu.takes_halo(x, w, window, add, bias, least=1)
+    out = to_device(halo_gpu.halo_conv(x, w, window, scale=scale, add=add, bias=bias), "cpu")
+    assert_within(out.astype(np.float64), expected, limit)
+
+
+def test_what_the_halo_does_not_take():
+    x, w = np.zeros((1, 64, 64, 32), bf16), np.zeros((9, 32, 16), bf16)
+    for window in (square(padding=1, stride=2), square(padding=8, dilation=8), blocks(square(), 2)):
+        assert not halo_gpu.takes_halo(x, w, window, least=1)
+    assert not halo_gpu.takes_halo(x, w[..., :12], square(padding=1), least=1)
 
 
 SHARED = {
@@ -323,7 +419,7 @@ def test_a_narrow_convolution_is_one():
 def test_a_plan_covers_its_result(name):
     """Tiles and boxes of a plan, from shapes alone: whole, and within what the copy engine takes."""
     x, w, window, (_, w2, other), _ = FORWARD[name]
-    found = extended_gpu.plan_forward(x, w, window, (w2, other), 132)
+    found = extended_plan.plan_forward(x, w, window, (w2, other), 132)
     tile = int(found.launch.defines["TILE_N"])
     positions, columns, band = found.numbers
     assert 1 <= found.grid[0] <= 132 and band >= 1
@@ -342,13 +438,13 @@ def test_what_the_copy_engine_cannot_read():
 
 def test_what_no_plan_takes():
     strided = square(padding=1, stride=2)
-    assert extended_gpu.plan_dx((2, 7, 9, 40), (9, 32, 40), strided, (13, 17), None, 132) is None
+    assert extended_plan.plan_dx((2, 7, 9, 40), (9, 32, 40), strided, (13, 17), None, 132) is None
     grouped = square(padding=1, groups=2)
-    assert extended_gpu.plan_forward((2, 7, 9, 32), (9, 16, 40), grouped, None, 132) is None
+    assert extended_plan.plan_forward((2, 7, 9, 32), (9, 16, 40), grouped, None, 132) is None
     wide = Window.of((3, 3), 1, 300)
-    assert extended_gpu.plan_forward((2, 7, 9, 32), (9, 32, 40), wide, None, 132) is None
+    assert extended_plan.plan_forward((2, 7, 9, 32), (9, 32, 40), wide, None, 132) is None
     odd = ((1, 8, 24), blocks(FLAT, 3))
-    assert extended_gpu.plan_forward((9, 32), (1, 32, 72), FLAT, odd, 132) is None
+    assert extended_plan.plan_forward((9, 32), (1, 32, 72), FLAT, odd, 132) is None
 
 
 def test_a_pending_product_is_what_it_stands_for():

@@ -153,9 +153,13 @@ def test_the_normal_distribution_is_that_of_erfc(x, dtype):
     below, density = (float(v[0]) for v in normal_below(x))
     u, v = np.finfo(dtype).eps / 2, float(x[0])
     expected = math.erfc(-v / math.sqrt(2)) / 2
-    # exp(-x^2 / 2) carries the rounding of its argument: x^2 / 2 units.
+    # exp(-x^2 / 2) carries the rounding of its argument, x^2 / 2 units; what the series gives falls
+    # as 1 / |x|, its error does not.
     tiny = float(np.finfo(dtype).tiny)
-    assert abs(below - expected) <= (40 + v * v) * u * min(expected, 1.0) + 40 * u * (v > 0) + tiny
+    assert (
+        abs(below - expected)
+        <= (40 * max(1.0, abs(v)) + v * v) * u * min(expected, 1.0) + 40 * u * (v > 0) + tiny
+    )
     assert (
         abs(density - math.exp(-v * v / 2) / math.sqrt(2 * math.pi)) <= (4 + v * v) * u * 0.4 + tiny
     )
@@ -175,8 +179,8 @@ def test_group_norm_of_values_far_from_zero(device):
     split = x.astype(np.float64).reshape(2, -1, 3, 8)
     centred = split - split.mean(axis=(1, 3), keepdims=True)
     expected = centred / np.sqrt((centred**2).mean(axis=(1, 3), keepdims=True) + 1e-5)
-    # The mean is off by a few units of 1000, and so is every value.
-    assert np.abs(host(y).reshape(split.shape) - expected).max() < 1000 * 2.0**-22
+    # A mean of 23 000 values in f32 is off by some units of 1000; squares of them would cost 60.
+    assert np.abs(host(y).reshape(split.shape) - expected).max() < 1000 * 2.0**-19
 
 
 def f(*shape, dtype=np.float32):

@@ -4,6 +4,7 @@ The same tests run with two GPUs and NCCL, and with two processes on the CPU.
 """
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,7 +15,15 @@ import pytest
 from lycoris_cupy import DeviceError, LycorisError, MatchError, ShapeError
 from lycoris_cupy.arrays import to_device
 from lycoris_cupy.optim import AdamW, Average
-from lycoris_cupy.train import LostProcessError, NonFiniteError, fit, launch, parallel, read_log
+from lycoris_cupy.train import (
+    LostProcessError,
+    NonFiniteError,
+    Step,
+    fit,
+    launch,
+    parallel,
+    read_log,
+)
 from lycoris_cupy.train.reducers import require_gpus
 from tests.training import batch, factors, squared_error, student
 
@@ -36,7 +45,7 @@ def pytest_generate_tests(metafunc):
 STEPS = 12
 
 
-def train(reducer, out, resume=False, batches=batch, device=None, accumulate=1, **options):
+def train(reducer, out, resume=False, accumulate=1, batches=batch, device=None):
     """A run in this process: alone with reducer None."""
     device = device or reducer.device
     engine = student(device, "f64")
@@ -46,7 +55,7 @@ def train(reducer, out, resume=False, batches=batch, device=None, accumulate=1, 
     fit(
         engine, on(device, batches), squared_error, name="a", optimizer=optimizer, steps=STEPS, out=out,
         resume=resume, log_every=3, checkpoint_every=2, average=average, reducer=reducer,
-        accumulate=accumulate, progress=False, **options,
+        accumulate=accumulate, progress=False,
     )  # fmt: skip
     return factors(engine)
 
@@ -58,12 +67,10 @@ def on(device, batches):
     return moved
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_are_one(where, accumulate, tmp_path):
-    device = "cpu" if where == "cpu" else "cuda:0"
-    alone = train(None, tmp_path / "one", device=device, accumulate=accumulate)
-    options = {"accumulate": accumulate}
-    both = launch(keyword, 2, train, (tmp_path / "two",), options, device=where)
+def test_two_processes_are_one(where, tmp_path):
+    """Each takes its half of a batch in two pieces; one alone takes the whole in one."""
+    alone = train(None, tmp_path / "one", device="cpu" if where == "cpu" else "cuda:0")
+    both = launch(train, 2, tmp_path / "two", False, 2, device=where)
     np.testing.assert_allclose(both, alone, rtol=1e-9, atol=1e-12)
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
     assert [line["step"] for line in two] == [3, 6, 9, 12] == [line["step"] for line in one]
@@ -78,8 +85,15 @@ def test_two_processes_are_one(where, accumulate, tmp_path):
     }
 
 
-def keyword(reducer, function, arguments, options):
-    return function(reducer, *arguments, **options)
+def joining(reducer):
+    """What NcclReducer does before there is a communicator."""
+    reducer._connection.send(("join", "of 0" if reducer.rank == 0 else None))
+    assert reducer._connection.recv() == "of 0"
+    return reducer.rank
+
+
+def test_all_join_by_what_the_first_gives():
+    assert launch(joining, 2, device="cpu") == 0
 
 
 def losing(reducer, out, at):
@@ -102,17 +116,12 @@ def test_a_lost_process_stops_all(where, tmp_path):
     assert lost.value.rank == 1
     names = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
     assert names[-1] == "step-00000006"
-    resumed = launch(keyword, 2, train, (tmp_path / "run", True), {}, device=where)
-    unbroken = launch(keyword, 2, train, (tmp_path / "whole",), {}, device=where)
-    assert (resumed == unbroken).all()
-
-
-def test_one_process_may_go_on_for_two(tmp_path):
-    with pytest.raises(LostProcessError):
-        launch(losing, 2, tmp_path / "run", 7, device="cpu")
-    alone = train(None, None, device="cpu")
-    resumed = train(None, tmp_path / "run", True, device="cpu")
-    np.testing.assert_allclose(resumed, alone, rtol=1e-9, atol=1e-12)
+    shutil.copytree(tmp_path / "run", tmp_path / "one")
+    unbroken = train(None, None, device="cpu" if where == "cpu" else "cuda:0")
+    resumed = launch(train, 2, tmp_path / "run", True, device=where)
+    np.testing.assert_allclose(resumed, unbroken, rtol=1e-9, atol=1e-12)
+    alone = train(None, tmp_path / "one", True, device="cpu" if where == "cpu" else "cuda:0")
+    np.testing.assert_allclose(alone, unbroken, rtol=1e-9, atol=1e-12)
 
 
 def share_breaks(reducer, out):
@@ -139,6 +148,22 @@ def test_validation_is_made_once_and_told_to_all(tmp_path):
     assert result == (6, "early", (3.0, 2)) and lines == [3.0, 3.0, 3.0]
 
 
+def test_a_batch_that_has_no_equal_shares():
+    class Second:
+        rank, size, device = 1, 2, "cpu"
+
+    engine = student()
+    step = Step(
+        engine, "a", squared_error, AdamW(engine.parameters("a")), accumulate=2, reducer=Second()
+    )
+    (inputs, targets), _ = step.pieces(*batch(0, 8))
+    assert (inputs[0] == batch(0, 8)[0][0][4:6]).all() and len(targets[0]) == 2
+    with pytest.raises(
+        ShapeError, match=r"\(6, 5, 4, 4\): its first axis cannot be cut into 4 equal"
+    ):
+        step(*batch(0, 6))
+
+
 def validating(reducer, out):
     def validate(engine):
         assert reducer.rank == 0
@@ -162,26 +187,23 @@ def failing(reducer, kind):
         os._exit(3)
     if kind == "bug" and reducer.rank == 1:
         raise ZeroDivisionError("a bug")
-    if kind == "share":
-        train(reducer, None, batches=lambda step: batch(step, 3))
     time.sleep(60 if kind in ("exit", "bug") else 0)
 
 
 @pytest.mark.parametrize(
-    "kind, error, message",
+    "kind, size, error, message",
     [
-        ("own", MatchError, "^no such layer$"),
-        ("file", OSError, "/nothing/here"),
-        ("exit", LostProcessError, "process 0 of 2 ended with exit code 3"),
-        ("bug", LycorisError, "process 1 of 2 failed: ZeroDivisionError: a bug"),
-        ("share", ShapeError, r"\(3, 5, 4, 4\): its first axis cannot be cut into 2 equal pieces"),
+        ("own", 1, MatchError, "^no such layer$"),
+        ("file", 1, OSError, "/nothing/here"),
+        ("exit", 2, LostProcessError, "process 0 of 2 ended with exit code 3"),
+        ("bug", 2, LycorisError, "process 1 of 2 failed: ZeroDivisionError: a bug"),
     ],
 )
-def test_errors_come_back(kind, error, message, monkeypatch, capfd):
+def test_errors_come_back(kind, size, error, message, monkeypatch, capfd):
     monkeypatch.setattr(parallel, "_GRACE", 0.2)
     begin = time.monotonic()
     with pytest.raises(error, match=message):
-        launch(failing, 2, kind, device="cpu")
+        launch(failing, size, kind, device="cpu")
     assert time.monotonic() - begin < 20
     assert ("Traceback" in capfd.readouterr().err) == (kind == "bug")
 

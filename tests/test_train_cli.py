@@ -30,6 +30,19 @@ from tests.test_parallel import missing
 from tests.training import TEACHER, batch, squared_error, student
 
 
+def failing(device):
+    raise ZeroDivisionError("a bug of theirs")
+
+
+def late():
+    def batches(step):
+        if step:
+            raise IndexError("no more pictures")
+        return batch(step)
+
+    return batches
+
+
 def network(device, width=6):
     engine = student("cpu")
     assert width == 6
@@ -231,7 +244,11 @@ ERRORS = [
     ("lr = 0.02", "lr = -1", "c.toml: [optimizer] lr is -1, expected a number of at least 0"),
     ("betas = ", "beta = ", "c.toml: [optimizer] AdamW has no key 'beta': did you mean 'betas'?"),
     ("betas = [0.8, 0.95]", 'betas = [0.8, 1.5]', "c.toml: [optimizer] betas are (0.8, 1.5), expected two"),
-    ("betas = [0.8, 0.95]", 'betas = "x"', "c.toml: [optimizer] "),
+    ("betas = [0.8, 0.95]", 'betas = "x"', "c.toml: [optimizer] AdamW betas is 'x', expected a list of 2 numbers"),
+    ("betas = [0.8, 0.95]", 'eps = true', "c.toml: [optimizer] AdamW eps is True, expected a number"),
+    ('"conv*" = 0.5', '"conv*" = "x"', "c.toml: [optimizer] rates is {'conv*': 'x'}, expected a table of patterns"),
+    ("net.py:network", "net.py:failing", "net.py, line 9: ZeroDivisionError: a bug of theirs"),
+    ("net.py:data", "net.py:late", "net.py, line 15: IndexError: no more pictures"),
     ("[optimizer]", '[optimizer]\nkind = "Adam"', "c.toml: [optimizer] kind is 'Adam', expected one of AdamW, SGD"),
     ("[optimizer]", '[optimizer]\nkind = "SGD"', "c.toml: [optimizer] SGD has no key 'betas'"),
     ("warmup = 2", "warmup = 9", "c.toml: [optimizer] steps is 8, expected more than the warm-up of 9"),

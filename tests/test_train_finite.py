@@ -56,7 +56,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("steps", [40, AT + 1], ids=["between", "last"])
+@pytest.mark.parametrize("steps", [18, AT + 1], ids=["between", "last"])
 @pytest.mark.parametrize("kind", CASES)
 def test_the_first_is_named(kind, steps, tmp_path):
     batches, loss, lr, tensor = CASES[kind]
@@ -73,7 +73,6 @@ def test_the_first_is_named(kind, steps, tmp_path):
         )  # fmt: skip
         return engine
 
-    before = run(AT, None)
     with pytest.raises(NonFiniteError, match=rf"^step {AT}: {tensor} is not finite: ") as raised:
         run(steps, tmp_path / "run")
     assert (raised.value.step, raised.value.tensor) == (AT, tensor)
@@ -83,12 +82,11 @@ def test_the_first_is_named(kind, steps, tmp_path):
     assert all(np.isfinite(a).all() for a in state["training"][0][1])
     assert not (tmp_path / "run/a.safetensors").exists()
     assert all(np.isfinite(list(line.values())).all() for line in read_log(tmp_path / "run"))
-    with pytest.raises(NonFiniteError, match=tensor):  # it would be the same again
-        run(steps, tmp_path / "run", resume=True)
-    if kind != "factor":
-        batches, loss = batch, squared_error
+    if kind == "input":  # it would be the same again, and is not with better data
+        with pytest.raises(NonFiniteError, match=tensor):
+            run(steps, tmp_path / "run", resume=True)
+        batches = batch
         assert np.isfinite(factors(run(steps, tmp_path / "run", resume=True))).all()
-    assert np.isfinite(factors(before)).all()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -164,6 +164,18 @@ def other_base():
     return engine
 
 
+def weaker():
+    engine = student()
+    engine.strength["a"] = 0.5
+    return engine
+
+
+def beside_another():
+    engine = student()
+    engine.add("b", "locon")
+    return engine
+
+
 @pytest.mark.parametrize(
     "make, settings, options, message",
     [
@@ -178,6 +190,9 @@ def other_base():
             {},
             r"adapter.conv was 'LoCon.*rank|adapter.conv was .*down\(3,3,4,2\)",
         ),
+        (weaker, {}, {}, "strength was 1.0, is 0.5"),
+        (lambda: student(dropout=0.1), {}, {}, "dropout was "),
+        (beside_another, {}, {}, "trained on another base"),
         (
             other_base,
             {},

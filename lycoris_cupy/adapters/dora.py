@@ -23,6 +23,7 @@ from ..errors import LycorisError, ShapeError
 from ..layers import Layer, LayerShape
 from ..ops.columns import expand_rows
 from ..ops.elementwise import add, cast
+from ..ops.elementwise import scale as scaled_by
 from ..ops.magnitude import magnitude, shifted
 from ..ops.product import product
 from ..ops.scale_columns import scale_columns
@@ -119,9 +120,11 @@ class DoRA(Stacked):
         else:
             total = self.on.square(weight, p, p["weight_square"], inner, self.axis)
         k, own = self._factors(p, total, scale)
-        columns = own
+        columns: Array | None = own
         if self.axis == "input":
             x, columns = scale_columns(x, over_groups(own, layer)), None
+        elif delta is None:  # a scale beside the sum that the layer's own columns go into
+            columns, inner = scaled_by(own, inner), None
         if delta is not None:
             change = product(x, by_columns(delta, columns), layer.window, add=change)
         else:

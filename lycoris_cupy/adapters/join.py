@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from ..arrays import Array
 from ..layers import Layer
 from ..ops.elementwise import add
-from ..ops.extended import ready
+from ..ops.extended import Pending, ready
 from ..ops.magnitude import shifted
 from ..ops.product import product
 from ..ops.scale_columns import scale_columns
@@ -39,6 +39,8 @@ def forward(layer: Layer, x: Array, parts: Iterable[tuple[Adapter, Parameters, A
     if not outputs and not turns:
         scaled = scale_columns(x, over_groups(_total(inputs), layer)) if inputs else x
         return layer.forward(scaled, change)
+    if not inputs and not turns and isinstance(change, Pending) and change.scale is None:
+        return layer.forward(x, change, _total(outputs))
     y, change = layer.forward(x), ready(change)
     if inputs:
         rest = over_groups(_total(inputs, nothing(inputs[0].factor)), layer)

@@ -98,9 +98,12 @@ class LoCon(Adapter):
         return low_rank_weight(p["down"], p["up"], scale)
 
     def changed(self, weight: Array, p: Parameters, scale: Array) -> Array | None:
-        if self.tucker or self.per_tap:
+        if self.per_tap:
             return None
-        return low_rank_changed(weight, p["down"], p["up"], scale)
+        down = p["down"]
+        if self.tucker:  # down and core together are the down factor of a plain pair
+            down = fold_core(reshape(down, down.shape[1:]), p["mid"])
+        return low_rank_changed(weight, down, p["up"], scale)
 
     def square(self, weight: Array, p: Parameters, square: Array, scale: Array, axis: str) -> Array:
         down = p["down"]

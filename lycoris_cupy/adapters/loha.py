@@ -18,6 +18,7 @@ import numpy as np
 from ..arrays import Array
 from ..errors import FileFormatError, ShapeError
 from ..layers import Layer, LayerShape
+from ..ops.changed import hadamard_changed
 from ..ops.elementwise import cast
 from ..ops.hadamard import face_split, hadamard_weight
 from ..ops.low_rank import fold_core
@@ -76,6 +77,10 @@ class LoHa(Adapter):
     def delta_weight(self, weight: Array, p: Parameters, scale: Array) -> Array:
         first, second = self._downs(p)
         return hadamard_weight(first, p["w1_up"], second, p["w2_up"], scale)
+
+    def changed(self, weight: Array, p: Parameters, scale: Array) -> Array | None:
+        first, second = self._downs(p)
+        return hadamard_changed(weight, first, p["w1_up"], second, p["w2_up"], scale)
 
     def _pair(self, p: Parameters, dtype) -> tuple[Array, Array]:
         """The exact factors of rank R^2: (taps, IN, R^2) and (1, R^2, OUT)."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,14 +35,36 @@ def function_named(named: str, folder: Path, where: str) -> Callable:
 
 
 def called(function: Callable, options: Mapping[str, Any], where: str) -> Any:
-    """What the function returns. Raises LycorisError, not what it may raise itself, if it does not
-    take these arguments.
+    """What the function returns. Raises LycorisError if it does not take these arguments, or fails
+    itself.
     """
     try:
         inspect.signature(function).bind(**options)
     except TypeError as error:
         raise LycorisError(f"{where}: {function.__name__}: {error}: see options") from None
-    return function(**options)
+    return guarded(function, where)(**options)
+
+
+def guarded(function: Callable, where: str) -> Callable:
+    """The function; what it raises of other kinds than ours becomes LycorisError, with its place.
+
+    Whoever wrote the function reads one line with the place, and not our own frames.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except (LycorisError, OSError):
+            raise
+        except Exception as error:
+            own = getattr(getattr(function, "__code__", None), "co_filename", None)
+            frames = traceback.extract_tb(error.__traceback__)
+            frame = next((f for f in reversed(frames) if f.filename == own), frames[-1])
+            place = f"{frame.filename}, line {frame.lineno}"
+            raise LycorisError(f"{where}: {place}: {type(error).__name__}: {error}") from error
+
+    return run
 
 
 def _module(name: str, folder: Path, where: str):

@@ -32,10 +32,13 @@ class _Key(NamedTuple):
     expected: str
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _number(at_least: float = 0.0, default: Any = None, below: float | None = None) -> _Key:
     def fits(value: Any) -> bool:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return number and at_least <= value < (float("inf") if below is None else below)
+        return _is_number(value) and at_least <= value < (below or float("inf"))
 
     what = "a number of" if below is None else "a number from"
     upto = f"at least {at_least:g}" if below is None else f"{at_least:g} to below {below:g}"
@@ -99,7 +102,11 @@ _TABLES: dict[str, dict[str, _Key]] = {
         "weight_decay": _number(),
         "clip": _number(),
         "plus": _number(default=1.0),
-        "rates": _Key({}, lambda v: isinstance(v, dict), "a table of patterns and numbers"),
+        "rates": _Key(
+            {},
+            lambda v: isinstance(v, dict) and all(map(_is_number, v.values())),
+            "a table of patterns and numbers",
+        ),
         "stochastic_rounding": _truth(False),
     },
     "train": {
@@ -198,15 +205,41 @@ def _checked(path: Path, table: str, given: Mapping[str, Any], others=()) -> dic
 
 
 def _settings(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that only the optimizer's class knows; it checks their values itself."""
-    kind: type[Optimizer] | None = OPTIMIZERS.get(table.get("kind", "AdamW"))
-    own = set() if kind is None else set(inspect.signature(kind).parameters).difference(_OWN)
-    common = _TABLES["optimizer"]
-    for key in table:
-        if kind is not None and key not in common and key not in own:
-            near = _nearest(key, (*common, *sorted(own)))
-            raise LycorisError(f"{path}: [optimizer] {kind.__name__} has no key {key!r}{near}")
-    return {key: value for key, value in table.items() if key not in common}
+    """The keys that only the optimizer's class knows; ranges it checks itself."""
+    common, found = _TABLES["optimizer"], {}
+    named = table.get("kind", "AdamW")
+    if not common["kind"].fits(named):
+        raise LycorisError(
+            f"{path}: [optimizer] kind is {named!r}, expected {common['kind'].expected}"
+        )
+    kind: type[Optimizer] = OPTIMIZERS[named]
+    parameters = inspect.signature(kind).parameters
+    own = {key: one.default for key, one in parameters.items() if key not in _OWN}
+    for key, value in table.items():
+        if key in common:
+            continue
+        where = f"{path}: [optimizer] {kind.__name__}"
+        if key not in own:
+            raise LycorisError(f"{where} has no key {key!r}{_nearest(key, (*common, *own))}")
+        one = _like(own[key])
+        if not one.fits(value):
+            raise LycorisError(f"{where} {key} is {value!r}, expected {one.expected}")
+        found[key] = value
+    return found
+
+
+def _like(default: Any) -> _Key:
+    """What a setting with this default may be."""
+    if isinstance(default, bool):
+        return _truth(default)
+    if not isinstance(default, tuple):
+        return _Key(default, _is_number, "a number")
+    count = len(default)
+    return _Key(
+        default,
+        lambda v: isinstance(v, list) and len(v) == count and all(map(_is_number, v)),
+        f"a list of {count} numbers",
+    )
 
 
 def _require_one_source(config: Configuration) -> None:

@@ -15,7 +15,7 @@ from ..demo.extra import NETWORK, network_files
 from ..engine import Engine
 from ..errors import LycorisError
 from ..optim import Optimizer, constant, cosine, linear, rate_factors
-from .named import called, function_named
+from .named import called, function_named, guarded
 from .pictures import damaged_pictures, picture_pairs
 from .train_config import OPTIMIZERS, Configuration
 
@@ -91,7 +91,7 @@ def loss_of(config: Configuration) -> Callable:
         raise LycorisError(
             f"{where} is {name!r}, expected one of {', '.join(LOSSES)}, or 'module:function'"
         )
-    return function_named(name, config.path.parent, where)
+    return guarded(function_named(name, config.path.parent, where), where)
 
 
 def optimizer_of(config: Configuration, parameters, steps: int) -> Optimizer:
@@ -115,9 +115,6 @@ def optimizer_of(config: Configuration, parameters, steps: int) -> Optimizer:
         return kind(parameters, lr, rates=rates, **settings)
     except LycorisError as error:
         raise type(error)(f"{where} {error}") from None
-    except TypeError:  # a setting of another kind than a number, say
-        told = ", ".join(f"{key} = {value!r}" for key, value in settings.items())
-        raise LycorisError(f"{where} {kind.__name__} does not take {told}") from None
 
 
 def _own_batches(config: Configuration) -> tuple[Any, list | None]:
@@ -129,6 +126,7 @@ def _own_batches(config: Configuration) -> tuple[Any, list | None]:
             f"{where}: {data['batches']} returns {type(batches).__name__}, expected a function of "
             "the step or an iterable"
         )
+    batches = guarded(batches, where) if callable(batches) else batches
     if data["validation"] is None:
         return batches, None
     where = config.where("data", "validation")

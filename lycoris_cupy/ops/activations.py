@@ -40,15 +40,21 @@ def relu(x: Array) -> Array:
     return _relu(x)
 
 
+_PIECE = 1 << 15  # elements at a time on the CPU: what is in between then stays in a cache
+
+
 def _sigmoid(v):
-    """1 / (1 + exp(-v)), to its last digits in both tails and without overflow."""
-    small = np.exp(-np.abs(v))
-    return np.where(v < 0, small, 1) / (1 + small)
+    """1 / (1 + exp(-v)), to its last digits in both tails."""
+    out = np.negative(v)
+    with np.errstate(over="ignore"):  # 1 / infinity is the 0 that is meant
+        np.exp(out, out=out)
+    out += 1
+    return np.reciprocal(out, out=out)
 
 
 def _silu_slope(v):
     share = _sigmoid(v)
-    return share + v * share * _sigmoid(-v)
+    return share + v * (share * _sigmoid(-v))
 
 
 def _gelu_slope(v):
@@ -84,6 +90,16 @@ def _launch(op: str, *arrays: Array) -> Array:
     return out
 
 
+def _in_pieces(function, *arrays: np.ndarray) -> np.ndarray:
+    """A function of wide arrays, made of bits of them at a time, in the dtype of the last."""
+    flat = [array.reshape(-1) for array in arrays]
+    out = np.empty(flat[-1].shape, arrays[-1].dtype)
+    for start in range(0, out.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        out[piece] = like(function(*(wide(array[piece]) for array in flat)), out)
+    return out.reshape(arrays[-1].shape)
+
+
 def _activation(name: str, value, slope) -> Primitive:
     """A primitive of NumPy functions of a wide array, and the kernels `name` and `name`_d."""
 
@@ -91,11 +107,11 @@ def _activation(name: str, value, slope) -> Primitive:
         def pull(g):
             if on_gpu(g):
                 return (_launch(f"{name}_d", g, x),)
-            return (like(wide(g) * slope(wide(x)), x),)
+            return (_in_pieces(lambda d, v: d * slope(v), g, x),)
 
         return pull
 
-    return Primitive(name, lambda x: like(value(wide(x)), x), lambda x: _launch(name, x), vjp)
+    return Primitive(name, lambda x: _in_pieces(value, x), lambda x: _launch(name, x), vjp)
 
 
 _silu = _activation("silu", lambda v: v * _sigmoid(v), _silu_slope)

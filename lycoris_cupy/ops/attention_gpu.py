@@ -11,7 +11,7 @@ from .dense import matmul
 from .elementwise import cast
 from .softmax import softmax_d, team
 
-WIDTHS = (32, 64, 128)  # of the fused kernels; heads between are filled up with zeros
+WIDTHS = (64, 128)  # of the fused kernels; narrower heads are filled up with zeros
 _ROWS, _KEYS, _COLUMNS = 64, 64, 32  # as in attention.cuh and attention.cu
 
 
@@ -62,12 +62,11 @@ def _tiles(x: Array) -> tuple[int, int]:
 def attention_gpu(q, k, v, mask, *, setting, kept):
     import cupy
 
-    out = cupy.empty((*q.shape[:3], v.shape[3]), q.dtype)
-    width = fused_width(q, v)
-    if not out.size:
-        return out
+    width, shape = fused_width(q, v), (*q.shape[:3], v.shape[3])
     if not k.shape[2]:
-        out[...] = 0
+        return cupy.zeros(shape, q.dtype)
+    out = cupy.empty(shape, q.dtype)
+    if not out.size:
         return out
     if width is None:
         p = _probabilities(q, k, mask, setting)

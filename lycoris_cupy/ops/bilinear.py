@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 
 from ..arrays import Array, like, on_gpu, require_axes, require_float, wide
@@ -66,20 +68,25 @@ def _stretched(x, axis, outputs, corners):
 
 
 def _stretched_back(g, axis, inputs, corners):
-    """The adjoint: what each input gave, summed. Outputs lie in order, so those before one input
-    are a run of the axis.
+    """The adjoint of _stretched. Outputs lie in order, so those that take from a run of inputs are
+    a run too: a small dense matrix of shares turns one into the other, run by run.
     """
-    if g.shape[axis] == inputs:
+    outputs = g.shape[axis]
+    if outputs == inputs:
         return g
-    before, after, share = _between(inputs, g.shape[axis], corners, g.dtype)
-    shape = list(g.shape)
-    shape[axis] = inputs
-    out = np.zeros(shape, g.dtype)
-    for places, part in ((before, 1 - share), (after, share)):
-        rows, starts = np.unique(places, return_index=True)
-        into = (slice(None),) * axis + (rows,)
-        out[into] += np.add.reduceat(g * _along(axis, part), starts, axis=axis)
-    return out
+    before, after, share = _between(inputs, outputs, corners, g.dtype)
+    shape = (prod(g.shape[:axis]), outputs, prod(g.shape[axis + 1 :]))
+    flat, out = g.reshape(shape), np.empty((shape[0], inputs, shape[2]), g.dtype)
+    step = max(64 * inputs // outputs, 1)  # for some 64 outputs
+    for first in range(0, inputs, step):
+        last = min(first + step, inputs)
+        low, high = np.searchsorted(after, first), np.searchsorted(before, last - 1, "right")
+        matrix = np.zeros((last - first, high - low), g.dtype)
+        for places, part in ((before, 1 - share), (after, share)):
+            inside = np.flatnonzero((places[low:high] >= first) & (places[low:high] < last))
+            matrix[places[low:high][inside] - first, inside] += part[low:high][inside]
+        np.matmul(matrix, flat[:, low:high], out=out[:, first:last])
+    return out.reshape(*g.shape[:axis], inputs, *g.shape[axis + 1 :])
 
 
 def _ordered(shape, size):

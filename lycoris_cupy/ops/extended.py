@@ -1,7 +1,7 @@
 """extended: a layer's product and an adapter's in one sum, and `Pending`, a product that waits to
 be part of one.
 
-    y = add + x * w + scale * (x2 * w2) + bias          one sum, rounded once
+    y = add + c * (x * w) + scale * (x2 * w2) + bias          one sum, rounded once
 
 An adapter's last product is not carried out by itself: it waits until the layer's own, which takes
 it into its accumulators where that is cheaper (see `plan`), and else adds its rounded result.
@@ -11,22 +11,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..arrays import Array, require_same
-from ..errors import ShapeError
+from ..arrays import Array, like, on_gpu, require_same
+from ..errors import LycorisError, ShapeError
 from ..tape import Primitive, value_of
 from . import product_gpu
 from .columns import column_sum
 from .elementwise import cast
 from .product import (
     LINEAR,
-    deferred_dx,
     finished,
     in_space_of,
     out_shape,
     product,
-    product_dw,
+    product_gradients,
     wide_product,
 )
+from .scale_columns import column_gradients, require_columns
+from .thin_gpu import thin_gradients
 from .window import Window
 
 
@@ -62,13 +63,20 @@ def ready(change: Array | Pending | None) -> Array | None:
 
 
 def extended(
-    x: Array, w: Array, window: Window, change: Pending, *, bias: Array | None = None
+    x: Array,
+    w: Array,
+    window: Window,
+    change: Pending,
+    *,
+    bias: Array | None = None,
+    c: Array | None = None,
 ) -> Array:
-    """x * w + change + bias, summed wide, rounded once: `product(x, w, window, add=ready(change),
-    bias=bias)` in one sum.
+    """c * (x * w) + change + bias, summed wide, rounded once: `product(x, w, window,
+    add=ready(change), bias=bias)` in one sum where there is no c.
 
-    x, w, bias: as for `product`. Returns (..., columns) in the dtype of x. Raises ShapeError,
-    DtypeError.
+    x, w, bias: as for `product`. c: (columns,) in the wide dtype, or None for 1; the change must
+    have no scale then, it stands in its own w. Returns (..., columns) in the dtype of x. Raises
+    ShapeError, DtypeError.
     """
     x2, w2, add = change.x, cast(change.w, x.dtype), change.add
     shape = out_shape(x.shape, w.shape, window)
@@ -82,39 +90,55 @@ def extended(
         raise ShapeError(f"bias has shape {tuple(bias.shape)}, expected {shape[-1:]}")
     if add is not None and tuple(add.shape) != shape:
         raise ShapeError(f"add has shape {tuple(add.shape)}, expected {shape}")
-    return _extended(x, w, bias, add, x2, w2, change.scale, window=window, other=change.window)
+    if c is not None:
+        require_columns(c, x, shape[-1:])
+        if change.scale is not None:
+            raise LycorisError(
+                "extended: a change beside scaled columns carries its scale in its w"
+            )
+    args = (x, w, bias, add, x2, w2, change.scale, c)
+    return _extended(*args, window=window, other=change.window)
 
 
-def _cpu(x, w, bias, add, x2, w2, scale, *, window, other):
-    more = wide_product(x2, w2, other)
+def _cpu(x, w, bias, add, x2, w2, scale, c, *, window, other, keep):
+    more, own = wide_product(x2, w2, other), wide_product(x, w, window)
     if scale is not None:
         more *= scale
-    more += wide_product(x, w, window)
-    return finished(more, None, add, bias, x)
+    more += own if c is None else own * c
+    kept = like(own, x) if keep and c is not None else None
+    return finished(more, None, add, bias, x), kept
 
 
-def _gpu(x, w, bias, add, x2, w2, scale, *, window, other):
+def _gpu(x, w, bias, add, x2, w2, scale, c, *, window, other, keep):
     extra = product_gpu.Extra(x2, w2, other, scale)
-    return product_gpu.forward(x, w, window, scale=None, add=add, bias=bias, extra=extra)
+    if c is None:
+        y = product_gpu.forward(x, w, window, scale=None, add=add, bias=bias, extra=extra)
+        return y, None
+    return product_gpu.scaled_forward(x, w, window, c, add=add, bias=bias, extra=extra, keep=keep)
 
 
-def _vjp(needs, out, x, w, bias, add, x2, w2, scale, *, window, other):
+def _vjp(needs, out, x, w, bias, add, x2, w2, scale, c, *, window, other, kept):
+    """kept: x * w rounded, where there is a c."""
     space, other_space = in_space_of(x, window), in_space_of(x2, other)
     x, w = (x if needs[1] else None), (w if needs[0] else None)
     x2, w2 = (x2 if needs[5] else None), (w2 if needs[4] else None)
 
     def pull(g):
+        flow, dc, thin = g, None, None
+        if c is not None:
+            if x2 is not None and w2 is not None and on_gpu(g):
+                thin = thin_gradients(g, x2, w2, other, None, c, kept)
+            flow, dc = (thin.gc, thin.dc) if thin else column_gradients(g, kept, c)
         return (
-            deferred_dx(g, w, None, window, space) if needs[0] else None,
-            product_dw(x, g, window) if needs[1] else None,
+            *product_gradients(flow, x, w, None, window, space),
             column_sum(g) if needs[2] else None,
             g if needs[3] else None,
-            deferred_dx(g, w2, scale, other, other_space) if needs[4] else None,
-            product_dw(x2, g, other, scale=scale) if needs[5] else None,
+            *(thin[:2] if thin else product_gradients(g, x2, w2, scale, other, other_space)),
             None,
+            dc,
         )
 
     return pull
 
 
-_extended = Primitive("extended", _cpu, _gpu, _vjp)
+_extended = Primitive("extended", _cpu, _gpu, _vjp, keeps=True)

@@ -20,6 +20,7 @@ from ..kernels import kernel
 from .columns import moved, rows_of
 from .conv_plan import geometry_of
 from .extended_gpu import Extra
+from .halo_gpu import halo_conv, takes_halo
 from .window import Window
 
 LIMIT = 288  # taps * R up to which the parts are smaller than what the taps would read again
@@ -41,6 +42,8 @@ def narrow_conv(x, w, window: Window, *, scale, add, bias) -> Array:
     """add + scale * (x * w) + bias, one rounding.  x: (N, *space, IN).  w: (taps, IN, R)."""
     import cupy
 
+    if takes_halo(x, w, window, add, bias):
+        return halo_conv(x, w, window, scale=scale, add=add, bias=bias)
     parts = gemm(rows_of(x), side_by_side(w), dtype=wide_dtype(x.dtype))
     space, columns = window.out_space(x.shape[1:-1]), w.shape[2]
     y = cupy.empty((x.shape[0], *space, columns), x.dtype)
@@ -76,9 +79,21 @@ def narrow_dx(g, w, window: Window, in_space, *, scale, add) -> Array:
 
 def narrow_dw(x, g, window: Window, *, scale) -> Array:
     """scale * the gradient of narrow_conv for w, (taps, IN, R), wide."""
+    return _dw(x, spread(g, window, x.shape[1:-1]), window, scale)
+
+
+def narrow_gradients(g, x, w, window: Window, *, scale) -> tuple[Array, Array, Array]:
+    """(columns, w side by side, narrow_dw): the gradient for x is that of a product over single
+    positions with the first two, so that g is spread once.
+    """
     columns = spread(g, window, x.shape[1:-1])
+    dw = _dw(x, columns, window, scale)
+    return columns.reshape(*x.shape[:-1], columns.shape[1]), side_by_side(w)[None], dw
+
+
+def _dw(x, columns, window: Window, scale):
     flat = gemm(rows_of(x), columns, transpose_a=True, scale=scale, dtype=wide_dtype(x.dtype))
-    flat = flat.reshape(x.shape[-1], window.taps, g.shape[-1])
+    flat = flat.reshape(x.shape[-1], window.taps, -1)
     return moved(flat, lambda b: b.transpose(1, 0, 2))
 
 

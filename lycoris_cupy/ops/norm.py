@@ -55,14 +55,19 @@ def _sizes(x, groups):
     return x.shape[0], prod(x.shape[1:-1]), groups, x.shape[-1] // groups
 
 
+def _group_mean(split):
+    """The mean over positions and width of (samples, positions, groups, width), its axes kept."""
+    # Over whole rows first: NumPy adds those as vectors.
+    total = split.sum(axis=1, keepdims=True).sum(axis=3, keepdims=True)
+    return total / max(split.shape[1] * split.shape[3], 1)
+
+
 def _normal_cpu(x, groups, eps):
     """(x - mean) / deviation and 1 / deviation, as (samples, positions, groups, width), wide."""
     split = wide(x).reshape(_sizes(x, groups))
-    count = max(split.shape[1] * split.shape[3], 1)
-    centred = split - split.sum(axis=(1, 3), keepdims=True) / count
-    variance = np.square(centred).sum(axis=(1, 3), keepdims=True) / count
-    inverse = 1 / np.sqrt(variance + split.dtype.type(eps))
-    return centred * inverse, inverse
+    centred = split - _group_mean(split)
+    inverse = 1 / np.sqrt(_group_mean(np.square(centred)) + split.dtype.type(eps))
+    return np.multiply(centred, inverse, out=centred), inverse
 
 
 def _group_norm_cpu(x, weight, bias, *, groups, eps):
@@ -73,9 +78,7 @@ def _group_norm_cpu(x, weight, bias, *, groups, eps):
 def _pull_cpu(needs, g, x, weight, groups, eps):
     normal, inverse = _normal_cpu(x, groups, eps)
     h = (wide(g) * weight).reshape(normal.shape)
-    count = max(normal.shape[1] * normal.shape[3], 1)
-    mean = h.sum(axis=(1, 3), keepdims=True) / count
-    along = (h * normal).sum(axis=(1, 3), keepdims=True) / count
+    mean, along = _group_mean(h), _group_mean(h * normal)
     dx = like(((h - mean - normal * along) * inverse).reshape(x.shape), x)
     dweight = column_sum(wide(g) * normal.reshape(x.shape)) if needs[1] else None
     return dx, dweight

@@ -9,10 +9,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.polynomial.chebyshev import chebinterpolate, chebval
+from numpy.polynomial.chebyshev import cheb2poly, chebinterpolate
 
 _FAR = 26.0  # exp(z^2) and erfc(z) are both finite and normal in f64 up to here, their product 0.02
-_PIECE = 1 << 15  # elements at a time: the terms of the series then stay in a cache
 
 
 def normal_below(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -21,21 +20,17 @@ def normal_below(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     For z = |x| / sqrt(2): erfc(z) = exp(-z^2) q(t) with t = 1 / (1 + z / 2). q is smooth over t
     in [0, 1], so its series gains a digit every one or two terms. Both tails keep their digits.
     """
-    below, density = np.empty_like(x), np.empty_like(x)
-    source, into = x.reshape(-1), (below.reshape(-1), density.reshape(-1))
-    for start in range(0, source.size, _PIECE):
-        piece = slice(start, start + _PIECE)
-        into[0][piece], into[1][piece] = _below(source[piece])
-    return below, density
-
-
-def _below(x):
     dtype = x.dtype.type
     bell = np.exp(np.square(np.clip(x, -50, 50)) * dtype(-0.5))
     z = np.minimum(np.abs(x) * dtype(math.sqrt(0.5)), dtype(_FAR))
     # The smallest t is mapped to -1 and the largest, 1, to 1.
     place = (dtype(2) / (dtype(1) + z * dtype(0.5)) - dtype(1 + _least())) / dtype(1 - _least())
-    tail = bell * chebval(place, _series(x.dtype.itemsize)) * dtype(0.5)
+    series = _series(x.dtype.itemsize)
+    tail = np.full_like(x, series[-1])
+    for coefficient in series[-2::-1]:
+        tail *= place
+        tail += coefficient
+    tail *= bell * dtype(0.5)
     return np.where(x < 0, tail, 1 - tail), bell * dtype(1 / math.sqrt(2 * math.pi))
 
 
@@ -45,12 +40,14 @@ def _least() -> float:
 
 @functools.cache
 def _series(itemsize: int) -> np.ndarray:
-    """The coefficients, from math.erfc at the Chebyshev nodes; as many as the dtype has use for."""
+    """The coefficients of its powers, from math.erfc at the Chebyshev nodes; as many as the dtype
+    has use for.
+    """
     least = _least()
 
     def scaled(places) -> Any:
         z = [2 / (least + (1 - least) * (p + 1) / 2) - 2 for p in places]
         return np.array([math.exp(v * v) * math.erfc(v) for v in z])
 
-    series = chebinterpolate(scaled, 24 if itemsize == 8 else 11)
+    series = cheb2poly(chebinterpolate(scaled, 24 if itemsize == 8 else 11))
     return series.astype(np.float64 if itemsize == 8 else np.float32)

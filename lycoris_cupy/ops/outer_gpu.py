@@ -18,7 +18,7 @@ from ..kernels import Kernel, kernel
 from ..tensor_map import ROW, matrix_map, pixel_map
 from .conv_gpu import processors
 from .conv_plan import sum_of_splits
-from .extended_gpu import walk_of
+from .extended_plan import walk_of
 from .window import Window
 
 _TILES = (40, 80, 128, 160)

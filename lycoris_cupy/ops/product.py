@@ -15,7 +15,9 @@ from ..tape import Deferred, Primitive, Var, value_of
 from . import conv_cpu, product_gpu
 from .columns import column_sum, rows_of
 from .elementwise import cast, require_factor
+from .narrow_gpu import narrow_gradients, suits
 from .shapes import reshape
+from .thin_gpu import thin_gradients
 from .window import Window
 
 LINEAR = Window()
@@ -156,8 +158,7 @@ def _product_vjp(needs, out, x, w, bias, add, scale, *, window):
 
     def pull(g):
         return (
-            deferred_dx(g, w, scale, window, in_space) if needs[0] else None,
-            _product_dw(x, g, scale, window=window) if needs[1] else None,
+            *product_gradients(g, x, w, scale, window, in_space),
             column_sum(g) if needs[2] else None,
             g if needs[3] else None,
             None,
@@ -167,6 +168,21 @@ def _product_vjp(needs, out, x, w, bias, add, scale, *, window):
 
 
 _product = Primitive("product", _product_cpu, _product_gpu, _product_vjp)
+
+
+def product_gradients(g, x, w, scale, window, in_space):
+    """The gradients of a product's x and w; None for that of x without w, of w without x."""
+    if x is not None and w is not None and on_gpu(g):
+        both = thin_gradients(g, x, w, window, scale)
+        if both is not None:
+            return both.dx, both.dw
+        if g.size and x.size and suits(x.shape[-1], g.shape[-1], window, x.dtype):
+            columns, flat, dw = narrow_gradients(g, x, w, window, scale=scale)
+            return deferred_dx(columns, flat, scale, window.pointwise_like(), in_space), dw
+    return (
+        None if w is None else deferred_dx(g, w, scale, window, in_space),
+        None if x is None else _product_dw(x, g, scale, window=window),
+    )
 
 
 def deferred_dx(g, w, scale, window, in_space) -> Deferred:

@@ -20,21 +20,14 @@ from .. import plan
 from ..arrays import Array
 from . import outer_gpu
 from .conv_gpu import conv, conv_dw, conv_dx, processors
-from .extended_gpu import (
-    Extra,
-    blocks_dx,
-    extended_dx,
-    extended_forward,
-    plan_blocks_dx,
-    plan_dx,
-    plan_forward,
-    takes,
-)
+from .extended_gpu import Extra, blocks_dx, extended_dx, extended_forward, takes
+from .extended_plan import plan_blocks_dx, plan_dx, plan_forward
 from .narrow_gpu import narrow_conv, narrow_dw, narrow_dx, narrow_extra, suits
 from .pointwise_gpu import pointwise, pointwise_dw, pointwise_dx
+from .scale_columns import scale_columns_gpu
 from .window import Window
 
-__all__ = ["Extra", "dw", "dx", "forward"]
+__all__ = ["Extra", "dw", "dx", "forward", "scaled_forward"]
 
 
 def forward(x, w, window: Window, *, scale, add, bias, extra: Extra | None = None) -> Array:
@@ -47,12 +40,27 @@ def forward(x, w, window: Window, *, scale, add, bias, extra: Extra | None = Non
     )
     way = plan.choose(*ways)
     if way == "extended":
-        return extended_forward(x, w, window, extra=extra, add=add, bias=bias)
+        return extended_forward(x, w, window, extra=extra, add=add, bias=bias)[0]
     if extra is not None:
         add = forward(extra.x, extra.w, extra.window, scale=extra.scale, add=add, bias=None)
         return forward(x, w, window, scale=None, add=add, bias=bias)
     run = {"library": pointwise, "portable": conv, "narrow": narrow_conv}[way]
     return run(x, w, window, scale=scale, add=add, bias=bias)
+
+
+def scaled_forward(x, w, window: Window, c, *, add, bias, extra: Extra, keep: bool):
+    """(c * (x * w) + extra + add + bias, x * w rounded if keep); extra has no scale."""
+    second = (extra.x, extra.w)
+    hopper = x.size > 0 and takes(x, w, add, bias, *second)
+    sizes = (tuple(extra.w.shape), extra.window)
+    ways = _scaled_ways(
+        tuple(x.shape), tuple(w.shape), window, sizes, hopper, x.dtype, processors()
+    )
+    if plan.choose(*ways) == "extended":
+        return extended_forward(x, w, window, extra=extra, add=add, bias=bias, c=c, keep=keep)
+    more = forward(extra.x, extra.w, extra.window, scale=None, add=add, bias=bias)
+    own = forward(x, w, window, scale=None, add=None, bias=None)
+    return scale_columns_gpu(own, c, None, more), own
 
 
 def dx(g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None) -> Array:
@@ -117,9 +125,21 @@ def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int):
     ways = {name: seconds + later for name, seconds in ways.items()}
     planned = plan_forward(x, w, window, extra, count) if hopper else None
     if planned is not None:
-        ways["extended"] = plan.extended(planned.cycles)
+        ways["extended"] = plan.extended(planned.tile.cycles)
     what = f"x {x} * w {w}" + (f" + x2 * w2 {extra[0]}" if extra else "")
     return what, ways, operations + more, moved
+
+
+@functools.lru_cache(maxsize=4096)
+def _scaled_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int):
+    """As `_forward_ways`, for a product with scaled columns, which else is one more pass."""
+    what, ways, operations, moved = _forward_ways(x, w, window, extra, False, dtype, count)
+    result = moved - (prod(x) + prod(w)) * dtype.itemsize
+    ways = {name: seconds + plan.moving(3 * result) for name, seconds in ways.items()}
+    planned = plan_forward(x, w, window, extra, count, True) if hopper else None
+    if planned is not None:
+        ways["extended"] = plan.extended(planned.tile.cycles)
+    return f"columns of {what}", ways, operations, moved
 
 
 @functools.lru_cache(maxsize=4096)
@@ -136,10 +156,10 @@ def _dx_ways(g, w, window: Window, in_space, extra, hopper: bool, plain: bool, d
     ways = {name: seconds + later for name, seconds in ways.items()}
     planned = plan_dx(g, w, window, in_space, extra, count) if hopper and plain else None
     if planned is not None:
-        ways["extended"] = plan.extended(planned.cycles)
+        ways["extended"] = plan.extended(planned.tile.cycles)
     planned = plan_blocks_dx(g, w, window, in_space, count) if hopper and extra is None else None
     if planned is not None:
-        ways["blocks"] = plan.extended(planned.cycles)
+        ways["blocks"] = plan.extended(planned.tile.cycles)
     what = f"g {g} * w {w} turned" + (f" + g2 * w2 {extra} turned" if extra else "")
     return what, ways, operations + more, moved
 

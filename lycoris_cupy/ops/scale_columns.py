@@ -29,7 +29,7 @@ def scale_columns(
     bit. Raises ShapeError, DtypeError.
     """
     require_float(value_of(y), "y")
-    _require_factor(c, y, y.shape[-1:])
+    require_columns(c, y, y.shape[-1:])
     for name, array, expected in (("bias", bias, y.shape[-1:]), ("add", add, y.shape)):
         if array is not None:
             require_same("y", value_of(y), name, value_of(array))
@@ -50,11 +50,12 @@ def spread_columns(w: Array, c: Array) -> Array:
     columns = w.shape[-1]
     if c.ndim != 1 or (c.shape[0] % columns if columns else c.shape[0]):
         raise ShapeError(f"c has shape {tuple(c.shape)}, expected a multiple of {columns} columns")
-    _require_factor(c, w, c.shape)
+    require_columns(c, w, c.shape)
     return _spread_columns(w, c)
 
 
-def _require_factor(c: Array, x: Array, shape: tuple[int, ...]) -> None:
+def require_columns(c: Array, x: Array, shape: tuple[int, ...]) -> None:
+    """Raise unless c has this shape and the wide dtype of x."""
     if tuple(c.shape) != tuple(shape):
         raise ShapeError(f"c has shape {tuple(c.shape)}, expected {tuple(shape)}")
     if c.dtype != wide_dtype(x.dtype):
@@ -77,7 +78,7 @@ def _vector(columns: int, *arrays) -> int:
     return width if columns % width == 0 and aligned else 1
 
 
-def _scale_columns_gpu(y, c, bias, add):
+def scale_columns_gpu(y, c, bias, add):
     import cupy
 
     out = cupy.empty(y.shape, y.dtype)
@@ -116,11 +117,16 @@ def _gradients_gpu(g, y, c, bias):
     return dy, column_sum(partial)
 
 
+def column_gradients(g, y, c, bias=None):
+    """(c * g, sum over rows of g * (y - bias)), the second wide."""
+    return (_gradients_gpu if on_gpu(g) else _gradients_cpu)(g, y, c, bias)
+
+
 def _scale_columns_vjp(needs, out, y, c, bias, add):
     y_dtype = y.dtype
 
     def pull(g):
-        dy, dc = (_gradients_gpu if on_gpu(g) else _gradients_cpu)(g, y, c, bias)
+        dy, dc = column_gradients(g, y, c, bias)
         dbias = column_sum(g) * (1 - c) if needs[2] else None
         return dy, dc, None if dbias is None else cast(dbias, y_dtype), g if needs[3] else None
 
@@ -128,7 +134,7 @@ def _scale_columns_vjp(needs, out, y, c, bias, add):
 
 
 _scale_columns = Primitive(
-    "scale_columns", _scale_columns_cpu, _scale_columns_gpu, _scale_columns_vjp
+    "scale_columns", _scale_columns_cpu, scale_columns_gpu, _scale_columns_vjp
 )
 
 

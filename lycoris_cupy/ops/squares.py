@@ -176,39 +176,41 @@ def _through_gram(own, other, axis):
     return matmul(cast(own, kept), matmul(other, other, transpose_b=True))
 
 
-def _low_rank_norm_cpu(own, other, cross, scale, *, axis):
-    terms = wide(own) * (2 * scale * cross + scale * scale * _through_gram(own, other, axis))
-    return terms.sum(axis=(0, 1)) if axis == "output" else terms.sum(axis=2).reshape(-1)
+def _low_rank_norm_cpu(own, other, cross, scale, *, axis, keep):
+    through = _through_gram(own, other, axis)
+    terms = wide(own) * (2 * scale * cross + scale * scale * through)
+    return terms.sum(axis=(0, 1)) if axis == "output" else terms.sum(axis=2).reshape(-1), through
 
 
-def _low_rank_norm_gpu(own, other, cross, scale, *, axis):
+def _low_rank_norm_gpu(own, other, cross, scale, *, axis, keep):
     import cupy
 
-    rows, columns = _rows(own)
+    through, (rows, columns) = _through_gram(own, other, axis), _rows(own)
     out = cupy.empty((columns if axis == "output" else rows,), cross.dtype)
     if out.size:
         op = "dot_columns" if axis == "output" else "dot_rows"
         kernel("squares.cu", op, own.dtype)(
             ((out.size + 127) // 128,),
             (128,),
-            *(own, cross, _through_gram(own, other, axis), scale, out, rows, columns),
+            *(own, cross, through, scale, out, rows, columns),
         )
-    return out
+    return out, through
 
 
-def _low_rank_norm_vjp(needs, out, own, other, cross, scale, *, axis):
-    kept = cross.dtype
+def _low_rank_norm_vjp(needs, out, own, other, cross, scale, *, axis, kept):
+    """kept: `_through_gram`, as thin as the rank."""
+    many = cross.dtype
 
     def pull(g):
-        d_own, flow = _dot_gradients(g, own, cross, _through_gram(own, other, axis), scale, axis)
+        d_own, flow = _dot_gradients(g, own, cross, kept, scale, axis)
         # flow = 2 s q own is what reaches cross; through the Gram matrix s * flow reaches other.
         thin = cast(flow, own.dtype)
         if axis == "output":
             core = matmul(thin, own, transpose_b=True)
-            d_other = matmul(cast(other, kept), core, scale=scale)
+            d_other = matmul(cast(other, many), core, scale=scale)
         else:
             core = matmul(thin, own, transpose_a=True)
-            d_other = matmul(core, cast(other, kept), scale=scale)
+            d_other = matmul(core, cast(other, many), scale=scale)
         return d_own, d_other, flow, None
 
     return pull
@@ -233,5 +235,5 @@ def _dot_gradients(g, own, cross, through, scale, axis):
 
 
 _low_rank_norm = Primitive(
-    "low_rank_norm", _low_rank_norm_cpu, _low_rank_norm_gpu, _low_rank_norm_vjp
+    "low_rank_norm", _low_rank_norm_cpu, _low_rank_norm_gpu, _low_rank_norm_vjp, keeps=True
 )

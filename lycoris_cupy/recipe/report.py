@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,7 +40,10 @@ class AddReport(Sequence[str]):
     memory: Memory
 
     def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return [row.layer for row in self.rows][index]
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return (row.layer for row in self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)

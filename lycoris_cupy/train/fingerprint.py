@@ -19,15 +19,27 @@ FREE = ("steps", "processes")
 _SHOWN = 4  # differences
 
 
-def base_fingerprint(engine: Engine) -> str:
-    """SHA-256, as hexadecimal digits, of all layers: names, shapes, dtypes and bytes."""
+def base_fingerprint(engine: Engine, name: str) -> str:
+    """SHA-256, as hexadecimal digits, of all that is frozen: the layers and the adapters beside
+    `name`, their strengths, names, shapes, dtypes and bytes.
+    """
     digest = hashlib.sha256()
-    for name, layer in sorted(engine.layers.items()):
-        for what, array in (("weight", layer.weight), ("bias", layer.bias)):
-            if array is not None:
-                host = to_device(array, "cpu")
-                digest.update(f"{name}\0{what}\0{host.dtype}\0{host.shape}\0".encode())
-                digest.update(memoryview(host.reshape(-1).view(np.uint8)))
+    frozen = {
+        f"{layer}\0{what}": array
+        for layer, one in engine.layers.items()
+        for what, array in (("weight", one.weight), ("bias", one.bias))
+        if array is not None
+    }
+    for other, attached in engine.attachments.items():
+        if other != name:
+            frozen |= {
+                f"{other}\0{layer}\0{factor}\0{attached.strength}": array
+                for layer, factor, array in items(attached.parameters)
+            }
+    for key, array in sorted(frozen.items()):
+        host = to_device(array, "cpu")
+        digest.update(f"{key}\0{host.dtype}\0{host.shape}\0".encode())
+        digest.update(memoryview(host.reshape(-1).view(np.uint8)))
     return digest.hexdigest()
 
 
@@ -44,6 +56,8 @@ def configuration_of(
             layer: f"{adapter.title} {_sizes(engine.parameters(name)[layer])}"
             for layer, adapter in adapters.items()
         },
+        "strength": engine.strength[name],
+        "dropout": str(engine.attachments[name].dropout),
         "dtype": str(engine.dtype),
         "optimizer": described(optimizer),
         "average": None if average is None else described(average),

@@ -121,7 +121,7 @@ def fit(
                 course.batches = source.state()
                 if logs:
                     told = {"loss": reading.loss, "grad_norm": reading.grad_norm}
-                    log.write(done, course.seconds, **told, lr=rate_of(optimizer, done - 1))
+                    log.write(done, course.seconds, **told, lr=rate_of(optimizer))
                     bar.tell(loss=reading.loss)
                     step.meter.clear()
                 if validates or saves:
@@ -146,8 +146,9 @@ def fit(
         )
 
 
-def rate_of(optimizer: Optimizer, step: int) -> float:
-    """The learning rate of a step; of Prodigy with what it has found."""
+def rate_of(optimizer: Optimizer) -> float:
+    """The learning rate of the last step; of Prodigy with what it has found. Waits for it."""
+    step = int(to_device(optimizer.clock(), "cpu")[0]) - 1
     lr: Any = optimizer.lr(step) if callable(optimizer.lr) else optimizer.lr
     found = getattr(optimizer, "d", None)
     return float(lr) if found is None else float(lr) * float(to_device(found, "cpu")[0])

@@ -4,11 +4,13 @@
     {"step": 100, "seconds": 7.1, "validation": 0.0101}
 
 step counts steps that are done. loss and grad_norm are means over the steps since the line before.
+A validation that is no finite number is null.
 """
 
 from __future__ import annotations
 
 import json
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,8 @@ class Log:
         self._handle = open(path, "ab", buffering=0)
 
     def write(self, done: int, seconds: float, **values: float) -> None:
-        self.lines.append({"step": done, "seconds": round(seconds, 3), **values})
+        told = {key: value if isfinite(value) else None for key, value in values.items()}
+        self.lines.append({"step": done, "seconds": round(seconds, 3), **told})
         if self._handle is not None:
             self._handle.write(_text(self.lines[-1]))
 

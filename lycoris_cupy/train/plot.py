@@ -66,7 +66,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 def _draw(loss, norm, label: str, lines: Sequence[Mapping[str, Any]], colour: str) -> None:
     trained = [line for line in lines if "loss" in line]
-    validated = [line for line in lines if "validation" in line]
+    validated = [line for line in lines if line.get("validation") is not None]
     if not trained:
         raise FileFormatError(f"{label}: its log has no line with a loss yet")
     steps = [line["step"] for line in trained]

@@ -47,7 +47,7 @@ class Run:
         self._checkpoints = None if out is None else Checkpoints(Path(out) / CHECKPOINTS, keep)
         self._base, self._configuration = "", dict(configuration)
         if out is not None:
-            self._base = base_fingerprint(step.engine)
+            self._base = base_fingerprint(step.engine, step.name)
             self._configuration = configuration_of(
                 step.engine, step.name, step.optimizer, step.average, **configuration
             )

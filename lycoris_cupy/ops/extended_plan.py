@@ -1,0 +1,229 @@
+"""Plans of the extended product on Hopper: tile, band, maps and numbers, made once for shapes.
+
+`plan_forward`, `plan_dx` and `plan_blocks_dx` give None for what the kernel does not take: groups
+of the base weight, input gradients with a stride, walks that the copy engine does not know, blocks
+of x2 that no tile fits.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from math import isqrt, prod
+from typing import NamedTuple
+
+import numpy as np
+
+from ..arrays import bf16
+from ..kernels import Kernel, kernel
+from ..tensor_map import ROW
+from .conv_plan import geometry_of
+from .window import Window
+
+_TERM = np.dtype([(name, np.int32) for name in ("taps", "width", "axes", "block", "flip")])
+# (TILE_M, TILE_N) of the variants, by B_ROWS. 144 is for w whose rows run along the inner axis:
+# along the columns it was 18 % slower than its size says (H100).
+_TILES = {
+    False: [*((256, n) for n in (64, 96, 128, 144, 160)), (192, 192)],
+    True: [*((256, n) for n in (64, 96, 128, 160)), (192, 192)],
+}
+_NARROW_BLOCKS = (40, 80)  # EXT_N of the variants whose tile of 160 holds several blocks
+_L2_BYTES = 52  # a multiprocessor's share of L2 a cycle; 64 is the port's width
+_WASTE = 0.3  # of the columns that are fetched and not read, as time
+_END = 30 / 256  # cycles a value of a tile, to hand it over and to begin the next
+_ALL = 1 << 30  # columns of a block where all columns share one
+
+
+class Tile(NamedTuple):
+    """A variant of the kernel, and the cycles that it was estimated to take. ext: columns that the
+    second sum does at a time.
+    """
+
+    rows: int
+    columns: int
+    ext: int
+    cycles: float
+
+    def launch(self, b_rows: int, **more: int) -> Kernel:
+        defines = {"TILE_N": self.columns, "B_ROWS": b_rows, **more}
+        defines |= {"TILE_M": self.rows} if self.rows != 256 else {}
+        defines |= {"EXT_N": self.ext} if self.ext != self.columns else {}
+        return kernel("extended.cu", "extended", bf16, **defines)
+
+    def grid(self, positions: int, columns: int, count: int) -> tuple[int]:
+        return (min(_ceil(positions, self.rows) * _ceil(columns, self.columns), count),)
+
+    def band(self, count: int) -> int:
+        """As many rows as columns of operands are then in use at a time."""
+        return max(1, isqrt(count * self.columns // self.rows))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch but for its arrays. image: (shape of x, lower, upper, stride) of its pixel map; None
+    for a matrix."""
+
+    launch: Kernel
+    grid: tuple[int]
+    geometry: np.ndarray
+    own: np.ndarray
+    other: np.ndarray
+    numbers: tuple[int, int, int]  # positions, columns, band
+    image: tuple | None
+    other_image: tuple | None
+    boxes: tuple[tuple[int, int, int], tuple[int, int, int]]  # of w and w2
+    tile: Tile
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_forward(
+    x_shape, w_shape, window: Window, extra, count: int, scaled: bool = False
+) -> Plan | None:
+    """The plan of x * w + x2 * w2.  extra: (shape of w2, its window) or None.  count:
+    multiprocessors. scaled: x * w has a scale of its columns.
+    """
+    if window.groups != 1:
+        return None
+    space = x_shape[1:-1] if not window.pointwise else ()
+    to = window.out_space(space) if space else ()
+    image, geometry = walk_of(window, x_shape[0], space, to, window.padding, window.stride)
+    if geometry is None:
+        return None
+    positions = (x_shape[0] * prod(to)) if space else prod(x_shape[:-1])
+    columns, steps, more = w_shape[2], w_shape[0] * _ceil(w_shape[1], ROW), 0
+    own = _term(w_shape[0], w_shape[1], image)
+    other, block, other_image = _term(0, 0, None), _ALL, None
+    if extra is not None:
+        (taps, width, block_columns), extra_window = extra
+        if not extra_window.pointwise and extra_window.grouped(1) != window.grouped(1):
+            return None
+        if extra_window.groups > 1 and not extra_window.shared:
+            return None
+        block = block_columns if extra_window.groups > 1 else _ALL
+        other_image = None if extra_window.pointwise else image
+        other = _term(taps, width, other_image, block)
+        more = taps * _ceil(width, ROW)
+    tile = _choose(True, positions, columns, steps, more, count, block)
+    if tile is None or (scaled and tile.ext != tile.columns):
+        return None
+    return Plan(
+        tile.launch(1, **({"SCALED": 1} if scaled else {})),
+        tile.grid(positions, columns, count), geometry, own, other,
+        (positions, columns, tile.band(count)), image, other_image,
+        ((1, ROW, ROW), (1, ROW, ROW)), tile,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_dx(g_shape, w_shape, window: Window, in_space, extra, count: int) -> Plan | None:
+    """The plan of the input's gradient, g * w^T + g2 @ w2^T.  extra: the shape of w2, (1, inputs,
+    width), or None."""
+    if window.groups != 1 or any(s != 1 for s in window.stride):
+        return None
+    space = g_shape[1:-1] if not window.pointwise else ()
+    to = tuple(in_space) if space else ()
+    reach = [d * (k - 1) for d, k in zip(window.dilation, window.kernel, strict=True)]
+    padding = tuple(r - p for r, p in zip(reach, window.padding, strict=True))
+    image, geometry = walk_of(window, g_shape[0], space, to, padding, window.stride)
+    if geometry is None:
+        return None
+    positions = (g_shape[0] * prod(to)) if space else prod(g_shape[:-1])
+    columns, steps, more = w_shape[1], w_shape[0] * _ceil(w_shape[2], ROW), 0
+    if columns % 8:
+        return None
+    own = _term(w_shape[0], w_shape[2], image, flip=1)
+    other = _term(0, 0, None)
+    if extra is not None:
+        other = _term(1, extra[2], None)
+        more = _ceil(extra[2], ROW)
+    tile = _choose(False, positions, columns, steps, more, count, _ALL)
+    assert tile is not None  # any serves where there are no blocks
+    return Plan(
+        tile.launch(0), tile.grid(positions, columns, count), geometry, own, other,
+        (positions, columns, tile.band(count)), image, None,
+        ((1, tile.columns, ROW), (1, tile.columns, ROW)), tile,
+    )  # fmt: skip
+
+
+def walk_of(window: Window, images: int, space, to, padding, stride):
+    """(what a pixel map needs, Geometry), or (None, None) for a walk that the copy engine does not
+    know."""
+    if not space:
+        flat = Window()
+        return None, geometry_of(flat, (), ())
+    one = (1,) * max(0, 2 - len(space))  # a convolution over one axis is one over two
+    none = (0,) * len(one)
+    space, to, padding, stride = (*one, *space), (*one, *to), (*none, *padding), (*one, *stride)
+    kernel_, dilation = (*one, *window.kernel), (*one, *window.dilation)
+    lower = tuple(-p for p in padding)
+    upper = tuple(
+        (o - 1) * s + at - (n - 1) for o, s, at, n in zip(to, stride, lower, space, strict=True)
+    )
+    corner, offset = (128, 255) if len(space) == 2 else (16, 31)
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel_, strict=True)]
+    if (
+        any(not -corner <= c < corner for c in (*lower, *upper))
+        or max(reach) > offset
+        or max(stride) > 8
+    ):
+        return None, None
+    walk = Window(kernel_, stride, padding, dilation)
+    return ((images, *space), lower, upper, stride), geometry_of(walk, space, to)
+
+
+def _term(taps: int, width: int, image, block: int = _ALL, flip: int = 0) -> np.ndarray:
+    out = np.zeros((), _TERM)
+    axes = 0 if image is None else len(image[0]) - 1
+    for name, value in zip(_TERM.names or (), (taps, width, axes, block, flip), strict=True):
+        out[name] = value
+    return out
+
+
+def _choose(b_rows, positions, columns, own: int, other: int, count, block) -> Tile | None:
+    """The tile with the least time on the busiest multiprocessor; None if the blocks fit none. own,
+    other: steps of the two sums, of the second for one block.
+    """
+    choices = [(m, n, n) for m, n in _TILES[b_rows] if block == _ALL or block % n == 0]
+    if block in _NARROW_BLOCKS:
+        choices = [(256, 160, block)]
+
+    def step(rows, width):
+        wide = _ceil(width, ROW) * ROW if b_rows else width  # columns that are fetched
+        waste = 1 + _WASTE * (wide / width - 1)
+        return max(rows * width / 32, (rows + wide) * ROW * 2 / _L2_BYTES) * waste
+
+    def cycles(rows, tile, ext):
+        waves = _ceil(_ceil(positions, rows) * _ceil(columns, tile), count)
+        steps = own * step(rows, tile) + tile // ext * other * step(rows, ext)
+        return waves * (steps + rows * tile * _END)
+
+    timed = (Tile(*choice, cycles(*choice)) for choice in choices)
+    return min(timed, key=lambda tile: tile.cycles, default=None)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_blocks_dx(g_shape, w_shape, window: Window, in_space, count: int) -> Plan | None:
+    """The plan of the input's gradient where groups share w: a second sum without a first."""
+    if window.pointwise or not window.shared or any(s != 1 for s in window.stride):
+        return None
+    reach = [d * (k - 1) for d, k in zip(window.dilation, window.kernel, strict=True)]
+    padding = tuple(r - p for r, p in zip(reach, window.padding, strict=True))
+    to = tuple(in_space)
+    image, geometry = walk_of(window, g_shape[0], g_shape[1:-1], to, padding, window.stride)
+    if geometry is None:
+        return None
+    taps, inner, outer = w_shape
+    positions, columns = g_shape[0] * prod(to), inner * window.groups
+    tile = _choose(False, positions, columns, 0, taps * _ceil(outer, ROW), count, inner)
+    if tile is None or columns % 8:
+        return None
+    return Plan(
+        tile.launch(0), tile.grid(positions, columns, count), geometry,
+        _term(0, 0, None), _term(taps, outer, image, inner, flip=1),
+        (positions, columns, tile.band(count)), None, image,
+        ((1, tile.columns, ROW), (1, tile.ext, ROW)), tile,
+    )  # fmt: skip
