@@ -166,9 +166,7 @@ def _torch(session: Session) -> None:
             }
         )
     )
-    left = session.deadline - time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.restoration.torch_side"]
-    command += ["--task", str(job.resolve()), "--seconds", str(left)]
+    command = torch_command(job.resolve(), session.deadline - time.monotonic())
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -178,6 +176,11 @@ def _torch(session: Session) -> None:
         session.failed = True
         print(f"the process of torch ended with status {process.returncode}", flush=True)
     job.unlink()
+
+
+def torch_command(job: Path, seconds: float) -> list[str]:
+    side = [sys.executable, "-m", "benchmarks.restoration.torch_side"]
+    return [*side, "--task", str(job), "--seconds", str(seconds)]
 
 
 def told(section: str, row: dict) -> str:
