@@ -78,7 +78,7 @@ class Captured:
             for _ in range(2):
                 self._run(*self.inputs)
             self.stream.synchronize()
-            # Relaxed: what the warm-up left in the pool may be cut so that one more block is needed.
+            # Relaxed, as the pool may be cut so that one block more is needed.
             self.stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
             try:
                 self.result = self._run(*self.inputs)
