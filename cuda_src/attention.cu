@@ -203,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   gradients<0>(q, g, k, v, powers, along, dq, nullptr, mask, scale, width, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
     NAME(attention_dkv)(const T* q, const T* k, const T* v, const T* g, const A* added, const unsigned char* allowed,
                         const A* powers, const A* along, T* dk, T* dv, A scale, int heads, int queries, int keys,
                         int width, long long mask_batch, long long mask_head, long long mask_row, int causal) {
