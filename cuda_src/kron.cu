@@ -22,7 +22,8 @@ extern "C" __global__ void NAME(kron_weight)(const T* w1,     // (L, M)
   }
 }
 
-// The weight with this product added, rounded once. Grid as above; a thread does VEC columns, which lie in one l.
+// The weight with this product added, rounded once. Grid as above; a thread does VEC columns, which lie in one l, and has ROWS
+// rows under way at a time.
 extern "C" __global__ void NAME(kron_changed)(const T* weight,  // (taps, M * N, L * K)
                                               const A* w1,      // (L, M)
                                               const A* w2,      // (taps, N, K)
@@ -32,15 +33,24 @@ extern "C" __global__ void NAME(kron_changed)(const T* weight,  // (taps, M * N,
   const int column = (blockIdx.x * blockDim.x + threadIdx.x) * VEC, l = column / K, k = column - l * K;
   const long long t = blockIdx.z;
   if (column >= L * K) return;
-  for (int row = blockIdx.y; row < M * N; row += gridDim.y) {
-    const int m = row / N, n = row - m * N;
-    const A factor = scale[0] * w1[l * M + m];
-    const A* from = w2 + (t * N + n) * K + k;
-    const long long at = (t * M * N + row) * L * K + column;
-    Pack<T, VEC> v = *reinterpret_cast<const Pack<T, VEC>*>(weight + at);
+  constexpr int ROWS = 4;
+  for (int first = blockIdx.y; first < M * N; first += ROWS * gridDim.y) {
+    Pack<T, VEC> v[ROWS];
 #pragma unroll
-    for (int j = 0; j < VEC; ++j) v.at[j] = narrow(widen(v.at[j]) + factor * from[j]);
-    *reinterpret_cast<Pack<T, VEC>*>(out + at) = v;
+    for (int r = 0; r < ROWS; ++r) {
+      const int row = first + r * gridDim.y;
+      if (row < M * N) v[r] = *reinterpret_cast<const Pack<T, VEC>*>(weight + (t * M * N + row) * L * K + column);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const int row = first + r * gridDim.y, m = row / N, n = row - m * N;
+      if (row >= M * N) break;
+      const A factor = scale[0] * w1[l * M + m];
+      const A* from = w2 + (t * N + n) * K + k;
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) v[r].at[j] = narrow(widen(v[r].at[j]) + factor * from[j]);
+      *reinterpret_cast<Pack<T, VEC>*>(out + (t * M * N + row) * L * K + column) = v[r];
+    }
   }
 }
 

@@ -116,7 +116,7 @@ def kron_changed(weight: Array, w1: Array, w2: Array, scale: Array) -> Array:
         width = 16 // weight.dtype.itemsize
         aligned = k % width == 0 and weight.data.ptr % 16 == 0
         vec = width if aligned else 1
-        grid = ((rows * k // vec + 255) // 256, min(columns * n, 65535), taps)
+        grid = ((rows * k // vec + 255) // 256, min((columns * n + 3) // 4, 65535), taps)
         kernel("kron.cu", "kron_changed", weight.dtype, VEC=vec)(
             grid, (256,), weight, w1, w2, scale, out, rows, columns, n, k
         )
