@@ -90,7 +90,7 @@ def call(monkeypatch, *words):
 
 
 @needs_extra
-def test_the_command_trains_times_and_writes(tmp_path, monkeypatch, capsys):
+def test_the_command_trains_times_and_writes(tmp_path, monkeypatch, capsys, device):
     from lycoris_cupy.demo import photographs
     from lycoris_cupy.demo.photographs import read_picture
 
@@ -98,7 +98,7 @@ def test_the_command_trains_times_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(photographs, "HELD_OUT", {"cat": photographs.HELD_OUT["cat"]})
     monkeypatch.setattr("lycoris_cupy.demo.picture.CROP", 32)
     monkeypatch.setattr("benchmarks.restoration.data.VALIDATED", 2)
-    words = ("--device", "cpu", "--steps", 2, "--patches", 1, "--cpu-steps", 1)
+    words = ("--device", device[:4], "--steps", 2, "--patches", 1, "--cpu-steps", 1)
     out = tmp_path / "new"
     done = call(monkeypatch, "--out", out, "--algorithms", "LoCon", "--seeds", 2, *words)
     printed = capsys.readouterr().out
@@ -110,7 +110,8 @@ def test_the_command_trains_times_and_writes(tmp_path, monkeypatch, capsys):
     assert data["runs"][0]["parameters"] == 87640
     assert data["runs"][0]["loss"] != data["runs"][1]["loss"]
     assert data["runs"][0]["file_bytes"] == (out / "locon.safetensors").stat().st_size
-    assert [row["device"] for row in data["timings"]] == ["cpu"]
+    gpu = [] if device == "cpu" else ["cuda"]
+    assert [row["device"] for row in data["timings"]] == [*gpu, "cpu"]
     assert (out / "table.md").read_text() == page(data)
     assert read_picture(out / "crops.png").shape[1] == 5 * 68 - 4
     names = "restoration.json table.md crops.png locon.safetensors"
@@ -133,6 +134,34 @@ def test_what_fails_or_comes_too_late_is_kept(tmp_path, monkeypatch, capsys):
         data = json.loads((tmp_path / "restoration.json").read_text())
         assert message in data["runs"][0]["error"]
         assert f"LoCon: {data['runs'][0]['error']}" in capsys.readouterr().out
+
+
+@needs_extra
+def test_what_torch_s_process_says_is_kept_also_when_it_dies(tmp_path, monkeypatch, capsys):
+    from benchmarks.restoration import run
+    from lycoris_cupy.demo import photographs
+
+    rows = [
+        {"section": "timings", "method": "LoCon", "error": "RuntimeError: waits for the device"},
+        {"section": "runs", "method": "LoCon", "seed": 0, "loss": 0.5, "decibels": {"cat": 9.0}},
+    ]
+    rows[1] |= {"train_seconds": 1.0, "version": "2", "lycoris_lora": "4.1.3", "parameters": 1}
+    lines = "".join(json.dumps({"side": "torch", "mode": "eager", **row}) + "\n" for row in rows)
+    script = f"import sys; sys.stdout.write({lines!r}); open(sys.argv[1]).read(); sys.exit(3)"
+    command = [sys.executable, "-c", script]
+    monkeypatch.setattr(run, "torch_command", lambda job, seconds: [*command, str(job)])
+    monkeypatch.setattr(run, "find_spec", lambda name: True)
+    monkeypatch.setattr(run, "_ours", lambda session: {})
+    monkeypatch.setattr(photographs, "SIZE", 32)
+    words = ("--device", "cpu", "--steps", 1, "--seeds", 1, "--algorithms", "LoCon")
+    assert call(monkeypatch, "--out", tmp_path, "--torch", *words) == 1
+    data = json.loads((tmp_path / "restoration.json").read_text())
+    assert data["timings"][0]["error"] == "RuntimeError: waits for the device"
+    assert data["runs"][0]["loss"] == 0.5
+    printed = capsys.readouterr().out
+    assert "torch LoCon eager: seed 0, loss 0.500000, 9.00 dB" in printed
+    assert "the process of torch ended with status 3" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["restoration.json", "table.md"]
 
 
 @pytest.mark.parametrize(

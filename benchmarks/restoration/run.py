@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -111,32 +112,26 @@ def _ours(session: Session) -> dict:
     engines, options = {}, session.options
     for seed in range(options.seeds):
         for name in session.chosen:
-
-            def run(name=name, seed=seed) -> dict:
-                engine, row = trained(
-                    session.base, METHODS[name], seed, session.task, session.log_every
-                )
-                row |= tested(engine, session.task, session.pictures)
-                end = name.lower().replace(" ", "-")
-                path = options.out / f"{end}.safetensors"
-                if seed == 0:
-                    engines[name] = engine
-                    row["file_bytes"] = file_bytes(engine, path, steps=str(session.task.steps))
-                return row
-
-            session.add("runs", {"side": OURS, "method": name, "seed": seed}, run)
+            row = {"side": OURS, "method": name, "seed": seed}
+            session.add("runs", row, functools.partial(_training, session, name, seed, engines))
     bases = [session.base] if session.base.device != "cpu" else []
     bases += [build_engine(session.network, "cpu")] if options.cpu_steps else []
     for base in bases:
         for name in session.chosen:
-            session.add(
-                "timings",
-                {"side": OURS, "method": name},
-                lambda base=base, name=name: timed(
-                    base, METHODS[name], session.task, options.cpu_steps
-                ),
-            )
+            clock = functools.partial(timed, base, METHODS[name], session.task, options.cpu_steps)
+            session.add("timings", {"side": OURS, "method": name}, clock)
     return engines
+
+
+def _training(session: Session, name: str, seed: int, engines: dict) -> dict:
+    """One training and its test. The first seed's adapter is kept, as a file too."""
+    engine, row = trained(session.base, METHODS[name], seed, session.task, session.log_every)
+    row |= tested(engine, session.task, session.pictures)
+    if seed == 0:
+        engines[name] = engine
+        path = session.options.out / f"{name.lower().replace(' ', '-')}.safetensors"
+        row["file_bytes"] = file_bytes(engine, path, steps=str(session.task.steps))
+    return row
 
 
 def draw(session: Session, engines: dict) -> None:
@@ -166,9 +161,7 @@ def _torch(session: Session) -> None:
             }
         )
     )
-    left = session.deadline - time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.restoration.torch_side"]
-    command += ["--task", str(job.resolve()), "--seconds", str(left)]
+    command = torch_command(job.resolve(), session.deadline - time.monotonic())
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -178,6 +171,11 @@ def _torch(session: Session) -> None:
         session.failed = True
         print(f"the process of torch ended with status {process.returncode}", flush=True)
     job.unlink()
+
+
+def torch_command(job: Path, seconds: float) -> list[str]:
+    side = [sys.executable, "-m", "benchmarks.restoration.torch_side"]
+    return [*side, "--task", str(job), "--seconds", str(seconds)]
 
 
 def told(section: str, row: dict) -> str:

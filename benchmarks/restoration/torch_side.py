@@ -143,11 +143,13 @@ class Worker:
             except RuntimeError as error:  # it waits for the device somewhere: eager does the same
                 row["not_captured"] = " ".join(str(error).split())[:200]
         start = time.perf_counter()
-        losses = []
+        losses, every = [], self.told["log_every"]
+        total = torch.zeros((), device=self.device)  # read now and then, as `fit` does
         for step in range(self.task.steps):
-            loss = trainer.step(*pairs[step % len(pairs)])
-            if (step + 1) % self.told["log_every"] == 0:
-                losses.append(float(loss))
+            total += trainer.step(*pairs[step % len(pairs)])
+            if (step + 1) % every == 0:
+                losses.append(float(total) / every)
+                total.zero_()
         row |= {"losses": losses, "train_seconds": time.perf_counter() - start}
         return row | {
             "loss": mean_squared_error(trainer, self.task.validation()),

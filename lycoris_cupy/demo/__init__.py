@@ -17,7 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = Path("demo-out")
     add("--out", type=Path, default=out, metavar="DIR", help=f"for the results (default: {out})")
     add(
-        "--steps", type=int, default=60, metavar="N", help="training steps an adapter (default: 60)"
+        "--steps",
+        type=int,
+        default=100,
+        metavar="N",
+        help="training steps an adapter (default: 100)",
     )
     add(
         "--device",

@@ -116,7 +116,7 @@ def _table(
         for c in t.checks
     ]
     parts = [
-        f"# {NETWORK}, taught to undo scan lines and noise",
+        f"# {NETWORK}, taught to undo scan lines, salt and pepper",
         about,
         "PSNR of photographs that were not trained on, dB:",
         _markdown(["photograph", *decibels], quality),
