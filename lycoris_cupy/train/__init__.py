@@ -9,6 +9,7 @@ from .finite import NonFiniteError
 from .fit import Result, fit
 from .log import read_log
 from .parallel import LostProcessError, launch
+from .plot import plot_runs
 from .step import Reducer, Step
 from .validation import mean_loss
 
@@ -23,6 +24,7 @@ __all__ = [
     "fit",
     "launch",
     "mean_loss",
+    "plot_runs",
     "read_log",
     "read_state",
 ]
