@@ -22,9 +22,7 @@ __device__ __forceinline__ A tanh_share(A x) {
 }
 
 struct Silu {
-  static __device__ __forceinline__ A value(A x) {
-    return x * sigmoid(x);
-  }
+  static __device__ __forceinline__ A value(A x) { return x * sigmoid(x); }
   static __device__ __forceinline__ A slope(A x) {
     const A s = sigmoid(x);
     return s + value(x) * sigmoid(-x);
@@ -32,18 +30,14 @@ struct Silu {
 };
 
 struct Gelu {
-  static __device__ __forceinline__ A value(A x) {
-    return x * normal_below(x);
-  }
+  static __device__ __forceinline__ A value(A x) { return x * normal_below(x); }
   static __device__ __forceinline__ A slope(A x) {
     return normal_below(x) + x * A(0.3989422804014327) * exponential(A(-0.5) * x * x);  // 1 / sqrt(2 pi)
   }
 };
 
 struct GeluTanh {
-  static __device__ __forceinline__ A value(A x) {
-    return x * tanh_share(x);
-  }
+  static __device__ __forceinline__ A value(A x) { return x * tanh_share(x); }
   static __device__ __forceinline__ A slope(A x) {
     const A v = within(x), s = tanh_share(v);
     return s + v * s * tanh_share(-v) * A(TWICE_ROOT) * (A(1) + A(0.134145) * v * v);
@@ -51,12 +45,8 @@ struct GeluTanh {
 };
 
 struct Relu {
-  static __device__ __forceinline__ A value(A x) {
-    return x < A(0) ? A(0) : x;
-  }
-  static __device__ __forceinline__ A slope(A x) {
-    return x > A(0) ? A(1) : A(0);
-  }
+  static __device__ __forceinline__ A value(A x) { return x < A(0) ? A(0) : x; }
+  static __device__ __forceinline__ A slope(A x) { return x > A(0) ? A(1) : A(0); }
 };
 
 template <class F>

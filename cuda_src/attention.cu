@@ -20,12 +20,12 @@ __device__ __forceinline__ float quad_sum(float v) {
 // out, and of each query log2 of the sum of 2^score: infinity where no key takes part (its row is 0). Keys come a tile at a
 // time; what is summed so far is scaled down whenever a larger score appears. Shared: the tiles of q, k and v.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    NAME(attention)(const T* q,      // (samples * heads, queries, width)
-                    const T* k,      // (samples * heads, keys, width)
-                    const T* v,      // like k
+    NAME(attention)(const T* q,  // (samples * heads, queries, width)
+                    const T* k,  // (samples * heads, keys, width)
+                    const T* v,  // like k
                     const A* added, const unsigned char* allowed,
-                    T* out,          // like q
-                    A* powers,       // (samples * heads, queries)
+                    T* out,     // like q
+                    A* powers,  // (samples * heads, queries)
                     A scale, int heads, int queries, int keys, int width, long long mask_batch, long long mask_head,
                     long long mask_row, int causal) {
   extern __shared__ __align__(16) bf16 shared[];
@@ -126,9 +126,9 @@ extern "C" __global__ void __launch_bounds__(256) NAME(attention_along)(const T*
 //   OF_KEYS 0   rows x = q, y = g; columns c = k, e = v: h = p (y e^T - along), dx = scale h c
 //   OF_KEYS 1   rows x = k, y = v; columns c = q, e = g: the same h and p transposed, and dy = p e as well
 template <int OF_KEYS>
-__device__ __forceinline__ void gradients(const bf16* x, const bf16* y, const bf16* c, const bf16* e, const float* powers,
-                                          const float* along, bf16* dx, bf16* dy, const Mask& mask, float scale, int width,
-                                          bf16* shared) {
+__device__ __forceinline__ void gradients(const bf16* x, const bf16* y, const bf16* c, const bf16* e,
+                                          const float* powers, const float* along, bf16* dx, bf16* dy, const Mask& mask,
+                                          float scale, int width, bf16* shared) {
   constexpr int TILE = COLUMNS * STRIDE;
   bf16 *tile_x = shared, *tile_y = tile_x + ROWS * STRIDE, *tiles = tile_y + ROWS * STRIDE;  // tiles: 2 stages of c, e
   const int rows = OF_KEYS ? mask.keys : mask.queries, columns = OF_KEYS ? mask.queries : mask.keys;
@@ -203,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   gradients<0>(q, g, k, v, powers, along, dq, nullptr, mask, scale, width, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
     NAME(attention_dkv)(const T* q, const T* k, const T* v, const T* g, const A* added, const unsigned char* allowed,
                         const A* powers, const A* along, T* dk, T* dv, A scale, int heads, int queries, int keys,
                         int width, long long mask_batch, long long mask_head, long long mask_row, int causal) {

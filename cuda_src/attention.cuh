@@ -5,10 +5,10 @@
 #pragma once
 #include "mma.cuh"
 
-constexpr int WARPS = 4;              // of a block, 16 rows each
-constexpr int ROWS = 16 * WARPS;      // that a block owns
-constexpr int STRIDE = WIDTH + 8;     // of a tile's row, in values
-constexpr int STEPS = WIDTH / 16;     // of 16 values along the width
+constexpr int WARPS = 4;                       // of a block, 16 rows each
+constexpr int ROWS = 16 * WARPS;               // that a block owns
+constexpr int STRIDE = WIDTH + 8;              // of a tile's row, in values
+constexpr int STEPS = WIDTH / 16;              // of 16 values along the width
 constexpr float LOG2_E = 1.4426950408889634f;  // scores are kept times this, so that powers are those of 2
 
 __device__ __forceinline__ float infinity() {
@@ -21,7 +21,8 @@ __device__ __forceinline__ void copy_tile(bf16* tile, const bf16* from, int firs
   for (int i = threadIdx.x; i < COUNT * (WIDTH / 8); i += 32 * WARPS) {
     const int row = i / (WIDTH / 8), d = i % (WIDTH / 8) * 8;
     const bool valid = first + row < length && d < width;
-    copy_async(shared_address(tile + row * STRIDE + d), valid ? from + (long long)(first + row) * width + d : from, valid);
+    copy_async(shared_address(tile + row * STRIDE + d), valid ? from + (long long)(first + row) * width + d : from,
+               valid);
   }
 }
 
@@ -33,7 +34,8 @@ __device__ __forceinline__ void rows_fragment(unsigned (&f)[4], const bf16* tile
 
 // c[j] += the 16 rows in `a`, for a width that a whole tile has, against rows 8 j to 8 j + 7 of `tile`: sums over the width.
 template <int COLUMNS>
-__device__ __forceinline__ void times_rows(float (&c)[COLUMNS / 8][4], const unsigned (&a)[4], const bf16* tile, int d) {
+__device__ __forceinline__ void times_rows(float (&c)[COLUMNS / 8][4], const unsigned (&a)[4], const bf16* tile,
+                                           int d) {
   const int lane = threadIdx.x % 32, matrix = lane / 8;
 #pragma unroll
   for (int j = 0; j < COLUMNS / 16; j++) {
@@ -47,7 +49,8 @@ __device__ __forceinline__ void times_rows(float (&c)[COLUMNS / 8][4], const uns
 
 // sum += p @ tile: p (16, COLUMNS) as products leave it, rounded here; the tile has COLUMNS rows.
 template <int COLUMNS>
-__device__ __forceinline__ void times_tile(float (&sum)[WIDTH / 8][4], const float (&p)[COLUMNS / 8][4], const bf16* tile) {
+__device__ __forceinline__ void times_tile(float (&sum)[WIDTH / 8][4], const float (&p)[COLUMNS / 8][4],
+                                           const bf16* tile) {
   const int lane = threadIdx.x % 32, matrix = lane / 8;
 #pragma unroll
   for (int k = 0; k < COLUMNS / 16; k++) {
@@ -87,13 +90,8 @@ struct Mask {
 
   __device__ __forceinline__ Mask(const float* added, const unsigned char* allowed, long long batch_stride,
                                   long long head_stride, long long row, int heads, int queries, int keys, int causal)
-      : added(added),
-        allowed(allowed),
-        start(blockIdx.x / heads * batch_stride + blockIdx.x % heads * head_stride),
-        row(row),
-        queries(queries),
-        keys(keys),
-        causal(causal) {}
+      : added(added), allowed(allowed), start(blockIdx.x / heads * batch_stride + blockIdx.x % heads * head_stride),
+        row(row), queries(queries), keys(keys), causal(causal) {}
 
   // Whether all of these pairs take part as they are, so that a tile of them needs no look at each.
   __device__ __forceinline__ bool whole(int query, int query_count, int key, int key_count) const {

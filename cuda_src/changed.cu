@@ -3,28 +3,23 @@
 //   out = weight + scale * (a1 @ b1)                      HADAMARD=0: LoCon with a Tucker core, folded into a1
 //   out = weight + scale * (a1 @ b1) * (a2 @ b2)          HADAMARD=1: LoHa
 //
-// WIDE=1: a1 and a2 are f32 and multiplied as two bf16 each, high and low, which keeps 16 of their 24 bits. A block makes 128
-// rows of 256 columns: a lies in shared memory, the b of a warp's 32 columns in registers, the weight passes through.
+// In the `wide` kernel a1 and a2 are f32 and multiplied as two bf16 each, high and low, which keeps 16 of their 24 bits. A
+// block makes 128 rows of 256 columns: a lies in shared memory, the b of a warp's 32 columns in registers, the weight passes
+// through.
 //
-// variants bf16: RANKS=16 WIDE=0 HADAMARD=1 | RANKS=32 WIDE=0 HADAMARD=1 | RANKS=64 WIDE=0 HADAMARD=1
-// variants bf16: RANKS=16 WIDE=1 HADAMARD=1 | RANKS=32 WIDE=1 HADAMARD=1 | RANKS=64 WIDE=1 HADAMARD=1
-// variants bf16: RANKS=16 WIDE=1 HADAMARD=0 | RANKS=32 WIDE=1 HADAMARD=0 | RANKS=64 WIDE=1 HADAMARD=0
+// variants bf16: RANKS=16 HADAMARD=0 | RANKS=32 HADAMARD=0 | RANKS=64 HADAMARD=0
+// variants bf16: RANKS=16 HADAMARD=1 | RANKS=32 HADAMARD=1 | RANKS=64 HADAMARD=1
 #include "types.cuh"
 #include "mma.cuh"
 #include "exchange.cuh"
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 128, COLUMNS = 32 * WARPS;
-constexpr int STEPS = RANKS / 16, PARTS = WIDE ? 2 : 1, PAIRS = HADAMARD ? 2 : 1;
+constexpr int STEPS = RANKS / 16, PAIRS = HADAMARD ? 2 : 1;
 constexpr int PITCH = RANKS * 2 + 16;  // bytes of a row: eight rows one after the other fall on different banks
 constexpr int PLANE = ROWS * PITCH;
 
-#if WIDE
-using Left = float;
-#else
-using Left = bf16;
-#endif
-
 // One factor's rows into shared memory, as high and low parts if it is wide; zeros outside.
+template <bool WIDE, class Left>
 __device__ __forceinline__ void load_left(char* to, const Left* a, long long row, long long rows, int ranks) {
   for (int at = threadIdx.x; at < ROWS * RANKS; at += THREADS) {
     const int r = at / RANKS, k = at % RANKS;
@@ -43,19 +38,18 @@ __device__ __forceinline__ unsigned load_right(const bf16* b, int k, int n, int 
   return low | high << 16;
 }
 
-// Grid (columns / 256, rows / 128).
-extern "C" __global__ void __launch_bounds__(THREADS, RANKS == 64 ? 1 : 2)
-    NAME(factored_changed)(const bf16* __restrict__ weight,  // (rows, columns); rows are those of all taps
-                           const Left* a1, const bf16* b1,   // (rows, ranks), (ranks, columns)
-                           const Left* a2, const bf16* b2,   // the same, with HADAMARD
-                           const float* scale,               // (1,)
-                           bf16* __restrict__ out, long long rows, int columns, int ranks) {
+template <class Left>
+__device__ __forceinline__ void add_change(const bf16* __restrict__ weight, const Left* a1, const bf16* b1, const Left* a2,
+                                           const bf16* b2, const float* scale, bf16* __restrict__ out, long long rows,
+                                           int columns, int ranks) {
+  constexpr bool WIDE = sizeof(Left) == 4;
+  constexpr int PARTS = WIDE ? 2 : 1;
   extern __shared__ char memory[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int column = blockIdx.x * COLUMNS + warp * 32;
   const long long first = blockIdx.y * (long long)ROWS;
-  load_left(memory, a1, first, rows, ranks);
-  if (HADAMARD) load_left(memory + PARTS * PLANE, a2, first, rows, ranks);
+  load_left<WIDE>(memory, a1, first, rows, ranks);
+  if (HADAMARD) load_left<WIDE>(memory + PARTS * PLANE, a2, first, rows, ranks);
 
   unsigned right[PAIRS][STEPS][4][2];
 #pragma unroll
@@ -117,4 +111,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, RANKS == 64 ? 1 : 2)
     }
     now[0] = next[0], now[1] = next[1];
   }
+}
+
+// Grid (columns / 256, rows / 128).
+extern "C" __global__ void __launch_bounds__(THREADS, RANKS == 64 ? 1 : 2)
+    NAME(factored_changed)(const bf16* weight,  // (rows, columns); rows are those of all taps
+                           const bf16* a1,      // (rows, ranks)
+                           const bf16* b1,      // (ranks, columns)
+                           const bf16* a2,      // like a1, with HADAMARD
+                           const bf16* b2,      // like b1, with HADAMARD
+                           const float* scale,  // (1,)
+                           bf16* out, long long rows, int columns, int ranks) {
+  add_change(weight, a1, b1, a2, b2, scale, out, rows, columns, ranks);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RANKS == 64 ? 1 : 2)
+    NAME(factored_changed_wide)(const bf16* weight, const float* a1, const bf16* b1, const float* a2, const bf16* b2,
+                                const float* scale, bf16* out, long long rows, int columns, int ranks) {
+  add_change(weight, a1, b1, a2, b2, scale, out, rows, columns, ranks);
 }

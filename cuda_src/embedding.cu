@@ -51,7 +51,8 @@ extern "C" __global__ void __launch_bounds__(TILE) NAME(sort_tiles)(const int* i
 }
 
 // sorted: all keys in order. A key's place is the number of smaller ones, found in each tile by halving. Grid as sort_tiles.
-extern "C" __global__ void __launch_bounds__(TILE) NAME(merge_tiles)(const long long* keys, long long* sorted, int count) {
+extern "C" __global__ void __launch_bounds__(TILE)
+    NAME(merge_tiles)(const long long* keys, long long* sorted, int count) {
   const int position = blockIdx.x * TILE + threadIdx.x;
   if (position >= count) return;
   const long long own = keys[position];
@@ -74,8 +75,8 @@ __device__ __forceinline__ int row_of(const long long* sorted, long long at) {
   return int(sorted[at] >> 32);
 }
 
-// The sums over the runs of equal rows inside each chunk. A run that lies inside goes to out; one that began before the chunk
-// goes to partial[chunk, 0], one that goes on after it to partial[chunk, 1]. Grid (chunks, columns / 256).
+// The sums over the runs of equal rows inside each chunk. A run that lies inside goes to out; one that began before the
+// chunk to partial[chunk, 0], one that goes on after it to partial[chunk, 1]. Grid (chunks, columns / 256).
 extern "C" __global__ void __launch_bounds__(256) NAME(embedding_d)(const T* g,               // (count, columns)
                                                                     const long long* sorted,  // (count)
                                                                     A* partial,               // (chunks, 2, columns)
@@ -105,8 +106,8 @@ extern "C" __global__ void __launch_bounds__(256) NAME(embedding_d)(const T* g, 
 }
 
 // The runs of several chunks: the chunk where one begins adds its parts in order. Grid as embedding_d.
-extern "C" __global__ void __launch_bounds__(256) NAME(embedding_joined)(const long long* sorted, const A* partial, A* out,
-                                                                         int count, int rows, int columns) {
+extern "C" __global__ void __launch_bounds__(256)
+    NAME(embedding_joined)(const long long* sorted, const A* partial, A* out, int count, int rows, int columns) {
   const int c = blockIdx.y * 256 + threadIdx.x;
   const long long first = (long long)blockIdx.x * CHUNK, last = first + CHUNK;
   if (c >= columns || last >= count) return;

@@ -17,28 +17,18 @@ __device__ __forceinline__ A block_sum(A value) {
 }
 
 struct Square {
-  static __device__ __forceinline__ A value(A d, A) {
-    return d * d;
-  }
-  static __device__ __forceinline__ A slope(A d, A) {
-    return A(2) * d;
-  }
+  static __device__ __forceinline__ A value(A d, A) { return d * d; }
+  static __device__ __forceinline__ A slope(A d, A) { return A(2) * d; }
 };
 struct Absolute {
-  static __device__ __forceinline__ A value(A d, A) {
-    return d < A(0) ? -d : d;
-  }
+  static __device__ __forceinline__ A value(A d, A) { return d < A(0) ? -d : d; }
   static __device__ __forceinline__ A slope(A d, A) {
     return d < A(0) ? A(-1) : d > A(0) ? A(1) : d;  // 0 at 0, NaN at NaN
   }
 };
 struct Charbonnier {
-  static __device__ __forceinline__ A value(A d, A eps) {
-    return root(d * d + eps * eps);
-  }
-  static __device__ __forceinline__ A slope(A d, A eps) {
-    return d / root(d * d + eps * eps);
-  }
+  static __device__ __forceinline__ A value(A d, A eps) { return root(d * d + eps * eps); }
+  static __device__ __forceinline__ A slope(A d, A eps) { return d / root(d * d + eps * eps); }
 };
 
 // dy = w f'(y - target) * share, and partial[block] = this block's sum of w f(y - target) * share.
@@ -63,8 +53,8 @@ extern "C" __global__ void __launch_bounds__(256, 4)
   difference<Square>(y, target, wide_target, weights, dy, partial, eps, share, n, sample);
 }
 extern "C" __global__ void __launch_bounds__(256, 4)
-    NAME(absolute)(const T* y, const T* target, const A* wide_target, const A* weights, T* dy, A* partial, A eps, A share,
-                   long long n, long long sample) {
+    NAME(absolute)(const T* y, const T* target, const A* wide_target, const A* weights, T* dy, A* partial, A eps,
+                   A share, long long n, long long sample) {
   difference<Absolute>(y, target, wide_target, weights, dy, partial, eps, share, n, sample);
 }
 extern "C" __global__ void __launch_bounds__(256, 4)
@@ -82,8 +72,8 @@ extern "C" __global__ void __launch_bounds__(1024) NAME(total)(const A* partial,
 }
 
 // share[0] = 1 / the number of targets that are not ignored, 0 if there are none. One block.
-extern "C" __global__ void __launch_bounds__(1024) NAME(counted_share)(const int* targets, A* share, long long rows,
-                                                                       int ignored) {
+extern "C" __global__ void __launch_bounds__(1024)
+    NAME(counted_share)(const int* targets, A* share, long long rows, int ignored) {
   __shared__ int warps[32];
   int count = 0;
   for (long long r = threadIdx.x; r < rows; r += 1024) count += targets[r] != ignored;

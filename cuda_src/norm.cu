@@ -1,5 +1,6 @@
 // Group normalization of channels-last activations, forward and gradient; layer normalization is one group and one position
 // a sample. A block owns one group of one sample: it reads its values three times, which stay in a cache, and sums in A.
+#include "real.cuh"
 #include "types.cuh"
 
 constexpr int THREADS = 256;
@@ -14,13 +15,6 @@ __device__ A block_sum(A value) {
   A total = A(0);
   for (int w = 0; w < THREADS / 32; w++) total += warps[w];
   return total;
-}
-
-__device__ __forceinline__ float root(float value) {
-  return sqrtf(value);
-}
-__device__ __forceinline__ double root(double value) {
-  return sqrt(value);
 }
 
 // out = (x - mean) / sqrt(variance + eps) * weight + bias. Grid (samples, groups).

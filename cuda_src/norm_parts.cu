@@ -22,7 +22,7 @@ struct Walk {
     row = threadIdx.x / columns;  // those of `rows` and above are idle
   }
 
-  // body(channel) for the channels of this thread, the same number of times in every thread; valid says whether there is one.
+  // body(channel, valid) for the channels of this thread; as often in every thread, valid where there is one.
   template <class F>
   __device__ __forceinline__ void channels_of(F body) const {
     for (int base = 0; base < channels; base += columns * V) {
@@ -116,10 +116,10 @@ __device__ __forceinline__ A warp_sum(A value) {
 }
 
 // stats: mean and 1 / deviation of each group of each sample. A warp a group. Grid (groups, samples), block 32.
-extern "C" __global__ void __launch_bounds__(32) NAME(norm_join)(const A* parts,  // (samples, parts, groups, 2)
-                                                                 A* stats,        // (samples, groups, 2)
-                                                                 A eps, int positions, int channels, int groups,
-                                                                 int part_count) {
+extern "C" __global__ void __launch_bounds__(32)
+    NAME(norm_join)(const A* parts,  // (samples, parts, groups, 2)
+                    A* stats,        // (samples, groups, 2)
+                    A eps, int positions, int channels, int groups, int part_count) {
   const int g = blockIdx.x, width = channels / groups, share = (positions + part_count - 1) / part_count;
   const auto of = [=](int part) { return parts + 2 * ((blockIdx.y * (long long)part_count + part) * groups + g); };
   const auto count = [=](int part) { return A(max(min(share, positions - part * share), 0)) * width; };
@@ -160,9 +160,10 @@ __device__ __forceinline__ void apply(const T* x, const A* weight, const A* bias
 }
 
 // out = (x - mean) / deviation * weight + bias.
-extern "C" __global__ void __launch_bounds__(THREADS) NAME(norm_apply)(const T* x, const A* weight, const A* bias,
-                                                                       const A* stats,  // (samples, groups, 2)
-                                                                       T* out, int positions, int channels, int groups) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    NAME(norm_apply)(const T* x, const A* weight, const A* bias,
+                     const A* stats,  // (samples, groups, 2)
+                     T* out, int positions, int channels, int groups) {
   const long long start = (long long)blockIdx.x * positions * channels;
   stats += 2LL * blockIdx.x * groups;
   x += start;
@@ -211,11 +212,11 @@ __device__ __forceinline__ void slopes_of(const T* g, const T* x, const A* weigh
 
 // With n = (x - mean) / deviation, of this block's part: the sums over each group of g * weight and of g * weight * n; and
 // over each channel of g * n, whose sum over parts and samples is the gradient of the weight. Shared: 2 * channels of A.
-extern "C" __global__ void __launch_bounds__(THREADS, 4) NAME(norm_parts_d)(const T* g, const T* x, const A* weight,
-                                                                         const A* stats,
-                                                                         A* parts,   // (samples, parts, groups, 2)
-                                                                         A* slopes,  // (samples, parts, channels), or null
-                                                                         int positions, int channels, int groups) {
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+    NAME(norm_parts_d)(const T* g, const T* x, const A* weight, const A* stats,
+                       A* parts,   // (samples, parts, groups, 2)
+                       A* slopes,  // (samples, parts, channels), or null
+                       int positions, int channels, int groups) {
   extern __shared__ __align__(16) A shared[];
   const long long start = (long long)blockIdx.x * positions * channels;
   const long long part = blockIdx.x * (long long)gridDim.y + blockIdx.y;
@@ -231,10 +232,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) NAME(norm_parts_d)(cons
 }
 
 // means: the two sums over all parts, divided by the values of a group. As norm_join.
-extern "C" __global__ void __launch_bounds__(32) NAME(norm_join_d)(const A* parts,  // (samples, parts, groups, 2)
-                                                                   A* means,        // (samples, groups, 2)
-                                                                   int positions, int channels, int groups,
-                                                                   int part_count) {
+extern "C" __global__ void __launch_bounds__(32)
+    NAME(norm_join_d)(const A* parts,  // (samples, parts, groups, 2)
+                      A* means,        // (samples, groups, 2)
+                      int positions, int channels, int groups, int part_count) {
   A plain = A(0), along = A(0);
   for (int part = threadIdx.x; part < part_count; part += 32) {
     const A* own = parts + 2 * ((blockIdx.y * (long long)part_count + part) * groups + blockIdx.x);
@@ -277,9 +278,9 @@ __device__ __forceinline__ void apply_d(const T* g, const T* x, const A* weight,
 }
 
 // dx = (h - mean(h) - n * mean(h * n)) / deviation with h = g * weight.
-extern "C" __global__ void __launch_bounds__(THREADS) NAME(norm_apply_d)(const T* g, const T* x, const A* weight,
-                                                                         const A* stats, const A* means, T* dx,
-                                                                         int positions, int channels, int groups) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    NAME(norm_apply_d)(const T* g, const T* x, const A* weight, const A* stats, const A* means, T* dx, int positions,
+                       int channels, int groups) {
   const long long start = (long long)blockIdx.x * positions * channels;
   stats += 2LL * blockIdx.x * groups;
   means += 2LL * blockIdx.x * groups;

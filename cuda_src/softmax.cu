@@ -9,9 +9,7 @@ struct Largest {
   }
 };
 struct Sum {
-  static __device__ __forceinline__ A of(A a, A b) {
-    return a + b;
-  }
+  static __device__ __forceinline__ A of(A a, A b) { return a + b; }
 };
 
 // The team's values combined, in every thread of it; the order is fixed. All threads of the block call it.
@@ -55,8 +53,8 @@ extern "C" __global__ void __launch_bounds__(256) NAME(softmax)(const T* x,  // 
 }
 
 // dx = y (g - sum of g y) * scale. As dx, `g` may be wide: gw is then given and g null.
-extern "C" __global__ void __launch_bounds__(256) NAME(softmax_d)(const T* g, const A* gw, const T* y, T* dx, A scale,
-                                                                  long long rows, int columns) {
+extern "C" __global__ void __launch_bounds__(256)
+    NAME(softmax_d)(const T* g, const A* gw, const T* y, T* dx, A scale, long long rows, int columns) {
   const long long row = blockIdx.x * (long long)blockDim.y + threadIdx.y, at = row * columns;
   const bool owned = row < rows;
   A sum = A(0);
@@ -71,8 +69,9 @@ extern "C" __global__ void __launch_bounds__(256) NAME(softmax_d)(const T* g, co
 // attention.cuh for the strides.
 extern "C" __global__ void __launch_bounds__(256)
     NAME(softmax_scores)(const A* products,  // (samples * heads, queries, keys)
-                         const A* added, const unsigned char* allowed, T* out, A scale, int heads, int queries, int keys,
-                         long long mask_batch, long long mask_head, long long mask_row, int causal, long long rows) {
+                         const A* added, const unsigned char* allowed, T* out, A scale, int heads, int queries,
+                         int keys, long long mask_batch, long long mask_head, long long mask_row, int causal,
+                         long long rows) {
   const long long row = blockIdx.x * (long long)blockDim.y + threadIdx.y;
   const int query = int(row % queries);
   const long long head = row / queries;

@@ -70,8 +70,7 @@ class Captured:
         self.inputs = [x.copy() for x in self.inputs]
         # Blocks that the graph writes must never be handed to anybody else, so they come from a
         # pool that the graph keeps. The warm-up compiles kernels, picks cuBLASLt's algorithms and
-        # fills the pool: a capture cannot allocate anew. The stream is kept too: its workspace is
-        # the graph's.
+        # fills the pool. The stream is kept too: its workspace is the graph's.
         self.pool = cupy.cuda.MemoryPool()
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.stream.wait_event(cupy.cuda.get_current_stream().record())
@@ -79,7 +78,8 @@ class Captured:
             for _ in range(2):
                 self._run(*self.inputs)
             self.stream.synchronize()
-            self.stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
+            # Relaxed, as the pool may be cut so that one block more is needed.
+            self.stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
             try:
                 self.result = self._run(*self.inputs)
             except BaseException:

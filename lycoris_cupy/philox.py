@@ -43,10 +43,16 @@ def random_bits(
     xp = module_of(step)
     count = int(np.prod(shape, dtype=np.int64))
     blocks = xp.arange((count + 3) // 4, dtype=np.uint32)
-    zero = xp.zeros(1, np.uint32)
-    counter = (blocks, zero + np.uint32(tensor), step, zero + np.uint32(kind))
-    words = philox4x32(counter, (seed & _WORD, seed >> 32))
-    return xp.stack(words, axis=-1).reshape(-1)[:count].reshape(shape)
+    tensors = xp.full(1, tensor, np.uint32)
+    words = random_words(blocks, tensors, seed, step, kind)
+    return words.reshape(-1)[:count].reshape(shape)
+
+
+def random_words(blocks: Array, tensors: Array, seed: int, step: Array, kind: int = 0) -> Array:
+    """The bits of elements 4 b to 4 b + 3 of tensors, (..., 4): u32, of u32 that broadcast."""
+    xp = module_of(step)
+    counter = (blocks, tensors, step, xp.full(1, kind, np.uint32))
+    return xp.stack(philox4x32(counter, (seed & _WORD, seed >> 32)), axis=-1)
 
 
 def _product(word: Array, by: int) -> tuple[Array, Array]:

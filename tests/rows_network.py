@@ -251,6 +251,21 @@ def _joined_rows():
             "formula": lambda *xs, axis=axis: np.concatenate(xs, axis),
             "args": shapes,
         }
+    for name, own, full in (
+        ("a vector a sample", (2, 1, 1, 5), (2, 3, 4, 5)),
+        ("a value a row", (3, 7, 1), (3, 7, 5)),
+        ("in front", (5,), (2, 3, 5)),
+        ("one value", (1, 1), (3, 7)),
+        ("none", (0, 1, 3), (0, 4, 3)),
+    ):
+        yield {
+            "primitive": "expand",
+            "name": name,
+            "call": lambda x, full=full: ops.expand(x, full),
+            "formula": lambda x, full=full: x * np.ones(full),
+            "args": (own,),
+            "depth": 2 + int(np.prod(full)),
+        }
     yield {
         "primitive": "take_columns",
         "name": "split rows",

@@ -219,6 +219,8 @@ def f(*shape, dtype=np.float32):
         ),
         (lambda: ops.concatenate([f(2, 3)], 2), ShapeError, "axis 2 is not one of the 2 axes"),
         (lambda: ops.split(f(2, 3), [1, 1]), ShapeError, "add up to 2, expected 3"),
+        (lambda: ops.expand(f(2, 3), (2, 4)), ShapeError, r"expected the axes of \(2, 4\), or 1"),
+        (lambda: ops.expand(f(1, 2, 3), (2, 3)), ShapeError, r"x has shape \(1, 2, 3\)"),
         (lambda: ops.pixel_unshuffle(f(1, 3, 4, 2), 2), ShapeError, "multiples of 2"),
     ],
 )

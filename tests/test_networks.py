@@ -62,21 +62,26 @@ def transformer(device, dtype):
 
 
 def u_net(device, dtype):
-    """An image to an image of its size: down, attention over the pixels, up, the skip beside it."""
+    """An image and a vector a sample to an image of its size: down, attention over the pixels, up,
+    the skip beside it.
+    """
     rng = np.random.default_rng(1)
     layers = {
         "in": Conv2d(normal(rng, 3, 3, 12, WIDTH), padding=1),
         "norm1": GroupNorm(1 + 0.1 * normal(rng, WIDTH), normal(rng, WIDTH), groups=4),
         "down": Conv2d(normal(rng, 3, 3, WIDTH, WIDTH), normal(rng, WIDTH), stride=2, padding=1),
+        "time": Linear(normal(rng, 6, WIDTH), normal(rng, WIDTH)),
         "norm2": GroupNorm(1 + 0.1 * normal(rng, WIDTH), normal(rng, WIDTH), groups=2),
         "qkv": Linear(normal(rng, WIDTH, 3 * WIDTH)),
         "out": Conv2d(normal(rng, 3, 3, 2 * WIDTH, 12), padding=1),
     }
 
-    def topology(call, x):
+    def topology(call, x, time):
         skip = ops.silu(call("norm1", call("in", ops.pixel_unshuffle(x, 2))))
-        h = ops.silu(call("norm2", call("down", skip)))
+        h = call("down", skip)
         n, height, width, channels = h.shape
+        time = ops.reshape(call("time", ops.silu(time)), (n, 1, 1, channels))
+        h = ops.silu(call("norm2", ops.add(h, ops.expand(time, h.shape))))
         flat = ops.reshape(h, (n, height * width, channels))
         h = ops.add(h, ops.reshape(self_attention(call("qkv", flat)), h.shape))
         h = ops.resize_bilinear(h, tuple(skip.shape[1:3]))
@@ -94,7 +99,8 @@ def words(device):
 
 
 def images(device):
-    return (to_device(np.random.default_rng(3).standard_normal((2, 14, 10, 3)), device),)
+    rng = np.random.default_rng(3)
+    return tuple(to_device(rng.standard_normal(s), device) for s in ((2, 14, 10, 3), (2, 6)))
 
 
 NETWORKS = {"transformer": (transformer, words), "u-net": (u_net, images)}
@@ -150,9 +156,14 @@ def test_gradients_are_the_derivatives(name):
     if name == "transformer":
         assert dx == (None, None)  # words and masks have no gradient
     else:
-        direction = rng.standard_normal(dx.shape)
-        slope = value(inputs[0] + step * direction) - value(inputs[0] - step * direction)
-        assert abs(slope / (2 * step) - float((dx * direction).sum())) <= 1e-6 * abs(slope / step)
+        moves = [rng.standard_normal(x.shape) for x in inputs]
+        ends = [
+            value(*(x + sign * step * move for x, move in zip(inputs, moves, strict=True)))
+            for sign in (1, -1)
+        ]
+        slope = (ends[0] - ends[1]) / (2 * step)
+        found = sum(float((d * move).sum()) for d, move in zip(dx, moves, strict=True))
+        assert abs(slope - found) <= 1e-6 * abs(slope)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])

@@ -19,6 +19,7 @@ from lycoris_cupy.optim import (
     Prodigy,
     ScheduleFreeAdamW,
     multi,
+    random_bits,
     round_stochastically,
 )
 from lycoris_cupy.optim.flat import BLOCK, Layout
@@ -92,6 +93,16 @@ def test_blocks_are_neighbours_of_one_row_that_fit_the_cache():
         assert (block.gathered(like, np.dtype(np.float32)) == buffer[block.own]).all()
     assert at == layout.length
     assert len(layout.blocks) < layout.length / BLOCK + 2 * 3 + 2  # small factors share one
+
+
+def test_bits_of_a_block_are_those_of_its_factors():
+    like, step = many(0, bf16, count=2), np.array([7], np.uint32)
+    layout = Layout(like, rows_of(like))
+    for size in (64, BLOCK, 1 << 20):
+        found = np.concatenate([block.bits(2**33 + 5, step) for block in layout.cut(size)])
+        for spot in layout.spots:
+            expected = random_bits(spot.shape, 2**33 + 5, step, spot.place)
+            assert (spot.of(found) == expected).all()
 
 
 def test_nothing_at_all_is_a_step():

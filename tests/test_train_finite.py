@@ -89,13 +89,14 @@ def test_the_first_is_named(kind, steps, tmp_path):
         assert np.isfinite(factors(run(steps, tmp_path / "run", resume=True))).all()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_engine_stands_before_the_step(accumulate):
+@pytest.mark.parametrize("kind, accumulate", [("data", 1), ("data", 2), ("factor", 1)])
+def test_the_engine_stands_before_the_step(kind, accumulate):
     """An iterable too is gone through again, and a batch in pieces."""
 
     def run(steps, batches):
         engine = student()
-        optimizer = SGD(engine.parameters("a"), 0.01)
+        lr = rate if kind == "factor" else 0.01
+        optimizer = SGD(engine.parameters("a"), lr, weight_decay=10.0)
         options = {"progress": False, "log_every": 9, "accumulate": accumulate}
         try:
             fit(
@@ -111,7 +112,8 @@ def test_the_engine_stands_before_the_step(accumulate):
             assert error.step == AT
         return factors(engine)
 
-    broken = run(20, (changed(0, NAN)(step) for step in range(20)))
+    source = changed(0, NAN) if kind == "data" else batch
+    broken = run(AT + 1, (source(step) for step in range(20)))
     assert (broken == run(AT, batch)).all()
 
 

@@ -20,7 +20,15 @@ from .norm import group_norm, layer_norm
 from .product import convolution, product, product_dw, product_dx
 from .ranks import interleave, mask_ranks, take_rows
 from .scale_columns import scale_columns, spread_columns
-from .shapes import pixel_shuffle, pixel_unshuffle, reshape, resize_nearest, tap_diagonal, transpose
+from .shapes import (
+    expand,
+    pixel_shuffle,
+    pixel_unshuffle,
+    reshape,
+    resize_nearest,
+    tap_diagonal,
+    transpose,
+)
 from .skew import cayley_series, skew_blocks
 from .softmax import softmax
 from .squares import changed_square, low_rank_square
@@ -43,6 +51,7 @@ __all__ = [
     "dropout",
     "embedding",
     "Pending",
+    "expand",
     "expand_rows",
     "extended",
     "face_split",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from ..arrays import Array, bf16
 from ..kernels import kernel
+from .aligned import aligned
 from .columns import rows_of
 from .dense import matmul
 from .elementwise import cast
@@ -25,7 +26,7 @@ def fused_width(q: Array, v: Array) -> int | None:
 
 def _aligned(x: Array) -> Array:
     """x, or a copy of it where it does not begin at 16 bytes: the kernels copy so many at once."""
-    return x if x.data.ptr % 16 == 0 else x.copy()
+    return x if aligned(x) else x.copy()
 
 
 def _mask_numbers(mask: Array | None) -> tuple:
@@ -34,7 +35,7 @@ def _mask_numbers(mask: Array | None) -> tuple:
         return 0, 0, 0
     _, heads, queries, keys = mask.shape
     strides = (heads * queries * keys, queries * keys, keys)
-    return tuple(s if n > 1 else 0 for s, n in zip(strides, mask.shape, strict=False))
+    return tuple(s if n > 1 else 0 for s, n in zip(strides, mask.shape[:3], strict=True))
 
 
 def _mask_arrays(mask: Array | None) -> tuple:

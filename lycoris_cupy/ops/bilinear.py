@@ -34,6 +34,8 @@ def resize_bilinear(x: Array, size: tuple[int, int], *, align_corners: bool = Fa
             f"x has shape {tuple(x.shape)} and size is {(rows, columns)}, expected axes of 1 to "
             f"{_LARGEST} pixels"
         )
+    if max(x.shape[2], columns) * x.shape[3] > 2**31 - 256:
+        raise ShapeError(f"x has shape {tuple(x.shape)}: a row of 2^31 values is too long")
     if (rows, columns) == tuple(x.shape[1:3]):
         return x
     return _resize_bilinear(x, size=(rows, columns), corners=bool(align_corners))

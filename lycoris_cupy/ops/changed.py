@@ -81,12 +81,11 @@ def _factored(weight: Array, scale: Array, *pairs: tuple[Array, Array]) -> Array
     alike = all(d.shape == downs[0].shape and d.dtype == kept for d in downs)
     if width is None or not alike or not aligned(weight) or any(u.dtype != bf16 for u in ups):
         return None
-    wide_down, hadamard = int(kept == f32), len(pairs) - 1
+    wide_down, hadamard = kept == f32, len(pairs) - 1
     out, (rows, columns) = cupy.empty(weight.shape, bf16), (taps * inputs, weight.shape[2])
     parts = (1 + wide_down) * (1 + hadamard)
-    launch = kernel(
-        "changed.cu", "factored_changed", bf16, RANKS=width, WIDE=wide_down, HADAMARD=hadamard
-    )
+    op = "factored_changed_wide" if wide_down else "factored_changed"
+    launch = kernel("changed.cu", op, bf16, RANKS=width, HADAMARD=hadamard)
     arrays = [a for pair in (pairs * 2)[:2] for a in pair]
     launch(
         ((columns + 255) // 256, (rows + 127) // 128), (256,),

@@ -1,11 +1,13 @@
 """Operations that only move values: reshape, transpose, tap_diagonal, pixel_shuffle and back,
-resize_nearest. Bits are untouched.
+resize_nearest, expand. Bits are untouched.
 
 On the GPU a copy runs on the array seen as unsigned integers, so that no dtype support is asked of
 CuPy.
 """
 
 from __future__ import annotations
+
+from math import prod
 
 import numpy as np
 
@@ -78,6 +80,20 @@ def resize_nearest(x: Array, factor: int) -> Array:
     return _resize_nearest(x, factor=int(factor))
 
 
+def expand(x: Array, shape: tuple[int, ...]) -> Array:
+    """x repeated along its axes of size 1 to a shape; axes in front that x lacks count as such.
+
+    A vector a sample beside an image: add(image, expand(reshape(v, (N, 1, 1, C)), image.shape)).
+    """
+    shape, own = tuple(shape), (1,) * (len(shape) - x.ndim) + tuple(x.shape)
+    if len(own) != len(shape) or any(a not in (1, b) for a, b in zip(own, shape, strict=True)):
+        raise ShapeError(
+            f"x has shape {tuple(x.shape)}, expected the axes of {shape}, or 1 in place of any"
+        )
+    x = reshape(x, own)
+    return x if own == shape else _expand(x, shape=shape)
+
+
 def _run_reshape(x, *, shape):
     return x.reshape(shape)
 
@@ -134,6 +150,27 @@ def _resize_nearest_vjp(needs, out, x, *, factor):
 _resize_nearest = Primitive(
     "resize_nearest", cpu=_run_resize_nearest, gpu=_run_resize_nearest, vjp=_resize_nearest_vjp
 )
+
+
+def _run_expand(x, *, shape):
+    return moved(x, lambda b: module_of(b).broadcast_to(b, shape))
+
+
+def _expand_vjp(needs, out, x, *, shape):
+    own = x.shape
+    repeated = [i for i, (a, b) in enumerate(zip(own, shape, strict=True)) if a != b]
+    order = (*repeated, *(i for i in range(len(shape)) if i not in repeated))
+
+    def pull(g):
+        # The repeated axes in front of all others, and their sum as one of rows.
+        g = g if order == tuple(range(g.ndim)) else _transpose(g, axes=order)
+        rows = prod(g.shape[: len(repeated)])
+        return (_column_sum(g.reshape(rows, prod(own))).reshape(own),)
+
+    return pull
+
+
+_expand = Primitive("expand", cpu=_run_expand, gpu=_run_expand, vjp=_expand_vjp)
 
 
 def _blocks(x, taps):

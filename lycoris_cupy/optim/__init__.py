@@ -1,7 +1,7 @@
 """Optimizers on an adapter's factors and what goes with them, on arrays of NumPy and of CuPy alike.
 
     optimizer = AdamW(engine.parameters("style"), lr=cosine(1e-3, steps=1000, warmup=50), clip=1.0)
-    engine.set_parameters("style", optimizer.step(grads["style"]))
+    optimizer.step(grads["style"], out=engine.parameters("style"))
 
 Everything that a captured step runs works on arrays alone and never looks at a value.
 """

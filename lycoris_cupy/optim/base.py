@@ -58,13 +58,11 @@ class Optimizer:
         self._dtype = common_dtype(parameters)
         self._given = mapped(lambda p: p.dtype, parameters)
         self._set_rates(rates)
-        self._groups = [
-            Group(layout, dtype, parameters, self._start)
-            for dtype in (self._dtype, bf16)
-            if (
-                layout := Layout(parameters, self._rows, lambda p, d=dtype: self._kept(p) == d)
-            ).spots
-        ]
+        self._groups: list[Group] = []
+        for kept in (self._dtype, bf16):
+            layout = Layout(parameters, self._rows, lambda p, kept=kept: self._kept(p) == kept)
+            if layout.spots:
+                self._groups.append(Group(layout, kept, parameters, self._start))
         self.masters = self._nested(lambda group: group.masters)
         self._counts: dict[str, float] = {"steps": 0}  # all that the host counts
         some = next((p for _, _, p in items(parameters)), np.zeros(0, f32))

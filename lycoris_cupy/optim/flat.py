@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..arrays import Array
+from ..philox import random_words
 from .nested import Nested, Own
 
 BLOCK = 1 << 14  # elements: what NumPy works on at a time stays in the cache of a core
@@ -67,6 +68,19 @@ class Block:
         found = [piece.of(nested, dtype) for piece in self._pieces]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
+    def bits(self, seed: int, step: np.ndarray) -> np.ndarray:
+        """Random bits of the elements: for each factor those of `random_bits` for its place."""
+        quads = [np.arange(p.first // 4, (p.last + 3) // 4, dtype=np.uint32) for p in self._pieces]
+        places = np.array([piece.spot.place for piece in self._pieces], np.uint32)
+        tensors = np.repeat(places, [len(own) for own in quads])
+        words = random_words(np.concatenate(quads), tensors, seed, step).reshape(-1)
+        if words.size == self.own.stop - self.own.start:
+            return words
+        # What fills a factor's last quad up is left out.
+        ends = np.cumsum([4 * len(own) for own in quads])
+        parts = zip(np.split(words, ends[:-1]), self._pieces, strict=True)
+        return np.concatenate([part[: piece.last - piece.first] for part, piece in parts])
+
 
 class Layout:
     """The spots of factors, one behind the other, in buffers of `length` elements.
@@ -95,14 +109,15 @@ class Layout:
             end = self.length + int(np.prod(shape, dtype=np.int64))
             self.spots.append(Spot(layer, name, shape, self.length, end, row, place))
             self.length = end
-        self.blocks = list(self._blocks())
+        self.blocks = list(self.cut(BLOCK))
 
-    def _blocks(self) -> Iterator[Block]:
+    def cut(self, size: int) -> Iterator[Block]:
+        """Blocks of at most so many elements; a multiple of four, for the sake of `Block.bits`."""
         pieces: list[Piece] = []  # of the block that is being filled
         for spot in self.spots:
-            for first in range(0, spot.size, BLOCK):
-                piece = Piece(spot, first, min(first + BLOCK, spot.size))
-                full = pieces and piece.end - pieces[0].begin > BLOCK
+            for first in range(0, spot.size, size):
+                piece = Piece(spot, first, min(first + size, spot.size))
+                full = pieces and piece.end - pieces[0].begin > size
                 if full or (pieces and pieces[0].spot.row != spot.row):
                     yield Block(pieces)
                     pieces = []

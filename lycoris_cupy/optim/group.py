@@ -11,7 +11,9 @@ from ..arrays import Array, bf16, f32, module_of, on_gpu, wide_dtype
 from .flat import Layout
 from .multi import Table
 from .nested import Nested
-from .rounding import round_stochastically
+from .rounding import rounded
+
+DRAWN = 1 << 17  # random bits that NumPy draws at a time: their cost is in the number of calls
 
 
 class Group:
@@ -54,7 +56,5 @@ class Group:
     def keep(self, wide: Array, seed: int, clock: Array) -> None:
         """Round what `widened` gave, and a step changed, back into bf16."""
         if wide is not self.masters:
-            for spot in self.layout.spots:
-                spot.of(self.masters)[...] = round_stochastically(
-                    spot.of(wide), seed, clock, spot.place
-                )
+            for block in self.layout.cut(DRAWN):
+                self.masters[block.own] = rounded(wide[block.own], block.bits(seed, clock))

@@ -85,8 +85,9 @@ class Table:
 
 
 def finish(op: str, dtype, *args) -> None:
-    """NAME(op), which sums partial sums in one block."""
-    kernel(FILE, op, dtype)((1,), (FINISH,), *args)
+    """NAME(op), which sums partial sums, its first argument, in one block."""
+    with args[0].device:
+        kernel(FILE, op, dtype)((1,), (FINISH,), *args)
 
 
 def tell(values: np.ndarray, numbers: Array, clock: Array, step: int) -> None:

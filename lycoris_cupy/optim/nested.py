@@ -41,7 +41,7 @@ def require_gradients(grads: Nested, of: Nested, what: str = "gradient") -> None
                 f"the {what} of {layer}.{name} has shape {tuple(g.shape)}, "
                 f"expected {tuple(p.shape)}"
             )
-        if on_gpu(g) != on_gpu(p):
+        if type(g) is not type(p) and on_gpu(g) != on_gpu(p):
             where = {True: "on the GPU", False: "on the CPU"}
             raise DeviceError(
                 f"the {what} of {layer}.{name} lies {where[on_gpu(g)]}, the factor "

@@ -20,14 +20,16 @@ def round_stochastically(array: Array, seed: int, step: Array, tensor: int) -> A
     """
     if array.dtype != np.float32:
         raise DtypeError(f"the array to round has dtype {array.dtype}, expected f32")
-    return (_gpu if on_gpu(array) else _cpu)(array, seed, step, tensor)
+    if on_gpu(array):
+        return _gpu(array, seed, step, tensor)
+    return rounded(array, random_bits(array.shape, seed, step, tensor))
 
 
-def _cpu(array: Array, seed: int, step: Array, tensor: int) -> Array:
+def rounded(array: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """bf16 of f32 with given random bits. NumPy."""
     bits = np.ascontiguousarray(array).view(np.uint32).reshape(array.shape)
-    noise = random_bits(array.shape, seed, step, tensor) & np.uint32(0xFFFF)
     # The carry out of the 16 bits that go is the rounding; in a NaN it could reach the sign.
-    up = (bits + noise) >> np.uint32(16)
+    up = (bits + (noise & np.uint32(0xFFFF))) >> np.uint32(16)
     quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
     return np.where(np.isnan(array), quiet, up).astype(np.uint16).view(bf16)
 

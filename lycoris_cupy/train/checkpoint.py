@@ -69,9 +69,11 @@ class Checkpoints:
         return path
 
     def sweep(self) -> None:
-        """Delete what kills have left behind."""
+        """Delete what kills have left behind, here and in the run's own folder."""
         for path in self.folder.glob(_LEFT):
             shutil.rmtree(path)
+        for path in self.folder.parent.glob(_LEFT):
+            path.unlink()
 
 
 def read_state(path: Path, device: str) -> dict[str, Any]:

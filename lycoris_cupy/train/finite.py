@@ -23,22 +23,20 @@ class NonFiniteError(LycorisError, ArithmeticError):
         super().__init__(f"step {step}: {tensor} is not finite: {advice}")
 
 
-def require_finite_factors(step: int, masters: Nested) -> None:
-    """Raise NonFiniteError for the first factor that holds a NaN or an infinity.
+def error_of_factors(done: int, masters: Nested) -> NonFiniteError | None:
+    """Of the first factor that holds a NaN or an infinity, if one does.
 
-    step: how many steps are done, so that the one before it has written the factors.
+    done: steps, of which the last has written the factors.
     """
     # Of the sum of all values the device is asked once; what is finite may still sum to infinity.
     total = sum(p.astype(wide_dtype(p.dtype), copy=False).sum() for _, _, p in items(masters))
     if _finite(total):
-        return
+        return None
+    advice = "lower the learning rate, or raise the optimizer's eps"
     for layer, name, p in items(masters):
         if not _finite(p):
-            raise NonFiniteError(
-                step - 1,
-                f"factor {layer}.{name} after the update",
-                "lower the learning rate, or raise the optimizer's eps",
-            )
+            return NonFiniteError(done - 1, f"factor {layer}.{name} after the update", advice)
+    return None
 
 
 def require_finite_step(
@@ -47,7 +45,9 @@ def require_finite_step(
     """Raise NonFiniteError for what is not finite first: a factor that is there already, the batch,
     the output, the loss, a gradient. The engine stands before the step, which changes nothing here.
     """
-    require_finite_factors(number, step.optimizer.masters)
+    known = error_of_factors(number, step.optimizer.masters)
+    if known is not None:
+        raise known
     arrays = [("input", i, x) for i, x in enumerate(inputs)]
     arrays += [("target", i, x) for i, x in enumerate(targets)]
     for what, i, x in arrays:
@@ -80,14 +80,23 @@ def require_finite_step(
     )
 
 
-def raise_cause(step: Step, source: Batches, begin: int, kept: tuple, bad: int) -> None:
-    """Raise NonFiniteError for step `bad`, counted from 0: from the snapshot of `begin` steps on
-    all is done again up to there.
+def raise_cause(
+    step: Step,
+    source: Batches,
+    begin: int,
+    kept: tuple,
+    bad: int,
+    known: NonFiniteError | None = None,
+) -> None:
+    """Raise NonFiniteError for step `bad`, counted from 0, or the error that is known of it, with
+    the engine as it was before that step: from the snapshot of `begin` steps on all is done again.
     """
     step.restore(kept)
     source.back()
     for number in range(begin, bad):
         step(*source(number))
+    if known is not None:
+        raise known
     require_finite_step(step, bad, *source(bad))
 
 

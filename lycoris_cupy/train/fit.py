@@ -18,7 +18,7 @@ from ..engine import Engine
 from ..errors import LycorisError
 from ..optim import Average, Optimizer
 from .batches import Batch, Batches
-from .finite import raise_cause, require_finite_factors
+from .finite import error_of_factors, raise_cause
 from .progress import Progress
 from .run import Run
 from .step import Loss, Reducer, Step
@@ -124,8 +124,9 @@ def fit(
                     log.write(done, course.seconds, **told, lr=rate_of(optimizer))
                     bar.tell(loss=reading.loss)
                     step.meter.clear()
-                if validates or saves:
-                    require_finite_factors(done, optimizer.masters)
+                broken = error_of_factors(done, optimizer.masters) if validates or saves else None
+                if broken is not None:
+                    raise_cause(step, source, *kept, done - 1, broken)
                 if validate and validates:
                     value = run.validated(validate)
                     log.write(done, course.seconds, validation=value)

@@ -99,6 +99,8 @@ class _Parent:
         if self._errors:
             # Who has met the cause knows more than who has heard of it.
             raise min(self._errors, key=lambda pair: pair[1])[0]
+        for process in self._processes:
+            process.join(_GRACE)  # what it has printed is written when it ends
         return self._results[0]
 
     def _late(self) -> bool:
@@ -146,7 +148,8 @@ def _child(function, arguments, connection, alive, rank: int, size: int, device:
     threading.Thread(target=_die_with_parent, args=(alive,), daemon=True).start()
     try:
         kind = ParentReducer if device == "cpu" else NcclReducer
-        result = function(kind(connection, rank, size), *arguments)
+        reducer = kind(connection, rank, size)  # NCCL takes leave of the others when it goes
+        result = function(reducer, *arguments)
         connection.send(("done", result if rank == 0 else None))
     except (LycorisError, OSError) as error:
         connection.send(("error", _plain(error), getattr(error, "elsewhere", False)))
