@@ -27,8 +27,8 @@ class Recipe:
 
 
 RECIPES = {
-    "LoKr": Recipe("lokr", {"rank": 16, "factor": 4}, 5e-3),
-    "LoCon": Recipe("locon", {"rank": 8}, 4e-3),
+    "LoKr": Recipe("lokr", {"rank": 16, "factor": 4}, 6e-3),
+    "LoCon": Recipe("locon", {"rank": 8}, 6e-3),
 }
 
 
