@@ -2,6 +2,7 @@
 end on two steps, and tables and verdicts of results made up here.
 """
 
+import dataclasses
 import json
 import sys
 from importlib.util import find_spec
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 import benchmarks.restoration as restoration
+from benchmarks.restoration.data import Task
 from benchmarks.restoration.methods import FINE_TUNING, METHODS
-from benchmarks.restoration.table import TARGETS, against_torch, page, spread, table
+from benchmarks.restoration.table import OURS, TARGETS, against_torch, page, spread, table
 from benchmarks.results import FOLDER
 from lycoris_cupy.demo import extra
 from lycoris_cupy.losses import mse
@@ -116,6 +118,32 @@ def test_the_command_trains_times_and_writes(tmp_path, monkeypatch, capsys, devi
     assert read_picture(out / "crops.png").shape[1] == 5 * 68 - 4
     names = "restoration.json table.md crops.png locon.safetensors"
     assert sorted(path.name for path in out.iterdir()) == sorted(names.split())
+
+
+@needs_extra
+def test_torch_alone_keeps_what_there_is(tmp_path, monkeypatch, capsys):
+    """Own rows stay, torch's are run anew; another task, or nothing there, is refused."""
+    from benchmarks.restoration import run
+
+    monkeypatch.setattr(run, "find_spec", lambda name: True)
+    row = {"section": "timings", "side": "torch", "method": "LoCon", "error": "no GPU"}
+    script = f"print({json.dumps(json.dumps(row))})"
+    monkeypatch.setattr(run, "torch_command", lambda job, seconds: [sys.executable, "-c", script])
+    words = ("--device", "cpu", "--steps", 1, "--seeds", 1, "--algorithms", "LoCon", "--torch-only")
+    assert call(monkeypatch, "--out", tmp_path, *words) == 2
+    assert "--torch-only keeps the results of" in capsys.readouterr().err
+    head = {"gpu": "", "seeds": 1, "dtype": "bf16"}
+    task = dataclasses.asdict(Task(1, 16, rate_factor=1.0))
+    own = {"side": OURS, "method": "LoCon", "error": "kept"}
+    old = {"side": "torch", "method": "LoCon", "error": "old"}
+    path = tmp_path / "restoration.json"
+    path.write_text(json.dumps({**head, "task": task, "runs": [own, old], "timings": [old]}))
+    call(monkeypatch, "--out", tmp_path, *words)
+    data = json.loads(path.read_text())
+    assert data["runs"] == [own]
+    assert [r["error"] for r in data["timings"]] == ["no GPU"]
+    assert call(monkeypatch, "--out", tmp_path, *words[:3], 2, *words[4:]) == 2
+    assert "was measured with task" in capsys.readouterr().err
 
 
 @needs_extra

@@ -36,6 +36,11 @@ def main() -> int:
     add("--cpu-steps", type=int, default=3, metavar="N", help="timed on the CPU (3); 0: none")
     add("--torch", action="store_true", help="the same trainings in torch with lycoris-lora")
     add(
+        "--torch-only",
+        action="store_true",
+        help="keep the project's own results of the same task in DIR, and run torch's anew",
+    )
+    add(
         "--torch-modes",
         default="eager,graph",
         help="ways to time its step, of eager,graph,compiled (eager,graph); compiling is slow",
@@ -47,6 +52,7 @@ def main() -> int:
     )
     add("--seconds", type=float, default=1e9, metavar="S", help="start nothing after so long")
     options = parser.parse_args()
+    options.torch |= options.torch_only
     chosen = options.algorithms.split(",")
     if unknown := [name for name in chosen if name not in METHODS]:
         parser.error(f"--algorithms: {unknown[0]!r} is unknown: use {', '.join(METHODS)}")

@@ -61,7 +61,11 @@ class Session:
             "log_every": self.log_every,
             "before": decibels(self.base, self.pictures),
         }
-        self.results = Results(options.out / "restoration.json", head, SECTIONS)
+        path = options.out / "restoration.json"
+        own = _own_rows(path, head) if options.torch_only else {}
+        self.results = Results(path, head, SECTIONS)
+        for section, rows in own.items():
+            self.results.data[section] = rows
         self.results.write()
 
     def add(self, section: str, row: dict, run: Callable[[], dict]) -> None:
@@ -94,9 +98,10 @@ def run(options: argparse.Namespace, chosen: list[str], modes: list[str]) -> int
     options.out.mkdir(parents=True, exist_ok=True)
     session = Session(options, chosen, modes)
     print(f"{NETWORK} on {session.base.device}, {session.task}", flush=True)
-    engines = _ours(session)
-    if engines:
-        draw(session, engines)
+    if not options.torch_only:
+        engines = _ours(session)
+        if engines:
+            draw(session, engines)
     if options.torch:
         _torch(session)
     data = session.results.data
@@ -105,6 +110,23 @@ def run(options: argparse.Namespace, chosen: list[str], modes: list[str]) -> int
     print(f"\n{text}")
     missed = any(target.judged(data)[0] == "MISSED" for target in TARGETS)
     return int(missed or session.failed)
+
+
+def _own_rows(path: Path, head: dict) -> dict[str, list[dict]]:
+    """The project's rows of an earlier call for the same task on the same GPU.
+
+    Raises LycorisError where there are none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise LycorisError(f"--torch-only keeps the results of {path}: {error}") from error
+    for key in ("gpu", "task", "seeds", "dtype"):
+        if found.get(key) != head[key]:
+            raise LycorisError(
+                f"--torch-only: {path} was measured with {key} {found.get(key)}, not {head[key]}"
+            )
+    return {name: [row for row in found[name] if row["side"] == OURS] for name in SECTIONS}
 
 
 def _ours(session: Session) -> dict:

@@ -105,10 +105,14 @@ def adapted(network: TorchNetwork, method: Method, engine: Engine, bypass: bool)
             if tuple(p.shape) != values[key].shape and p.numel() != values[key].size:
                 raise ValueError(f"{key} is {tuple(p.shape)} there, {values[key].shape} here")
             p.data.copy_(tensor(values[key]).reshape(p.shape))
+    made.apply_to()  # before it moves: until then its modules are not its children
     made.to(device=device, dtype=torch.float32)
     made.to(memory_format=torch.channels_last)
-    made.apply_to()
     made.requires_grad_(True)
+    if elsewhere := [name for name, p in made.named_parameters() if p.device != device]:
+        raise ValueError(f"{elsewhere[0]} does not lie on {device}")
+    if not list(made.parameters()):
+        raise ValueError("lycoris-lora has nothing to train")
     return made
 
 
