@@ -12,12 +12,13 @@ from .dora import DoRA
 from .dropout import Dropout, Dropped
 from .dylora import DyLoRA, draw_block, truncated
 from .factor import Factor
+from .factorization import factorization
 from .full import Full
 from .glora import GLoRA
 from .ia3 import IA3
 from .locon import LoCon
 from .loha import LoHa
-from .lokr import LoKr, factorization
+from .lokr import LoKr
 from .norm import Norm
 from .option import Option
 from .peft_boft import PeftBOFT

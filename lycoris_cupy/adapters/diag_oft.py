@@ -23,7 +23,7 @@ from ..ops.turn import turn_blocks
 from ..tape import value_of
 from .base import Adapter, DropRanks, Parameters, Share, Turn
 from .factor import Factor, require
-from .lokr import factorization
+from .factorization import factorization
 from .oft import BLOCKS, LYCORIS, Rotation, dialect_of
 
 

@@ -82,4 +82,4 @@ def nccl_missing() -> str:
     if getattr(nccl, "available", False):
         return ""
     major = cupy.cuda.runtime.runtimeGetVersion() // 1000
-    return f"CuPy cannot load NCCL: python -m pip install nvidia-nccl-cu{major}"
+    return f'CuPy cannot load NCCL: python -m pip install "lycoris_cupy[nccl{major}]"'
