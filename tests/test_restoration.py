@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import benchmarks.restoration as restoration
+from benchmarks.environment import environment
 from benchmarks.restoration.data import Task
 from benchmarks.restoration.methods import FINE_TUNING, METHODS
 from benchmarks.restoration.table import OURS, TARGETS, against_torch, page, spread, table
@@ -132,15 +133,29 @@ def test_torch_alone_keeps_what_there_is(tmp_path, monkeypatch, capsys):
     words = ("--device", "cpu", "--steps", 1, "--seeds", 1, "--algorithms", "LoCon", "--torch-only")
     assert call(monkeypatch, "--out", tmp_path, *words) == 2
     assert "--torch-only keeps the results of" in capsys.readouterr().err
-    head = {"gpu": "", "seeds": 1, "dtype": "bf16"}
+    head = {
+        "gpu": environment()["gpu"],
+        "seeds": 1,
+        "dtype": "bf16",
+        "commit": "as it was",
+        "log_every": 1,
+    }
     task = dataclasses.asdict(Task(1, 16, rate_factor=1.0))
+    versions = {"version": "2.11", "lycoris_lora": "4.1.3"}
     own = {"side": OURS, "method": "LoCon", "error": "kept"}
-    old = {"side": "torch", "method": "LoCon", "error": "old"}
+    old = {"side": "torch", "method": "LoCon", "error": "old", **versions}
+    other = {"side": "torch", "method": "LoHa", "error": "not run again", **versions}
     path = tmp_path / "restoration.json"
-    path.write_text(json.dumps({**head, "task": task, "runs": [own, old], "timings": [old]}))
+    rows = {"runs": [own, old, other], "timings": [old]}
+    kept = {
+        "before": {"cat": 1.0},
+        "cpu": {"name": "a processor", "cores": 2},
+        "torch_backend": "torch",
+    }
+    path.write_text(json.dumps({**head, "task": task, **kept, **rows}))
     call(monkeypatch, "--out", tmp_path, *words)
     data = json.loads(path.read_text())
-    assert data["runs"] == [own]
+    assert data["runs"] == [own, other] and data["commit"] == "as it was"
     assert [r["error"] for r in data["timings"]] == ["no GPU"]
     assert call(monkeypatch, "--out", tmp_path, *words[:3], 2, *words[4:]) == 2
     assert "was measured with task" in capsys.readouterr().err

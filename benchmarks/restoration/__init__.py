@@ -38,7 +38,7 @@ def main() -> int:
     add(
         "--torch-only",
         action="store_true",
-        help="keep the project's own results of the same task in DIR, and run torch's anew",
+        help="keep what DIR has of the same task, and run torch's part of --algorithms anew",
     )
     add(
         "--torch-modes",

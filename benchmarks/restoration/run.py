@@ -30,7 +30,7 @@ from lycoris_cupy.errors import LycorisError
 from ..environment import ROOT, environment
 from ..results import Results
 from .data import Task, decibels
-from .methods import METHODS
+from .methods import FINE_TUNING, METHODS
 from .ours import file_bytes, tested, timed, trained
 from .table import OURS, TARGETS, page
 
@@ -62,10 +62,9 @@ class Session:
             "before": decibels(self.base, self.pictures),
         }
         path = options.out / "restoration.json"
-        own = _own_rows(path, head) if options.torch_only else {}
         self.results = Results(path, head, SECTIONS)
-        for section, rows in own.items():
-            self.results.data[section] = rows
+        if options.torch_only:
+            self.results.data = _kept(path, head, [*chosen, FINE_TUNING])
         self.results.write()
 
     def add(self, section: str, row: dict, run: Callable[[], dict]) -> None:
@@ -112,10 +111,9 @@ def run(options: argparse.Namespace, chosen: list[str], modes: list[str]) -> int
     return int(missed or session.failed)
 
 
-def _own_rows(path: Path, head: dict) -> dict[str, list[dict]]:
-    """The project's rows of an earlier call for the same task on the same GPU.
-
-    Raises LycorisError where there are none.
+def _kept(path: Path, head: dict, again: list[str]) -> dict:
+    """What an earlier call for the same task on the same GPU found, but for torch's rows of the
+    methods that are run again. Raises LycorisError where there is none.
     """
     try:
         found = json.loads(path.read_text())
@@ -126,7 +124,10 @@ def _own_rows(path: Path, head: dict) -> dict[str, list[dict]]:
             raise LycorisError(
                 f"--torch-only: {path} was measured with {key} {found.get(key)}, not {head[key]}"
             )
-    return {name: [row for row in found[name] if row["side"] == OURS] for name in SECTIONS}
+    for name in SECTIONS:
+        kept = (row for row in found[name] if row["side"] == OURS or row["method"] not in again)
+        found[name] = list(kept)
+    return found
 
 
 def _ours(session: Session) -> dict:
