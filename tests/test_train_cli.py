@@ -1,10 +1,12 @@
 """`lycoris-cupy train`: what a file says is what is trained; errors are one line that names the key."""
 
+import functools
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -356,12 +358,22 @@ def test_interrupted_and_resumed(here):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "lycoris_cupy", "train", "c.toml", "--device", "cpu"]
     child = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What runs in the background of a shell is born deaf to Ctrl-C, and so are its children.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    while not list(here.glob("run/checkpoints/step-*")):
-        assert child.poll() is None
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate()
+    try:
+        while not list(here.glob("run/checkpoints/step-*")):
+            assert child.poll() is None
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert child.returncode == 130 and err.splitlines()[-1] == "lycoris-cupy: interrupted"
     assert "Traceback" not in err
     assert (
