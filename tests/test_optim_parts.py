@@ -8,10 +8,10 @@ import pytest
 from lycoris_cupy import Conv2d, Engine, Linear, bf16, to_device
 from lycoris_cupy.errors import DtypeError, LycorisError, MatchError, ShapeError
 from lycoris_cupy.optim import (
+    SGD,
     Accumulator,
     Average,
     apply_max_norm,
-    clip_by_global_norm,
     constant,
     cosine,
     linear,
@@ -20,6 +20,7 @@ from lycoris_cupy.optim import (
     rate_factors,
     round_stochastically,
 )
+from lycoris_cupy.optim.nested import mapped
 from tests.test_optim import draw, on
 from tests.test_optim_methods import flat
 
@@ -149,25 +150,33 @@ def test_lora_plus_raises_the_side_of_the_outputs(algorithm, options, ups):
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, bf16])
 def test_clipping_keeps_the_direction(dtype, device):
+    """A step of rate 1 from 0 is the clipped gradient with a minus."""
     grads = draw(0, dtype)
     whole = flat(grads)
     norm = np.linalg.norm(whole)
+    start = mapped(
+        lambda g: np.zeros(g.shape, np.float64 if dtype == np.float64 else np.float32), grads
+    )
     for bound in (norm / 3, norm * 3):
-        found, told = clip_by_global_norm(on(device, grads), bound)
-        found = flat(on("cpu", found))
-        np.testing.assert_allclose(float(to_device(told, "cpu")[0]), norm, 1e-6)
+        optimizer = SGD(on(device, start), lr=1.0, momentum=0, weight_decay=0, clip=bound)
+        found = -flat(on("cpu", optimizer.step(on(device, grads))))
+        np.testing.assert_allclose(float(to_device(optimizer.grad_norm, "cpu")[0]), norm, 1e-6)
         np.testing.assert_allclose(found, whole * min(1, bound / norm), 1e-6)
         assert np.linalg.norm(found) <= bound * (1 + 1e-6)
     assert (flat(grads) == whole).all()
-    with pytest.raises(LycorisError, match="bound of the norm is 0"):
-        clip_by_global_norm(grads, 0)
+    with pytest.raises(LycorisError, match="clip is 0, expected a norm above 0"):
+        SGD(start, clip=0)
 
 
 def test_clipping_of_nothing_and_of_what_is_not_finite(device):
-    zero = on(device, {"a": {"w": np.zeros(3, np.float32)}})
-    assert (to_device(clip_by_global_norm(zero, 1.0)[0]["a"]["w"], "cpu") == 0).all()
-    broken = on(device, {"a": {"w": np.array([1, np.nan, 2], np.float32)}})
-    assert np.isnan(to_device(clip_by_global_norm(broken, 1.0)[0]["a"]["w"], "cpu")).all()
+    zero = {"a": {"w": np.zeros(3, np.float32)}}
+
+    def stepped(grads):
+        optimizer = SGD(on(device, zero), lr=1.0, momentum=0, weight_decay=0, clip=1.0)
+        return to_device(optimizer.step(on(device, grads))["a"]["w"], "cpu")
+
+    assert (stepped(zero) == 0).all()
+    assert np.isnan(stepped({"a": {"w": np.array([1, np.nan, 2], np.float32)}})).all()
 
 
 def test_accumulation_is_the_weighted_mean(device):

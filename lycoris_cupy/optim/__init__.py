@@ -11,7 +11,6 @@ from .accumulation import Accumulator
 from .adamw import AdamW
 from .average import Average
 from .base import Optimizer
-from .clipping import clip_by_global_norm
 from .lion import Lion
 from .max_norm import NormReport, apply_max_norm
 from .prodigy import Prodigy
@@ -32,7 +31,6 @@ __all__ = [
     "Prodigy",
     "ScheduleFreeAdamW",
     "apply_max_norm",
-    "clip_by_global_norm",
     "constant",
     "cosine",
     "linear",
