@@ -109,12 +109,13 @@ GEOMETRIES = {
 }
 
 
-def _extended_rows():
-    """(window, x, w; the second window, x2, w2) whose sum is one result."""
+def _extended_cases():
+    """name: (window, x, w; the second window, x2, w2), whose sum is one result."""
     flat, square = _window(), _window((3, 3), padding=1)
-    cases = {
+    return {
         "linear": (flat, (5, 24), (1, 24, 40), flat, (5, 8), (1, 8, 40)),
         "linear, odd": (flat, (2, 3, 7), (1, 7, 11), flat, (2, 3, 5), (1, 5, 11)),
+        "linear, long": (flat, (1100, 16), (1, 16, 24), flat, (1100, 8), (1, 8, 24)),
         "linear, blocks": (flat, (9, 16), (1, 16, 128), _window(groups=2, shared=True), (9, 48), (1, 24, 64)),
         "conv, rows": (square, (2, 4, 5, 8), (9, 8, 24), _window((1, 1)), (2, 4, 5, 16), (1, 16, 24)),
         "conv, taps": (square, (1, 5, 4, 16), (9, 16, 80), _window((3, 3), padding=1, groups=2, shared=True), (1, 5, 4, 16), (9, 8, 40)),
@@ -122,8 +123,13 @@ def _extended_rows():
         "conv, groups": (_window((3,), padding=1, groups=2), (2, 7, 6), (3, 3, 8), _window((1,), groups=2), (2, 7, 4), (1, 2, 8)),
         "empty": (flat, (0, 8), (1, 8, 16), flat, (0, 8), (1, 8, 16)),
     }  # fmt: skip
-    for name, (window, x, w, other, x2, w2) in cases.items():
+
+
+def _extended_rows():
+    """Each case as it is, and with a scale of the layer's own columns, which is differentiated too."""
+    for name, (window, x, w, other, x2, w2) in _extended_cases().items():
         y = np.shape(naive.product(np.zeros(x), np.zeros(w), window))
+        shapes, depth = (x, w, (y[-1],), y, x2, w2), w[0] * w[1] + w2[0] * w2[1] + 4
         yield Row(
             "extended",
             name,
@@ -133,38 +139,23 @@ def _extended_rows():
             lambda x, w, b, a, x2, w2, s, window=window, other=other: (
                 a + b + naive.product(x, w, window) + s * naive.product(x2, w2, other)
             ),
-            (x, w, (y[-1],), y, x2, w2, FACTOR),
-            w[0] * w[1] + w2[0] * w2[1] + 4,
+            (*shapes, FACTOR),
+            depth,
             wide=(6,),
             fixed=(6,),
             roundings=2.0,  # where the second sum is written by itself, it is rounded by itself
         )
-
-
-def _scaled_rows():
-    """extended with a scale of the layer's own columns, which is differentiated too."""
-    flat, square = _window(), _window((3, 3), padding=1)
-    cases = {
-        "columns, linear": (flat, (5, 24), (1, 24, 40), flat, (5, 8), (1, 8, 40)),
-        "columns, odd": (flat, (2, 3, 7), (1, 7, 11), flat, (2, 3, 5), (1, 5, 11)),
-        "columns, long": (flat, (1100, 16), (1, 16, 24), flat, (1100, 8), (1, 8, 24)),
-        "columns, conv": (square, (2, 4, 5, 8), (9, 8, 24), _window((1, 1)), (2, 4, 5, 16), (1, 16, 24)),
-        "columns, blocks": (square, (1, 5, 4, 16), (9, 16, 80), _window((3, 3), padding=1, groups=2, shared=True), (1, 5, 4, 16), (9, 8, 40)),
-        "columns, empty": (flat, (0, 8), (1, 8, 16), flat, (0, 8), (1, 8, 16)),
-    }  # fmt: skip
-    for name, (window, x, w, other, x2, w2) in cases.items():
-        y = np.shape(naive.product(np.zeros(x), np.zeros(w), window))
         yield Row(
             "extended",
-            name,
+            f"columns, {name}",
             lambda x, w, b, a, x2, w2, c, window=window, other=other: ops.extended(
                 x, w, window, ops.pending(x2, w2, other, add=a), bias=b, c=c
             ),
             lambda x, w, b, a, x2, w2, c, window=window, other=other: (
                 a + b + c * naive.product(x, w, window) + naive.product(x2, w2, other)
             ),
-            (x, w, (y[-1],), y, x2, w2, (y[-1],)),
-            w[0] * w[1] + w2[0] * w2[1] + 4,
+            (*shapes, (y[-1],)),
+            depth,
             wide=(6,),
             roundings=3.0,  # elsewhere both sums are written by themselves, and rounded
             gradient_roundings=2.0,  # c * g, and x * w beside it
@@ -706,7 +697,6 @@ def _magnitude_rows():
 ROWS = [
     *_product_rows(),
     *_extended_rows(),
-    *_scaled_rows(),
     *_kron_rows(),
     *_weight_rows(),
     *_elementwise_rows(),

@@ -1,5 +1,5 @@
 """Convolutions with few outputs on a GPU: one product with all taps side by side, which reads x
-once, and a shifted sum.
+once, and a shifted sum; over large images a kernel of its own, see `halo_gpu`.
 
     y[p, r] = sum over taps t of parts[pixel(p, t), t, r]      parts = x @ w as (IN, taps * R), wide
     dx = columns @ w^T,  dw = x^T @ columns                    columns[q, t, r] = g[o, r] where o

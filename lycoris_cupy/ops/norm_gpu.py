@@ -77,7 +77,7 @@ def group_norm_pull_gpu(needs, g, x, weight, groups, eps):
     """The gradients of x and of the weight, the latter None unless it is needed."""
     import cupy
 
-    # The statistics are computed again rather than kept: a primitive has one result.
+    # The statistics are computed again, which reads x once more; nothing is held until here.
     dx, sizes = cupy.empty(x.shape, x.dtype), _sizes(x, groups)
     samples, *numbers = sizes
     if not dx.size:

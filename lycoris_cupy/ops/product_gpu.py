@@ -4,7 +4,7 @@ gradient.
     library    cuBLASLt, where each output position reads one input position
     extended   one kernel for both sums, linear or convolution; on Hopper
     portable   a convolution by mma.sync or, for groups of a few channels, a thread an output
-    narrow     a convolution to a few columns: all taps side by side, and a shifted sum
+    narrow     a convolution to a few columns, which reads x once: see `narrow_gpu`
     blocks     the extended product's second sum alone, for an input gradient of shared groups
 
 All but `extended` write x2 * w2 by itself first and add it. `plan` estimates the time of each way

@@ -1,8 +1,8 @@
 """scale_columns: the columns of an activation times a differentiable vector; spread_columns: those
 of a weight, each repetition of it times its own part of the vector.
 
-Magnitudes (DoRA) are applied with these: the one to the layer's own product, the other to the last
-factor of an adapter's.
+Magnitudes (DoRA) are applied with these: the one to the layer's own product where `extended` does
+not scale it in its sum, the other to the last factor of an adapter's.
 """
 
 from __future__ import annotations
