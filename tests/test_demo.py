@@ -85,13 +85,13 @@ def test_the_demo_runs_and_writes_everything(tmp_path, small, capsys, device):
 @needs_extra
 def test_training_twice_gives_the_same_bits_and_less_loss(network):
     from lycoris_cupy.demo.photographs import training_photographs
-    from lycoris_cupy.demo.training import RECIPES, train
+    from lycoris_cupy.demo.training import METHODS, train
     from lycoris_cupy.demo.upscaler import build_engine
 
     found = []
     for _ in range(2):
         engine = build_engine(network, "cpu")
-        train(engine, "x", RECIPES["LoCon"], training_photographs()[:1], 2, seed=3)
+        train(engine, "x", METHODS["LoCon"], training_photographs()[:1], 2, seed=3)
         found.append(engine.parameters("x"))
     assert any((p["up"] != 0).any() for p in found[0].values())
     for layer, p in found[0].items():
@@ -110,7 +110,7 @@ def test_a_short_training_gains_three_decibels_on_a_photograph_it_has_not_seen(
     low, original = photographs.held_out(0)["cat"]
     before = photographs.psnr(upscale(engine, low), original)
     photos = photographs.training_photographs()
-    training.train(engine, "x", training.RECIPES["LoCon"], photos, 24, seed=0)
+    training.train(engine, "x", training.METHODS["LoCon"], photos, 24, seed=0)
     assert photographs.psnr(upscale(engine, low), original) > before + 3
 
 

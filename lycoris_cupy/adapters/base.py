@@ -21,12 +21,12 @@ from ..arrays import Array
 from ..errors import FileFormatError, LycorisError
 from ..layers import Layer, LayerShape
 from ..norms import NormShape
-from ..ops.extended import Pending, pending, ready
+from ..ops.extended import Pending, ready
 from ..ops.product import product
-from ..ops.scale_columns import spread_columns
 from ..svd import Svd
 from .factor import Factor, require
 from .option import Option, options_of_class
+from .thin import by_columns
 
 Parameters = Mapping[str, Array]
 RULES = ("base", "reference")  # what a strength between 0 and 1 means, for algorithms with a `rule`
@@ -313,52 +313,3 @@ def scale_of(alpha: float | None, rank: int) -> float:
     if rank == 0:
         return 0.0
     return alpha / rank if alpha else 1.0
-
-
-def uniform(rng: np.random.Generator, shape: tuple[int, ...], fan_in: int) -> np.ndarray:
-    """f32, uniform within +-1 / sqrt(fan_in): Kaiming-uniform with a = sqrt(5), the reference's
-    start.
-    """
-    bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
-    return rng.uniform(-bound, bound, shape).astype(np.float32)
-
-
-def normal(rng: np.random.Generator, shape: tuple[int, ...], deviation: float) -> np.ndarray:
-    """f32, normal with mean 0."""
-    return (rng.standard_normal(shape) * deviation).astype(np.float32)
-
-
-def zeros(shape: tuple[int, ...]) -> np.ndarray:
-    return np.zeros(shape, np.float32)
-
-
-def by_columns(w: Array, columns: Array | None) -> Array:
-    """The last factor of a product whose outputs are multiplied by columns, if there are any."""
-    return w if columns is None else spread_columns(w, columns)
-
-
-def low_rank_cost(shape: LayerShape, rank: int) -> int:
-    """Multiply-adds an output position of x -> down -> up: the down product in every group, then
-    up's columns.
-    """
-    return rank * (shape.taps * shape.channels + shape.outputs)
-
-
-def apply_low_rank(
-    change: Array | None,
-    layer: Layer,
-    x: Array,
-    down: Array,
-    up: Array,
-    scale: Array,
-    columns: Array | None = None,
-) -> Array:
-    """change + scale * ((x * down) @ up) * columns.  down: (taps, IN, R), walks like the layer. up:
-    (1, R, OUT).
-
-    All groups share `down`; each has its own columns of `up`.
-    """
-    window = layer.window
-    inner = product(x, down, window.grouped(window.groups, shared=True))
-    up = by_columns(up, columns)
-    return pending(inner, up, window.pointwise_like(window.groups), add=change, scale=scale)

@@ -22,9 +22,10 @@ from ..ops.columns import expand_rows
 from ..ops.elementwise import add, cast
 from ..ops.extended import ready
 from ..svd import Svd
-from .base import Adapter, Parameters, Share, Turn, zeros
+from .base import Adapter, Parameters, Share, Turn
 from .factor import Factor
 from .stacked import Stacked
+from .start import zeros
 
 BIAS = "bias"
 KEYS = {"diff_b": False, "lora_up.bias": True}  # file key -> whether alpha / rank scales it

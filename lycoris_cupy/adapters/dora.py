@@ -30,9 +30,10 @@ from ..ops.scale_columns import scale_columns
 from ..ops.shapes import reshape, transpose
 from ..ops.squares import AXES, changed_square
 from ..tape import value_of
-from .base import RULES, Adapter, Parameters, Share, by_columns
+from .base import RULES, Adapter, Parameters, Share
 from .factor import Factor
 from .stacked import Stacked
+from .thin import by_columns
 
 KEY = "dora_scale"
 

@@ -22,10 +22,11 @@ from ..layers import Layer, LayerShape
 from ..ops.join import take_columns
 from ..ops.ranks import take_rows
 from ..tape import value_of
-from .base import Adapter, Parameters, apply_low_rank
+from .base import Adapter, Parameters
 from .factor import Factor, require_two_axes
 from .locon import LoCon
 from .option import Option
+from .thin import apply_low_rank
 
 
 def draw_block(rng: np.random.Generator, rank: int, block_size: int = 1) -> tuple[int, int]:

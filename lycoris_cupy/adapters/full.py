@@ -18,8 +18,9 @@ from ..layers import Layer, LayerShape
 from ..ops import elementwise
 from ..ops.product import product
 from ..svd import Svd, flat_rows, matrix_svd
-from .base import Parameters, zeros
+from .base import Parameters
 from .factor import Factor, extents, kernel_of, require_two_axes
+from .start import zeros
 from .unranked import Unranked
 
 

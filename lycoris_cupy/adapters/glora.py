@@ -24,16 +24,10 @@ from ..ops.extended import ready
 from ..ops.low_rank import fold_core, low_rank_weight
 from ..ops.product import product
 from ..ops.shapes import reshape
-from .base import (
-    Adapter,
-    DropElements,
-    Parameters,
-    apply_low_rank,
-    low_rank_cost,
-    uniform,
-    zeros,
-)
+from .base import Adapter, DropElements, Parameters
 from .factor import Factor, extents, kernel_of, require_two_axes
+from .start import uniform, zeros
+from .thin import apply_low_rank, low_rank_cost
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from ..ops.product import product
 from ..ops.scale_columns import scale_columns, spread_columns
 from ..ops.shapes import reshape, transpose
 from ..ops.window import Window
-from .base import Parameters, Share, Turn, zeros
+from .base import Parameters, Share, Turn
 from .dora import nothing
 from .factor import Factor, require
+from .start import zeros
 from .unranked import Unranked
 
 

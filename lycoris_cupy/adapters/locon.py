@@ -25,16 +25,10 @@ from ..ops.product import product
 from ..ops.shapes import reshape, tap_diagonal
 from ..ops.squares import low_rank_square
 from ..svd import Svd, flat_rows, product_svd
-from .base import (
-    Adapter,
-    Parameters,
-    apply_low_rank,
-    by_columns,
-    low_rank_cost,
-    uniform,
-    zeros,
-)
+from .base import Adapter, Parameters
 from .factor import Factor, extents, kernel_of, require_two_axes
+from .start import uniform, zeros
+from .thin import apply_low_rank, by_columns, low_rank_cost
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,10 @@ from ..ops.low_rank import fold_core
 from ..ops.shapes import reshape
 from ..ops.squares import low_rank_square
 from ..svd import Svd, flat_rows, product_svd
-from .base import Adapter, Parameters, apply_low_rank, low_rank_cost, normal, zeros
+from .base import Adapter, Parameters
 from .factor import Factor, extents, kernel_of, require_two_axes
+from .start import normal, zeros
+from .thin import apply_low_rank, low_rank_cost
 
 
 @dataclass(frozen=True)

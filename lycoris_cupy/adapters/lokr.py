@@ -32,9 +32,11 @@ from ..ops.shapes import reshape
 from ..ops.squares import changed_square
 from ..svd import Svd, flat_rows, kron_svd, matrix_svd, product_svd
 from ..tape import value_of
-from .base import Adapter, DropRanks, Parameters, by_columns, uniform, zeros
+from .base import Adapter, DropRanks, Parameters
 from .factor import Factor, extents, kernel_of, require_two_axes
 from .factorization import factorization
+from .start import uniform, zeros
+from .thin import by_columns
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from ..layers import Layer, LayerShape
 from ..norms import NormShape
 from ..ops import elementwise
 from ..ops.shapes import reshape
-from .base import Parameters, zeros
+from .base import Parameters
 from .factor import Factor
+from .start import zeros
 from .unranked import Unranked
 
 Pair = tuple[Array | None, Array | None]  # changes of weight and bias, (C,) wide

@@ -21,9 +21,10 @@ from ..layers import LayerShape
 from ..ops import elementwise
 from ..ops.elementwise import add, cast
 from ..svd import Svd, flat_rows, matrix_svd
-from .base import Parameters, zeros
+from .base import Parameters
 from .factor import Factor, require
 from .locon import LoCon
+from .start import zeros
 
 RESIDUAL = "residual"
 KEYS = ("bias_indices", "bias_values", "bias_size")

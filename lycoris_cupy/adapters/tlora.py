@@ -27,8 +27,9 @@ from ..ops.low_rank import low_rank_weight
 from ..ops.product import product
 from ..ops.ranks import interleave, mask_ranks
 from ..ops.scale_columns import spread_columns
-from .base import Adapter, Parameters, low_rank_cost
+from .base import Adapter, Parameters
 from .factor import Factor, extents, kernel_of, require_two_axes
+from .thin import low_rank_cost
 
 _NAMES = ("q", "lambda", "p")
 _MISSING = 1e-6  # the reference's singular value where the rank is more than the weight has

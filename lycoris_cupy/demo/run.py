@@ -24,7 +24,7 @@ from .photographs import (
     training_photographs,
 )
 from .picture import before_after
-from .training import RECIPES, train
+from .training import METHODS, train
 from .upscaler import build_engine, upscale
 
 CHECKED = 64  # rows and columns of low resolution on which merged and live are compared
@@ -57,9 +57,9 @@ def run(out: Path, steps: int, device: str, seed: int, photo: Path | None) -> li
     out.mkdir(parents=True, exist_ok=True)
     print(f"{NETWORK} on {base.device}, {steps} steps an adapter", flush=True)
     trained = {}
-    for name in RECIPES:
+    for name in METHODS:
         engine = Engine(base.layers, base.topology, device=base.device)
-        step_ms = train(engine, name, RECIPES[name], training, steps, seed)
+        step_ms = train(engine, name, METHODS[name], training, steps, seed)
         path = out / f"{name.lower()}.safetensors"
         engine.save_adapter(name, path, metadata={"steps": str(steps), "seed": str(seed)})
         trained[name] = Trained(

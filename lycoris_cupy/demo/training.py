@@ -18,7 +18,7 @@ LOG_EVERY = 5
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Method:
     """What to add, an algorithm of `Engine.add` with its options, and AdamW's greatest rate."""
 
     algorithm: str
@@ -26,20 +26,20 @@ class Recipe:
     rate: float
 
 
-RECIPES = {
-    "LoKr": Recipe("lokr", {"rank": 16, "factor": 4}, 6e-3),
-    "LoCon": Recipe("locon", {"rank": 8}, 6e-3),
+METHODS = {
+    "LoKr": Method("lokr", {"rank": 16, "factor": 4}, 6e-3),
+    "LoCon": Method("locon", {"rank": 8}, 6e-3),
 }
 
 
 def train(
-    engine: Engine, name: str, recipe: Recipe, photographs: list[np.ndarray], steps: int, seed: int
+    engine: Engine, name: str, method: Method, photographs: list[np.ndarray], steps: int, seed: int
 ) -> float:
     """Add an adapter `name` to every layer and train it; returns the median ms of a step.
 
     A step is forward, loss, backward, AdamW and the copy to bf16; batches are made before.
     """
-    engine.add(name, recipe.algorithm, seed=seed, **recipe.options)
+    engine.add(name, method.algorithm, seed=seed, **method.options)
     rng = np.random.default_rng([seed, 2])
     batches = [batch(photographs, PATCHES, PATCH, rng) for _ in range(steps)]
     result = fit(
@@ -49,7 +49,7 @@ def train(
         name=name,
         optimizer=AdamW(
             engine.parameters(name),
-            cosine(recipe.rate, steps, min(WARM_UP, steps // 4)),
+            cosine(method.rate, steps, min(WARM_UP, steps // 4)),
             weight_decay=0.0,
         ),
         steps=steps,
