@@ -299,6 +299,7 @@ class Engine:
         optimizer,
         *inputs: Array,
         targets=(),
+        **conditions,
     ) -> Callable[..., Any]:
         """A callable that repeats a training step of one adapter: forward, loss, backward, update.
 
@@ -306,10 +307,14 @@ class Engine:
         value for y. optimizer: as AdamW, over `engine.parameters(name)`. The callable takes inputs
         and targets of the same shapes and returns the value, which the next call writes over. On a
         GPU it is one CUDA graph, without a synchronisation: a change of strength, of factors, of
-        `lr` needs no new capture. Targets keep their dtype. Capturing takes no step.
+        `lr` needs no new capture. Targets keep their dtype. Capturing takes no step. conditions: as
+        for `capture`, but for `step`, which is the optimizer's.
         """
         self._known(name)
-        return capture_step(self, name, loss, optimizer, self._inputs(inputs), targets)
+        if "step" in conditions:
+            raise LycorisError("capture_step: the step is the optimizer's own, leave it out")
+        known = self._conditions(conditions)
+        return capture_step(self, name, loss, optimizer, self._inputs(inputs), targets, known)
 
     @_on_device
     def explain(self, *inputs: Array, **conditions) -> str:

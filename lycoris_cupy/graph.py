@@ -8,11 +8,11 @@ they are: inputs, factors, strengths, an optimizer's state and its numbers for t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .arrays import Array, device_context, to_device
-from .errors import ShapeError
+from .errors import LycorisError, ShapeError
 
 
 class Captured:
@@ -95,40 +95,53 @@ def capture(engine, inputs: Sequence[Array]) -> Captured:
     return Captured(engine.forward, inputs, engine.device, engine._inputs)
 
 
-def capture_step(engine, name: str, loss, optimizer, inputs, targets) -> Callable[..., Array]:
-    """See Engine.capture_step."""
+def capture_step(
+    engine, name: str, loss, optimizer, inputs, targets, conditions: Mapping[str, Any]
+) -> Callable[..., Array]:
+    """See Engine.capture_step. conditions: checked; their arrays are given anew at every step."""
     count, factors = len(inputs), engine.parameters(name)
+    levels = [key for key, value in conditions.items() if hasattr(value, "dtype")]
+    fixed = {key: value for key, value in conditions.items() if key not in levels}
+    end = count + len(targets)
 
     # What is dropped is drawn from the step's number, which stays on the device.
-    dropping = any(attached.dropout for attached in engine.attachments.values())
-    conditions = {"step": optimizer.clock()} if dropping else {}
+    if any(attached.dropout for attached in engine.attachments.values()):
+        fixed["step"] = optimizer.clock()
 
     def run(*arrays: Array) -> Array:
-        y, pullback = engine.vjp(*arrays[:count], **conditions)
-        value, dy = loss(y, *arrays[count:])
+        given = dict(zip(levels, arrays[end:], strict=True))
+        y, pullback = engine.vjp(*arrays[:count], **given, **fixed)
+        value, dy = loss(y, *arrays[count:end])
         _, grads = pullback(dy)
         optimizer.apply(grads[name], out=factors)
         return value
 
     def convert(given):
         # Targets are the loss's own affair: they keep their dtype.
-        rest = (to_device(target, engine.device) for target in given[count:])
-        return [*engine._inputs(given[:count]), *rest]
+        rest = (to_device(target, engine.device) for target in given[count:end])
+        told = engine._conditions(dict(zip(levels, given[end:], strict=True)))
+        return [*engine._inputs(given[:count]), *rest, *told.values()]
 
     # Warming up takes steps; what they change is put back, also if the capture fails.
     before = {layer: {n: v.copy() for n, v in p.items()} for layer, p in factors.items()}
     kept = optimizer.snapshot()
     try:
         optimizer.prepare()
-        made = Captured(run, convert([*inputs, *targets]), engine.device, convert)
+        first = [*inputs, *targets, *(conditions[key] for key in levels)]
+        made = Captured(run, convert(first), engine.device, convert)
     finally:
         optimizer.restore(kept)
         engine.set_parameters(name, before)
 
-    def step(*given: Array) -> Array:
+    def step(*given: Array, **told: Array) -> Array:
+        if set(told) != set(levels if given else ()):
+            raise LycorisError(
+                f"captured with {', '.join(levels) or 'no conditions'}, called with "
+                f"{', '.join(told) or 'none'}"
+            )
         with device_context(engine.device):
             optimizer.prepare()
-        return made(*given)
+        return made(*given, *(told[key] for key in levels if given))
 
     step.captured = made
     return step

@@ -156,7 +156,7 @@ def test_a_batch_that_has_no_equal_shares():
     step = Step(
         engine, "a", squared_error, AdamW(engine.parameters("a")), accumulate=2, reducer=Second()
     )
-    (inputs, targets), _ = step.pieces(*batch(0, 8))
+    (inputs, targets, _), _ = step.pieces(*batch(0, 8))
     assert (inputs[0] == batch(0, 8)[0][0][4:6]).all() and len(targets[0]) == 2
     with pytest.raises(
         ShapeError, match=r"\(6, 5, 4, 4\): its first axis cannot be cut into 4 equal"

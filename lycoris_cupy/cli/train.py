@@ -139,12 +139,12 @@ class _Training:
     def told(self) -> list[str]:
         """For --dry-run."""
         table = self.config["train"]
-        inputs, targets = Batches(self.batches)(0)
-        piece, _ = split(inputs, targets, table["accumulate"])[0]
+        inputs, targets, conditions = Batches(self.batches)(0)
+        piece, _, told = split(inputs, targets, table["accumulate"], conditions)[0]
         kind = type(self.optimizer).__name__
         validated = len(self.validation or ())
         return [
-            self.report.text(activations=activation_bytes(self.engine, *piece)),
+            self.report.text(activations=activation_bytes(self.engine, *piece, **told)),
             "",
             f"{table['steps']} steps of {kind} on {self.engine.device}, {table['loss']}",
             f"a batch: {_shapes(inputs)} -> {_shapes(targets)}, in {table['accumulate']} piece(s)",

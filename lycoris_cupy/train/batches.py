@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,9 @@ import numpy as np
 from ..arrays import Array
 from ..errors import LycorisError
 
-Batch = tuple[tuple[Array, ...], tuple[Array, ...]]  # inputs, targets
+# Inputs, targets, and what the adapters read beside them, such as noise_level.
+Batch = tuple[tuple[Array, ...], tuple[Array, ...], Mapping[str, Any]]
+Given = Batch | tuple[tuple[Array, ...], tuple[Array, ...]]  # the last may be left out
 
 
 class Batches:
@@ -21,7 +23,7 @@ class Batches:
 
     def __init__(
         self,
-        source: Callable[[int], Batch] | Iterable[Batch],
+        source: Callable[[int], Given] | Iterable[Given],
         rng: np.random.Generator | None = None,
     ):
         self._function = source if callable(source) else None
@@ -62,7 +64,7 @@ class Batches:
         if self._rng is not None and state is not None:
             self._rng.bit_generator.state = state
 
-    def _next(self) -> Batch:
+    def _next(self) -> Given:
         assert self._iterator is not None
         try:
             return next(self._iterator)
@@ -74,10 +76,13 @@ class Batches:
 
 
 def _checked(batch: Any, step: int) -> Batch:
-    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-    if not pair or not all(isinstance(part, (tuple, list)) and len(part) for part in batch):
+    known = isinstance(batch, (tuple, list)) and len(batch) in (2, 3)
+    conditions = batch[2] if known and len(batch) == 3 else {}
+    known = known and isinstance(conditions, Mapping)
+    if not known or not all(isinstance(part, (tuple, list)) and len(part) for part in batch[:2]):
         raise LycorisError(
             f"the batch of step {step} is {type(batch).__name__}, expected a pair (inputs, "
-            "targets) of tuples of arrays, such as ((x,), (target,))"
+            "targets) of tuples of arrays, such as ((x,), (target,)), and a dict of conditions "
+            "behind them if the adapter reads any"
         )
-    return batch[0], batch[1]
+    return batch[0], batch[1], conditions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..arrays import Array, module_of, to_device, wide_dtype
@@ -40,7 +40,11 @@ def error_of_factors(done: int, masters: Nested) -> NonFiniteError | None:
 
 
 def require_finite_step(
-    step: Step, number: int, inputs: Sequence[Array], targets: Sequence[Array]
+    step: Step,
+    number: int,
+    inputs: Sequence[Array],
+    targets: Sequence[Array],
+    conditions: Mapping[str, Any],
 ) -> None:
     """Raise NonFiniteError for what is not finite first: a factor that is there already, the batch,
     the output, the loss, a gradient. The engine stands before the step, which changes nothing here.
@@ -54,8 +58,9 @@ def require_finite_step(
         if not _finite(x):
             raise NonFiniteError(number, f"{what} {i} of the batch", "repair the data")
     engine = step.engine
-    for i, (piece_inputs, piece_targets) in enumerate(step.pieces(inputs, targets)):
-        drawn = {"step": step.draw(i)}  # so that the same is dropped
+    for i, piece in enumerate(step.pieces(inputs, targets, conditions)):
+        piece_inputs, piece_targets, told = piece
+        drawn = {**told, "step": step.draw(i)}  # so that the same is dropped
         _require_finite_outputs(engine, number, piece_inputs, drawn)
         y, pullback = engine.vjp(*piece_inputs, **drawn)
         moved = [to_device(t, engine.device) for t in piece_targets]
@@ -101,7 +106,7 @@ def raise_cause(
 
 
 def _require_finite_outputs(
-    engine: Engine, number: int, inputs: Sequence[Array], drawn: dict[str, int]
+    engine: Engine, number: int, inputs: Sequence[Array], drawn: dict[str, Any]
 ) -> None:
     topology, advice = engine.topology, "lower the learning rate, or clip the gradient"
 

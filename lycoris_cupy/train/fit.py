@@ -17,7 +17,7 @@ from ..arrays import device_context, to_device
 from ..engine import Engine
 from ..errors import LycorisError
 from ..optim import Average, Optimizer
-from .batches import Batch, Batches
+from .batches import Batches, Given
 from .finite import error_of_factors, raise_cause
 from .progress import Progress
 from .run import Run
@@ -41,7 +41,7 @@ class Result:
 
 def fit(
     engine: Engine,
-    batches: Callable[[int], Batch] | Iterable[Batch],
+    batches: Callable[[int], Given] | Iterable[Given],
     loss: Loss,
     *,
     name: str,
@@ -66,7 +66,9 @@ def fit(
     """Train the adapter `name` of an engine; its factors are the last step's in the end.
 
     batches: a function step -> (inputs, targets), tuples of arrays, so that any step can be made
-    again; or an iterable of such pairs, which is advanced on resume. The first step is 0.
+    again; or an iterable of such pairs, which is advanced on resume. The first step is 0. A third
+    part, a dict, holds what the adapter reads beside inputs: noise_level (T-LoRA), an array that is
+    cut like them, or ranks (DyLoRA), a pair as `draw_block` gives it.
     loss(y, *targets) -> (value, dy), as `Engine.capture_step` takes it; on a GPU a step is a CUDA
     graph, and losses are read every `log_every` steps only. optimizer: over
     `engine.parameters(name)`. average: over its masters; validated and saved in place of them.

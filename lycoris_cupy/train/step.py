@@ -7,7 +7,7 @@ one that adds gradients up, for each piece, and one that updates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ from ..optim.running import Running
 from .meter import Meter
 
 Loss = Callable[..., tuple[Any, Array]]
-Piece = tuple[list[Array], list[Array]]  # inputs, targets
+Piece = tuple[list[Array], list[Array], dict[str, Any]]  # inputs, targets, conditions
 _LOSS = "\0loss"  # beside the layers, whose names are texts that people give
 
 
@@ -39,7 +39,8 @@ class Reducer(Protocol):
 
 
 class Step:
-    """Call it with a batch: (inputs, targets), tuples of arrays.
+    """Call it with a batch: (inputs, targets), tuples of arrays, and what the adapter reads beside
+    them, such as noise_level, as `Engine.capture_step` takes it.
 
     accumulate: the batch is run in this many equal pieces along its first axis, and their gradients
     averaged: less memory, the same step for a loss that is a mean. reducer: of several processes,
@@ -74,8 +75,13 @@ class Step:
         self._captured: dict[tuple, Callable] = {}
         self._update: Captured | None = None
 
-    def __call__(self, inputs: Sequence[Array], targets: Sequence[Array]) -> None:
-        for i, piece in enumerate(self.pieces(inputs, targets)):
+    def __call__(
+        self,
+        inputs: Sequence[Array],
+        targets: Sequence[Array],
+        conditions: Mapping[str, Any] | None = None,
+    ) -> None:
+        for i, piece in enumerate(self.pieces(inputs, targets, conditions)):
             if self._sums is not None:
                 self._sums.draw.fill(self.draw(i))
             self._gather(*piece)
@@ -99,9 +105,14 @@ class Step:
         first = (self.count * self.processes + self.rank) * self.accumulate
         return (first + piece + 1) % 2**32
 
-    def pieces(self, inputs: Sequence[Array], targets: Sequence[Array]) -> list[Piece]:
+    def pieces(
+        self,
+        inputs: Sequence[Array],
+        targets: Sequence[Array],
+        conditions: Mapping[str, Any] | None = None,
+    ) -> list[Piece]:
         """What this process runs of a batch, one after the other."""
-        every = split(inputs, targets, self.processes * self.accumulate)
+        every = split(inputs, targets, self.processes * self.accumulate, conditions)
         return every[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]
 
     def snapshot(self) -> tuple:
@@ -118,14 +129,24 @@ class Step:
         self.meter.restore(meter)
         self.engine.set_parameters(self.name, self.optimizer.masters)
 
-    def _gather(self, inputs: Sequence[Array], targets: Sequence[Array]) -> None:
-        key = tuple((tuple(x.shape), str(x.dtype)) for x in (*inputs, *targets))
+    def _gather(
+        self, inputs: Sequence[Array], targets: Sequence[Array], conditions: dict[str, Any]
+    ) -> None:
+        levels = {name: x for name, x in conditions.items() if hasattr(x, "shape")}
+        fixed = tuple((name, tuple(x)) for name, x in conditions.items() if name not in levels)
+        arrays = (*inputs, *targets, *levels.values())
+        key = (fixed, *((tuple(x.shape), str(x.dtype)) for x in arrays))
         if key not in self._captured:
             taker = self._sums or _Direct(self.optimizer, self.meter)
             self._captured[key] = self.engine.capture_step(
-                self.name, self.meter.watched(self.loss), taker, *inputs, targets=targets
+                self.name,
+                self.meter.watched(self.loss),
+                taker,
+                *inputs,
+                targets=targets,
+                **conditions,
             )
-        self._captured[key](*inputs, *targets)
+        self._captured[key](*inputs, *targets, **levels)
 
     def _capture_update(self, sums: _Sums) -> Captured:
         def run() -> None:
@@ -213,19 +234,36 @@ class _Sums:
         self._meter.loss.fill(0)
 
 
-def split(inputs: Sequence[Array], targets: Sequence[Array], count: int) -> list[Piece]:
-    """A batch in equal pieces along the first axis of all its arrays."""
+def split(
+    inputs: Sequence[Array],
+    targets: Sequence[Array],
+    count: int,
+    conditions: Mapping[str, Any] | None = None,
+) -> list[Piece]:
+    """A batch in equal pieces along the first axis of all its arrays; conditions of one value, and
+    those that are no arrays, are those of every piece.
+    """
+    conditions = {
+        name: x if hasattr(x, "shape") or isinstance(x, (tuple, list)) else np.asarray([x])
+        for name, x in (conditions or {}).items()
+    }
     if count == 1:
-        return [(list(inputs), list(targets))]
-    for what, arrays in (("input", inputs), ("target", targets)):
+        return [(list(inputs), list(targets), conditions)]
+    cut = [x for x in conditions.values() if hasattr(x, "shape") and x.size > 1]
+    for what, arrays in (("input", inputs), ("target", targets), ("condition", cut)):
         for i, x in enumerate(arrays):
             if not x.ndim or x.shape[0] % count:
                 raise ShapeError(
                     f"{what} {i} of the batch has shape {tuple(x.shape)}: its first axis cannot be "
                     f"cut into {count} equal pieces"
                 )
+    cut = {n: x for n, x in conditions.items() if hasattr(x, "shape") and x.size > 1}
     return [
-        ([_piece(x, i, count) for x in inputs], [_piece(x, i, count) for x in targets])
+        (
+            [_piece(x, i, count) for x in inputs],
+            [_piece(x, i, count) for x in targets],
+            {**conditions, **{n: _piece(x, i, count) for n, x in cut.items()}},
+        )
         for i in range(count)
     ]
 
