@@ -232,49 +232,59 @@ INLINE void begin(float (&sum)[ROWS][TILE_N / 2], float factor, const float* fac
   }
 }
 
-// Adds `add` (ADD), rounds, and writes: 16 bytes a lane.
+// Adds `add` (ADD), rounds, and writes: 16 bytes a lane. What is added to a row is read while the row before is written, where
+// there are registers for it.
 template <bool ADD>
 INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int worker, const bf16* add, bf16* y,
                    int positions, int columns) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  constexpr int FOURS = TILE_N / 32;
+  constexpr int FOURS = TILE_N / 32, AHEAD = ADD && WORKERS == 2 && TILE_N < 160;
+  const int first = tile.row + worker * (TILE_M / WORKERS) + warp * 16 + lane / 4;
+  uint4 rows[AHEAD + 1][ADD ? FOURS : 1];
+  auto read = [&](int q) {  // rows in pairs, eight apart
+    const int row = first + q / 2 * 64 + q % 2 * 8;
+    const bf16* from = add + (long long)row * columns + tile.column + lane % 4 * 8;
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = tile.row + worker * (TILE_M / WORKERS) + r * 64 + warp * 16 + lane / 4 + half * 8;
-      if (row - lane / 4 >= positions) break;  // of the whole warp
-      const int left = row < positions ? columns - tile.column : 0;
-      const long long start = (long long)row * columns + tile.column;
-      const float* values = &sum[r][half * 2];
-#pragma unroll
-      for (int four = 0; four < FOURS; ++four) {
-        const int n = four * 32 + lane % 4 * 8;
-        unsigned added[4] = {0, 0, 0, 0}, v[4];
-        if (ADD) {
-          if (n < left) {
-            const uint4 a = *reinterpret_cast<const uint4*>(add + start + n);
-            added[0] = a.x, added[1] = a.y, added[2] = a.z, added[3] = a.w;
-          }
-          exchange(added);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int at = (four * 4 + i) * 4;
-          v[i] = round_pair(values[at] + (ADD ? low_half(added[i]) : 0), values[at + 1] + (ADD ? high_half(added[i]) : 0));
-        }
-        exchange(v);
-        if (n < left) *reinterpret_cast<uint4*>(y + start + n) = make_uint4(v[0], v[1], v[2], v[3]);
-      }
-#pragma unroll
-      for (int piece = FOURS * 4; piece < TILE_N / 8; ++piece) {
-        const int n = piece * 8 + lane % 4 * 2;
-        const unsigned added = ADD && n < left ? *reinterpret_cast<const unsigned*>(add + start + n) : 0;
-        const unsigned v = round_pair(values[piece * 4] + (ADD ? low_half(added) : 0),
-                                      values[piece * 4 + 1] + (ADD ? high_half(added) : 0));
-        if (n < left) *reinterpret_cast<unsigned*>(y + start + n) = v;
-      }
+    for (int four = 0; four < FOURS; ++four) {
+      const bool inside = row < positions && tile.column + four * 32 + lane % 4 * 8 < columns;
+      rows[q % (AHEAD + 1)][four] = inside ? *reinterpret_cast<const uint4*>(from + four * 32) : make_uint4(0, 0, 0, 0);
     }
+  };
+  if (AHEAD) read(0);
+#pragma unroll
+  for (int q = 0; q < 2 * ROWS; ++q) {
+    const int row = first + q / 2 * 64 + q % 2 * 8;
+    if (row - lane / 4 >= positions) break;  // of the whole warp
+    if (ADD && q + AHEAD < 2 * ROWS) read(q + AHEAD);
+    const int left = row < positions ? columns - tile.column : 0;
+    const long long start = (long long)row * columns + tile.column;
+    const float* values = &sum[q / 2][q % 2 * 2];
+#pragma unroll
+    for (int four = 0; four < FOURS; ++four) {
+      const int n = four * 32 + lane % 4 * 8;
+      unsigned added[4] = {0, 0, 0, 0}, v[4];
+      if (ADD) {
+        const uint4 a = rows[q % (AHEAD + 1)][four];
+        added[0] = a.x, added[1] = a.y, added[2] = a.z, added[3] = a.w;
+        exchange(added);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = (four * 4 + i) * 4;
+        v[i] = round_pair(values[at] + (ADD ? low_half(added[i]) : 0), values[at + 1] + (ADD ? high_half(added[i]) : 0));
+      }
+      exchange(v);
+      if (n < left) *reinterpret_cast<uint4*>(y + start + n) = make_uint4(v[0], v[1], v[2], v[3]);
+    }
+#pragma unroll
+    for (int piece = FOURS * 4; piece < TILE_N / 8; ++piece) {
+      const int n = piece * 8 + lane % 4 * 2;
+      const unsigned added = ADD && n < left ? *reinterpret_cast<const unsigned*>(add + start + n) : 0;
+      const unsigned v = round_pair(values[piece * 4] + (ADD ? low_half(added) : 0),
+                                    values[piece * 4 + 1] + (ADD ? high_half(added) : 0));
+      if (n < left) *reinterpret_cast<unsigned*>(y + start + n) = v;
+    }
+  }
 }
 
 extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)

@@ -22,7 +22,7 @@ from .cuda_source import Parameter, define_sets, expand, signatures
 from .errors import KernelError
 from .nvrtc import arch_of, binary
 
-_STATIC_SHARED = 48 * 1024  # a block gets more only after the function's limit is raised
+_SHARED = 48 * 1024  # static and dynamic; a block gets more only after its limit is raised
 
 
 class _Refused(Exception):
@@ -213,7 +213,7 @@ class Kernel:
             # The cached code is whole, but this driver refuses it: compile it anew, once.
             raw = cupy.RawModule(path=binary(*target, fresh=True)).get_function(self.name)
             function = raw.kernel
-        self._loaded[device] = [function, raw, _STATIC_SHARED]
+        self._loaded[device] = [function, raw, _SHARED - raw.shared_size_bytes]
         return self._loaded[device]
 
     def _explained(self, args) -> KernelError:

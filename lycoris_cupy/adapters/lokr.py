@@ -25,6 +25,7 @@ from ..ops.changed import kron_changed
 from ..ops.elementwise import cast, multiply
 from ..ops.extended import pending
 from ..ops.kron import kron_weight, mix_blocks
+from ..ops.kron_product import in_one_piece, kron_product
 from ..ops.kron_square import kron_square
 from ..ops.low_rank import low_rank_weight, tucker_weight
 from ..ops.product import product
@@ -230,17 +231,20 @@ class LoKr(Adapter):
     ) -> Array:
         if self.route == "delta":
             return super().apply(change, layer, x, p, scale, columns)
-        rows, _, blocks, _ = self.split
+        rows, outputs, blocks, width = self.split
         window, w1 = layer.window, cast(self._w1(p), x.dtype)
         if "mask" in p:
             columns = p["mask"] if columns is None else multiply(columns, p["mask"])
         # Scaled columns are no longer those of every block: each block gets its own.
         shared = columns is None
+        sizes = (window.taps, width, outputs)
+        if shared and (self.w2_rank is None or in_one_piece(x, w1, sizes, window)):
+            w2 = cast(self._w2(p), x.dtype)  # small: a product of its factors costs next to nothing
+            return kron_product(x, w1, w2, window, add=change, scale=scale)
         if self.w2_rank is None:
-            # Blocks of channels are mixed, then every block goes through the same w2.
-            mixed, w2 = mix_blocks(x, w1), by_columns(p["w2"], columns)
-            blocked = window.grouped(rows, shared=shared)
-            return pending(mixed, w2, blocked, add=change, scale=scale)
+            # Blocks of channels are mixed, then every block goes through w2 with its own columns.
+            w2, blocked = by_columns(p["w2"], columns), window.grouped(rows)
+            return pending(mix_blocks(x, w1), w2, blocked, add=change, scale=scale)
         if self.tucker:
             inner = product(x, p["w2_down"], window.pointwise_like(blocks, shared=True))
             inner = product(inner, p["t2"], window.grouped(blocks, shared=True))

@@ -1,0 +1,67 @@
+// A piece of an image in shared memory: 8 x 8 positions and the pixels around them that their windows read, with a part of
+// the channels of every block. What kron_conv.cu and kron_conv_dw.cu have in common.
+#pragma once
+#include "conv_walk.cuh"
+#include "mma.cuh"
+
+constexpr int SIDE = 8;
+
+// Bytes of a row of 16-byte chunks: an odd number of them, so that eight rows one after the other fall on different banks.
+INLINE unsigned odd_row(int chunks) {
+  return (chunks | 1) * 16;
+}
+
+INLINE unsigned read_shared(unsigned from) {
+  unsigned v;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
+  return v;
+}
+INLINE void write_shared(unsigned to, unsigned v) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
+}
+
+// Which 64 positions of which image.
+struct Piece {
+  int image, top, left;
+
+  INLINE Piece(int piece, const Geometry& g) {
+    const int across = (g.to[2] + SIDE - 1) / SIDE, down = (g.to[1] + SIDE - 1) / SIDE;
+    left = piece % across * SIDE, top = piece / across % down * SIDE, image = piece / across / down;
+  }
+
+  // The number of a position of the piece; -1 outside.
+  INLINE int position(int row, int column, int positions, const Geometry& g) const {
+    if (top + row >= g.to[1] || left + column >= g.to[2]) return -1;
+    const int at = (image * g.to[1] + top + row) * g.to[2] + left + column;
+    return at < positions ? at : -1;
+  }
+};
+
+// Where the chunks of a pixel's row come from: channels, of each of `blocks` blocks the first `part`.
+INLINE void list_channels(int* list, int blocks, int block, int part) {
+  const int chunks = part / 8;
+  for (int c = threadIdx.x; c < blocks * chunks; c += blockDim.x) list[c] = c / chunks * block + c % chunks * 8;
+}
+
+// Copies `rows` x `columns` pixels from (top, left) of an image on, of each the `chunks` chunks listed in `channels`; zeros
+// outside. Eight threads a pixel.
+INLINE void copy_piece(unsigned to, unsigned row_bytes, const bf16* x, int pixels, int image, int top, int left, int rows,
+                       int columns, int height, int width, int channels_all, const int* channels, int chunks) {
+  for (int at = threadIdx.x / 8; at < rows * columns; at += blockDim.x / 8) {
+    const int down = at / columns, y = top + down, z = left + at - down * columns, pixel = (image * height + y) * width + z;
+    const bool inside = unsigned(y) < unsigned(height) && unsigned(z) < unsigned(width) && pixel < pixels;
+    const bf16* from = inside ? x + (long long)pixel * channels_all : x;
+    const unsigned row = to + at * row_bytes;
+    for (int c = threadIdx.x % 8; c < chunks; c += 8) copy_async(row + c * 16, from + channels[c], inside);
+  }
+}
+
+// Where the chunks of eight channels of all taps lie, from the pixel of tap 0 on; the last one again where their number is odd.
+INLINE void list_chunks(unsigned* list, int taps, int part, int columns, unsigned row_bytes, const Geometry& g) {
+  const int chunks = part / 8, count = taps * chunks;
+  for (int i = threadIdx.x; i < count + count % 2; i += blockDim.x) {
+    const int at = min(i, count - 1), tap = at / chunks;
+    const int down = tap / g.kernel[2] * g.dilation[1], right = tap % g.kernel[2] * g.dilation[2];
+    list[i] = (down * columns + right) * row_bytes + at % chunks * 16;
+  }
+}
