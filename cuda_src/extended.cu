@@ -10,7 +10,7 @@
 // the gradient of the input is the same product with w turned (B_ROWS=0: rows of K values) and the taps in reverse.
 //
 // A block is persistent: one warpgroup copies tiles (a matrix by boxes, an image by im2col boxes) into a ring of stages,
-// the others multiply: two, 128 rows of the tile each, or three, 64 rows each. Tiles go by bands of `band` row tiles, so that what runs at the same
+// the others multiply: two, 128 or 64 rows of the tile each, or three, 64 rows each. Tiles go by bands of `band` row tiles, so that what runs at the same
 // time shares its operands in L2. EXT_N: columns that x2 * w2 does at a time, so that narrow blocks fit a wide tile.
 //
 // only sm_90a
@@ -21,6 +21,10 @@
 // variants bf16: TILE_N=160 B_ROWS=1 SCALED=1
 // variants bf16: TILE_M=192 TILE_N=192 B_ROWS=0 | TILE_M=192 TILE_N=192 B_ROWS=1
 // variants bf16: TILE_M=192 TILE_N=192 B_ROWS=1 SCALED=1
+// variants bf16: TILE_M=128 TILE_N=64 B_ROWS=0 | TILE_M=128 TILE_N=128 B_ROWS=0 | TILE_M=128 TILE_N=160 B_ROWS=0
+// variants bf16: TILE_M=128 TILE_N=64 B_ROWS=1 | TILE_M=128 TILE_N=128 B_ROWS=1 | TILE_M=128 TILE_N=160 B_ROWS=1
+// variants bf16: TILE_M=128 TILE_N=64 B_ROWS=1 SCALED=1 | TILE_M=128 TILE_N=128 B_ROWS=1 SCALED=1
+// variants bf16: TILE_M=128 TILE_N=160 B_ROWS=1 SCALED=1
 // variants bf16: TILE_N=160 B_ROWS=1 EXT_N=40 | TILE_N=160 B_ROWS=1 EXT_N=80
 // variants bf16: TILE_N=160 B_ROWS=0 EXT_N=40 | TILE_N=160 B_ROWS=0 EXT_N=80
 #include "hopper.cuh"

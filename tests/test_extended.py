@@ -99,9 +99,13 @@ def on_gpu(*arrays):
     return [None if a is None else to_device(a.astype(bf16), "cuda:0") for a in arrays]
 
 
-def tile_of(columns):
-    """The variant whose tile has so many columns."""
-    return extended_plan.Tile(192 if columns == 192 else 256, columns, columns, 0.0)
+TILES = [None, *extended_plan.TILES[True]]
+TURNED = [None, *extended_plan.TILES[False]]
+
+
+def tile_of(tile):
+    """The variant with a tile of so many rows and columns."""
+    return extended_plan.Tile(*tile, tile[1], 0.0)
 
 
 def need_hopper():
@@ -110,7 +114,7 @@ def need_hopper():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [None, 64, 96, 128, 160, 192])
+@pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("name", FORWARD)
 def test_forward(name, tile, monkeypatch):
     need_hopper()
@@ -131,8 +135,8 @@ def test_forward(name, tile, monkeypatch):
         if more is not None:
             y, size = y + more, size + abs(more)
     if tile is not None:
-        block = second[1][2] if second is not None and second[2].groups > 1 else tile
-        if block % tile:
+        block = second[1][2] if second is not None and second[2].groups > 1 else tile[1]
+        if block % tile[1]:
             pytest.skip("the tile does not fit the blocks")
         monkeypatch.setattr(extended_plan, "_choose", lambda *args: tile_of(tile))
         extended_plan.plan_forward.cache_clear()
@@ -151,14 +155,15 @@ def test_forward(name, tile, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [None, 64, 96, 128, 160, 192])
+@pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("name", [name for name, case in FORWARD.items() if case[3] is not None])
 def test_scaled_columns(name, tile, monkeypatch):
     """c * (x * w) with the second term behind it, and x * w by itself."""
     need_hopper()
     x_shape, w_shape, window, second, terms = FORWARD[name]
-    block = second[1][2] if second[2].groups > 1 else tile or 64
-    if block % (tile or 64):
+    width = tile[1] if tile else 64
+    block = second[1][2] if second[2].groups > 1 else width
+    if block % width:
         pytest.skip("the tile does not fit the blocks")
     rng = np.random.default_rng([*name.encode(), 1])
     x, w = draw(rng, x_shape), draw(rng, w_shape)
@@ -187,7 +192,7 @@ def test_scaled_columns(name, tile, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [None, 64, 96, 128, 144, 160, 192])
+@pytest.mark.parametrize("tile", TURNED, ids=str)
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward(name, tile, monkeypatch):
     need_hopper()
@@ -423,10 +428,34 @@ def test_a_plan_covers_its_result(name):
     tile = int(found.launch.defines["TILE_N"])
     positions, columns, band = found.numbers
     assert 1 <= found.grid[0] <= 132 and band >= 1
-    assert found.grid[0] == min(132, -(-positions // 256) * -(-columns // tile))
+    rows = found.tile.rows
+    assert int(found.launch.defines.get("TILE_M", 256)) == rows
+    assert found.grid[0] == min(132, -(-positions // rows) * -(-columns // tile))
     assert found.own["taps"] == w[0] and found.other["taps"] == w2[0]
     if other.groups > 1:
         assert found.other["block"] == w2[2]
+
+
+SMALL = {  # fewer tiles of 256 rows than multiprocessors, at least half as many of 128
+    "64 channels": ((1, 128, 128, 64), (9, 64, 64), square(padding=1), None),
+    "64 channels twice": (
+        (1, 128, 128, 64), (9, 64, 64), square(padding=1), ((9, 64, 64), square(padding=1)),
+    ),
+    "256 columns": ((4096, 320), (1, 320, 256), FLAT, ((1, 16, 256), FLAT)),
+    "640 channels": ((1, 64, 64, 640), (9, 640, 640), square(padding=1), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_results_are_cut_into_tiles_of_128_rows(name):
+    shapes = SMALL[name]
+    for scaled in (False, True):
+        found = extended_plan.plan_forward(*shapes, 132, scaled)
+        assert found.tile.rows == 128 and found.grid == (128,)
+        assert int(found.launch.defines["TILE_M"]) == 128
+    x, *rest = shapes
+    large = extended_plan.plan_forward((8 * x[0], *x[1:]), *rest, 132)
+    assert large.tile.rows > 128
 
 
 def test_what_the_copy_engine_cannot_read():

@@ -18,9 +18,10 @@ from .extended_plan import Plan, plan_blocks_dx, plan_dx, plan_forward
 from .window import Window
 
 _THREADS = {
-    256: 384,
+    128: 384,
     192: 512,
-}  # by the rows of a tile: one warpgroup that copies, two or three more
+    256: 384,
+}  # by the rows of a tile: a warpgroup that copies, and more
 _SHARED = 226 * 1024  # sm_90 has 227 KiB for a block; the barriers stand in the rest
 
 
