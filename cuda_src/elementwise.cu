@@ -54,10 +54,11 @@ extern "C" __global__ void NAME(prelu_terms)(const T* x, const T* g, A* terms, l
   }
 }
 
-// partial[part, c] = sum of x[r, c] over the rows r of one part. Block (32, 32): 32 columns, 32 rows at a time; the order of
+// partial[part, c] = scale * the sum of x[r, c] over the rows r of one part. Block (32, 32): 32 columns, 32 rows at a time; the order of
 // the sum depends on the sizes alone.
-extern "C" __global__ void __launch_bounds__(1024) NAME(column_sum)(const T* x,  // (rows, columns)
-                                                                    A* partial,  // (gridDim.y, columns)
+extern "C" __global__ void __launch_bounds__(1024) NAME(column_sum)(const T* x,      // (rows, columns)
+                                                                    const A* scale,  // (1,), or null for 1
+                                                                    A* partial,      // (gridDim.y, columns)
                                                                     long long rows, int columns) {
   __shared__ A lane[32][33];
   const int column = blockIdx.x * 32 + threadIdx.x;
@@ -71,5 +72,6 @@ extern "C" __global__ void __launch_bounds__(1024) NAME(column_sum)(const T* x, 
     __syncthreads();
     if (threadIdx.y < half) lane[threadIdx.y][threadIdx.x] += lane[threadIdx.y + half][threadIdx.x];
   }
-  if (threadIdx.y == 0 && column < columns) partial[(long long)blockIdx.y * columns + column] = lane[0][threadIdx.x];
+  if (threadIdx.y == 0 && column < columns)
+    partial[(long long)blockIdx.y * columns + column] = lane[0][threadIdx.x] * (scale ? *scale : A(1));
 }

@@ -1,7 +1,7 @@
-// The extended product: y = c * (x * w) + scale * (x2 * w2) + add + bias in one accumulator, rounded once. For Hopper.
+// The extended product: y = c * (x * w) + scale * (x2 * w2 + bias2) + add + bias in one accumulator, rounded once. For Hopper.
 //
 //   y[p, n] = c[n] * sum over taps t and channels k of x[pixel(p, t), k] * w[t, k, n]
-//           + scale * sum over t, k of x2[pixel(p, t), b * K2 + k] * w2[t, k, n - b * block]      b = n / block
+//           + scale * (bias2[n] + sum over t, k of x2[pixel(p, t), b * K2 + k] * w2[t, k, n - b * block])     b = n / block
 //           + add[p, n] + bias[n]
 //
 // An adapter is the second term: a few more steps along the inner axis, before the first term's, or, with SCALED=1, behind
@@ -288,6 +288,7 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
                    const float* c,      // (columns), with SCALED
                    const bf16* add,     // (positions, columns), or null
                    const bf16* bias,    // (columns), or null
+                   const bf16* bias2,   // (columns), or null; without SCALED
                    bf16* kept,          // (positions, columns): x * w, with SCALED; or null
                    bf16* y,             // (positions, columns)
                    const __grid_constant__ Geometry g, const Term own, const Term other, int positions, int columns,
@@ -331,7 +332,7 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
         accumulate_other(sum, other, tile, columns, group, chief, ring, stage);
       } else {
         if (other.taps) {
-          begin<true>(sum, 0, nullptr, nullptr, tile, columns);
+          begin<true>(sum, 0, nullptr, bias2, tile, columns);
           accumulate_other(sum, other, tile, columns, group, chief, ring, stage);
           begin<false>(sum, factor, nullptr, bias, tile, columns);
         } else {

@@ -150,6 +150,21 @@ def _extended_rows():
         )
         yield Row(
             "extended",
+            f"second bias, {name}",
+            lambda x, w, b, x2, w2, b2, s, window=window, other=other: ops.extended(
+                x, w, window, ops.pending(x2, w2, other, scale=s, bias=b2), bias=b
+            ),
+            lambda x, w, b, x2, w2, b2, s, window=window, other=other: (
+                b + naive.product(x, w, window) + s * (naive.product(x2, w2, other) + b2)
+            ),
+            (x, w, (y[-1],), x2, w2, (y[-1],), FACTOR),
+            depth,
+            wide=(6,),
+            fixed=(6,),
+            roundings=3.0,  # as above, and the scaled bias by itself
+        )
+        yield Row(
+            "extended",
             f"columns, {name}",
             lambda x, w, b, a, x2, w2, c, window=window, other=other: ops.extended(
                 x, w, window, ops.pending(x2, w2, other, add=a), bias=b, c=c
@@ -421,6 +436,16 @@ def _elementwise_rows():
             lambda x: x.sum(tuple(range(x.ndim - 1))),
             (shape,),
             rows,
+        )
+        yield Row(
+            "column_sum",
+            f"{name}, scaled",
+            ops.column_sum,
+            lambda x, s: s * x.sum(tuple(range(x.ndim - 1))),
+            (shape, FACTOR),
+            rows + 1,
+            wide=(1,),
+            fixed=(1,),
         )
         yield Row(
             "expand_rows",

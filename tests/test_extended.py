@@ -71,17 +71,23 @@ FORWARD = {
     ),
 }  # fmt: skip
 
-# x, w, window, width of the second term.
+# x, w, window, (width of the second term, whether it takes the same walk over space).
 BACKWARD = {
-    "linear": ((300, 200), (1, 200, 184), FLAT, 0),
-    "linear, rank 16": ((300, 200), (1, 200, 184), FLAT, 16),
-    "linear, many tiles": ((5120, 1600), (1, 1600, 72), FLAT, 24),
-    "image": ((2, 20, 24, 160), (9, 160, 64), square(padding=1), 0),
-    "image, taps aside": ((3, 13, 17, 40), (9, 40, 72), square(padding=1), 144),
-    "dilation": ((3, 13, 17, 40), (9, 40, 72), square(dilation=2), 8),
-    "a line": ((3, 57, 40), (4, 40, 72), Window.of((4,), 1, 3), 16),
-    "a volume": ((2, 5, 6, 7, 24), (12, 24, 40), Window.of((2, 3, 2), 1, (1, 1, 0)), 16),
-}
+    "linear": ((300, 200), (1, 200, 184), FLAT, (0, False)),
+    "linear, rank 16": ((300, 200), (1, 200, 184), FLAT, (16, False)),
+    "linear, many tiles": ((5120, 1600), (1, 1600, 72), FLAT, (24, False)),
+    "image": ((2, 20, 24, 160), (9, 160, 64), square(padding=1), (0, False)),
+    "image, taps aside": ((3, 13, 17, 40), (9, 40, 72), square(padding=1), (144, False)),
+    "dilation": ((3, 13, 17, 40), (9, 40, 72), square(dilation=2), (8, False)),
+    "a line": ((3, 57, 40), (4, 40, 72), Window.of((4,), 1, 3), (16, False)),
+    "a volume": ((2, 5, 6, 7, 24), (12, 24, 40), Window.of((2, 3, 2), 1, (1, 1, 0)), (16, False)),
+    "image, same walk": ((2, 20, 24, 64), (9, 64, 64), square(padding=1), (64, True)),
+    "dilation, same walk": ((3, 13, 17, 40), (9, 40, 72), square(dilation=2), (80, True)),
+    "a line, same walk": ((3, 57, 40), (4, 40, 72), Window.of((4,), 1, 3), (72, True)),
+    "a volume, same walk": (
+        (2, 5, 6, 7, 24), (12, 24, 40), Window.of((2, 3, 2), 1, (1, 1, 0)), (40, True),
+    ),
+}  # fmt: skip
 
 
 def draw(rng, shape):
@@ -196,7 +202,7 @@ def test_scaled_columns(name, tile, monkeypatch):
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward(name, tile, monkeypatch):
     need_hopper()
-    x_shape, w_shape, window, width = BACKWARD[name]
+    x_shape, w_shape, window, (width, walks) = BACKWARD[name]
     rng = np.random.default_rng([*name.encode()])
     space = x_shape[1:-1] if window.axes else ()
     out_space = window.out_space(space) if window.axes else ()
@@ -207,12 +213,15 @@ def test_backward(name, tile, monkeypatch):
     )
     dx = conv_cpu.conv_dx(g, w, window, space).reshape(x_shape) + add
     size = conv_cpu.conv_dx(abs(g), abs(w), window, space).reshape(x_shape) + abs(add)
-    extra = None
+    extra, depth = None, w_shape[0] * w_shape[2]
     if width:
-        g2, w2 = draw(rng, (int(np.prod(x_shape[:-1])), width)), draw(rng, (1, x_shape[-1], width))
-        dx = dx + SCALE * (g2 @ w2[0].T).reshape(x_shape)
-        size = size + (abs(g2) @ abs(w2[0]).T).reshape(x_shape)
-        extra = Extra(*on_gpu(g2, w2), FLAT, to_device(SCALE, "cuda:0"))
+        own, places = (window, g.shape[:-1]) if walks else (FLAT, (int(np.prod(x_shape[:-1])),))
+        g2, w2 = draw(rng, (*places, width)), draw(rng, (own.taps, x_shape[-1], width))
+        dx = dx + SCALE * conv_cpu.conv_dx(g2, w2, own, space if walks else ()).reshape(x_shape)
+        more = conv_cpu.conv_dx(abs(g2), abs(w2), own, space if walks else ())
+        size = size + more.reshape(x_shape)
+        extra = Extra(*on_gpu(g2, w2), own, to_device(SCALE, "cuda:0"))
+        depth += w2[:, 0].size
     if tile is not None:
         monkeypatch.setattr(extended_plan, "_choose", lambda *args: tile_of(tile))
         extended_plan.plan_dx.cache_clear()
@@ -220,7 +229,6 @@ def test_backward(name, tile, monkeypatch):
     assert extended_gpu.takes(g, w, add)
     out = to_device(extended_gpu.extended_dx(g, w, window, space, extra=extra, add=add), "cpu")
     extended_plan.plan_dx.cache_clear()
-    depth = w_shape[0] * w_shape[2] + width
     assert_within(out.astype(np.float64), dx, bound(dx, size, depth, bf16), name)
 
 
@@ -484,6 +492,9 @@ def test_a_pending_product_is_what_it_stands_for():
     assert np.allclose(ops.ready(first), 0.5 * h @ up[0])
     assert np.allclose(ops.ready(both), 1.5 * h @ up[0])
     assert np.allclose(ops.extended(x, w, FLAT, both), x @ w[0] + 1.5 * h @ up[0])
+    shifted = ops.pending(h, up, scale=np.array([0.5]), bias=np.arange(7.0))
+    assert np.allclose(ops.ready(shifted), 0.5 * (h @ up[0] + np.arange(7)))
+    assert np.allclose(ops.extended(x, w, FLAT, shifted), x @ w[0] + ops.ready(shifted))
     assert ops.ready(None) is None and ops.ready(x) is x
 
 
@@ -493,6 +504,7 @@ def test_a_pending_product_is_what_it_stands_for():
         (lambda h, up: ops.pending(h, up[..., :3]), "x2 \\* w2 has shape"),
         (lambda h, up: ops.pending(h.astype(np.float32), up), "cast one of them"),
         (lambda h, up: ops.pending(h, up, add=h), "add has shape"),
+        (lambda h, up: ops.pending(h, up, bias=up[0, 0, :3]), "bias2 has shape"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):

@@ -119,8 +119,8 @@ def plan_forward(
 
 @functools.lru_cache(maxsize=4096)
 def plan_dx(g_shape, w_shape, window: Window, in_space, extra, count: int) -> Plan | None:
-    """The plan of the input's gradient, g * w^T + g2 @ w2^T.  extra: the shape of w2, (1, inputs,
-    width), or None."""
+    """The plan of the input's gradient, g * w^T + g2 * w2^T.  extra: (shape of w2, its window), as
+    `joins_dx` has it, or None."""
     if window.groups != 1 or any(s != 1 for s in window.stride):
         return None
     space = g_shape[1:-1] if not window.pointwise else ()
@@ -135,17 +135,27 @@ def plan_dx(g_shape, w_shape, window: Window, in_space, extra, count: int) -> Pl
     if columns % 8:
         return None
     own = _term(w_shape[0], w_shape[2], image, flip=1)
-    other = _term(0, 0, None)
+    other, other_image = _term(0, 0, None), None
     if extra is not None:
-        other = _term(1, extra[2], None)
-        more = _ceil(extra[2], ROW)
+        (taps, _, width), extra_window = extra
+        if not joins_dx(window, extra_window):
+            return None
+        other_image = None if extra_window.pointwise else image
+        other = _term(taps, width, other_image, flip=1)
+        more = taps * _ceil(width, ROW)
     tile = _choose(False, positions, columns, steps, more, count, _ALL)
     assert tile is not None  # any serves where there are no blocks
     return Plan(
         tile.launch(0), tile.grid(positions, columns, count), geometry, own, other,
-        (positions, columns, tile.band(count)), image, None,
+        (positions, columns, tile.band(count)), image, other_image,
         ((1, tile.columns, ROW), (1, tile.columns, ROW)), tile,
     )  # fmt: skip
+
+
+def joins_dx(window: Window, extra: Window) -> bool:
+    """Whether an input gradient's second term can be part of its sum: rows of its own, or the same
+    walk over space."""
+    return extra.groups == 1 and (extra.pointwise or extra.grouped(1) == window.grouped(1))
 
 
 def walk_of(window: Window, images: int, space, to, padding, stride):
