@@ -55,8 +55,8 @@ def outer_dw(x, g, window: Window, plan: Plan, *, scale) -> Array:
     args = (x_map, g_map, own, out, plan.geometry, *plan.numbers)
     plan.launch(plan.grid, (_THREADS,), *args, shared=_SHARED)
     if plan.splits > 1:
-        total, grid, numbers = plan.sum
-        total(grid, (256,), out, scale, dw, *numbers)
+        total, grid, block, numbers = plan.sum
+        total(grid, block, out, scale, dw, *numbers)
     return dw
 
 
