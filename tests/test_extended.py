@@ -322,6 +322,7 @@ SHARED = {
     "a line": ((3, 57, 256), (4, 128, 40), blocks(Window.of((4,), 1, 3), 2)),
     "a volume": ((2, 5, 6, 7, 160), (12, 160, 24), blocks(Window.of((2, 3, 2), 1, (1, 1, 0)), 1)),
     "stride": ((2, 13, 17, 80), (9, 40, 40), blocks(square(padding=1, stride=2), 2)),
+    "64 channels": ((2, 23, 25, 64), (9, 64, 64), square(padding=1)),
     "one group": ((2, 23, 25, 72), (9, 72, 136), square(padding=1)),
 }
 
@@ -347,9 +348,13 @@ def test_input_gradient_of_shared_groups(name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("tile", [None, *outer_gpu._TILES], ids=str)
 @pytest.mark.parametrize("name", SHARED)
-def test_weight_gradient(name, scaled):
+def test_weight_gradient(name, tile, scaled, monkeypatch):
     need_hopper()
+    if tile is not None:
+        monkeypatch.setattr(outer_gpu, "_TILES", [tile])
+        outer_gpu.plan_outer.cache_clear()
     x_shape, w_shape, window = SHARED[name]
     rng = np.random.default_rng([*name.encode()])
     x = draw(rng, x_shape)
@@ -360,6 +365,7 @@ def test_weight_gradient(name, scaled):
     depth = g[..., 0].size * window.groups
     x, g = on_gpu(x, g)
     plan = outer_gpu.plan_for(x, g, window)
+    outer_gpu.plan_outer.cache_clear()
     scale = to_device(SCALE, "cuda:0") if scaled else None
     out = [to_device(outer_gpu.outer_dw(x, g, window, plan, scale=scale), "cpu") for _ in range(2)]
     assert (out[0] == out[1]).all()
@@ -375,11 +381,20 @@ def test_a_weight_gradient_is_split_into_whole_steps(name):
     assert plan.shape == w_shape and span % 64 == 0
     assert (plan.splits - 1) * span < positions <= plan.splits * span
     assert bool(plan.sum) == (plan.splits > 1)
+    workers, columns = (int(plan.launch.defines[name]) for name in ("WORKERS", "TILE_N"))
+    units = window.taps * -(-w_shape[1] // 64)
+    tiles = -(-units // workers) * -(-w_shape[2] // columns)
+    assert plan.grid == (tiles * plan.splits,) and plan.threads == 128 * (workers + 1)
     grouped = Window.of((3, 3), 1, 1, groups=2)
     assert outer_gpu.plan_outer((2, 7, 9, 32), (2, 7, 9, 32), grouped, 132) is None
     assert outer_gpu.plan_outer((9, 32), (9, 32), FLAT, 132) is None
     narrow = blocks(square(padding=1), 4)
     assert outer_gpu.plan_outer((4, 32, 32, 64), (4, 32, 32, 64), narrow, 132) is None
+
+
+def test_a_small_weight_gradient_fills_the_device():
+    plan = outer_gpu.plan_outer((1, 128, 128, 64), (1, 128, 128, 64), square(padding=1), 132)
+    assert 120 <= plan.grid[0] <= 132 and int(plan.launch.defines["TILE_N"]) == 64
 
 
 # -- the planner, which needs no GPU ----------------------------------------------------------------
