@@ -1,6 +1,6 @@
 // Elementwise work in bf16 (f32, f64): values are widened, computed in the accumulator type and rounded once.
 // Every kernel strides over n elements with the whole grid; `columns` is the extent of the last axis.
-#include "types.cuh"
+#include "each.cuh"
 
 #define EACH(i, n) \
   for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < (n); i += (long long)gridDim.x * blockDim.x)
@@ -14,7 +14,7 @@ extern "C" __global__ void NAME(narrow)(const A* x, T* y, long long n) {
 }
 
 extern "C" __global__ void NAME(add)(const T* a, const T* b, T* out, long long n) {
-  EACH(i, n) out[i] = narrow(widen(a[i]) + widen(b[i]));
+  each(a, b, out, n, [](A v, A w) { return v + w; });
 }
 
 extern "C" __global__ void NAME(add_wide)(const T* a, const A* b, T* out, long long n) {
@@ -22,28 +22,25 @@ extern "C" __global__ void NAME(add_wide)(const T* a, const A* b, T* out, long l
 }
 
 extern "C" __global__ void NAME(multiply)(const T* a, const T* b, T* out, long long n) {
-  EACH(i, n) out[i] = narrow(widen(a[i]) * widen(b[i]));
+  each(a, b, out, n, [](A v, A w) { return v * w; });
 }
 
 extern "C" __global__ void NAME(scale)(const T* x,
                                        const A* factor,  // (1,)
                                        T* y, long long n) {
   const A s = factor[0];
-  EACH(i, n) y[i] = narrow(widen(x[i]) * s);
+  each(x, y, n, [s](A v) { return v * s; });
 }
 
 extern "C" __global__ void NAME(prelu)(const T* x, const T* slope,  // (columns)
                                        T* y, long long n, int columns) {
-  EACH(i, n) {
-    const A v = widen(x[i]);
-    y[i] = v < A(0) ? narrow(v * widen(slope[i % columns])) : x[i];
-  }
+  each_row(x, slope, y, n, columns, [](A v, A s) { return v < A(0) ? v * s : v; });
 }
 
 // The gradient of x.
 extern "C" __global__ void NAME(prelu_dx)(const T* x, const T* slope,  // (columns)
                                           const T* g, T* dx, long long n, int columns) {
-  EACH(i, n) dx[i] = widen(x[i]) < A(0) ? narrow(widen(g[i]) * widen(slope[i % columns])) : g[i];
+  each_row(x, g, slope, dx, n, columns, [](A v, A d, A s) { return v < A(0) ? d * s : d; });
 }
 
 // The terms whose column sum is the gradient of the slope.

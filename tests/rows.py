@@ -407,6 +407,7 @@ def _elementwise_rows():
         ("one", (1, 1)),
         ("none", (0, 3)),
         ("large", (2000, 33)),
+        ("aligned", (2, 1100, 24)),
     ):
         c = shape[-1]
         rows = int(np.prod(shape[:-1]))
