@@ -110,18 +110,35 @@ extern "C" __global__ void __launch_bounds__(256)
   direct_outer(x, dy, partials, g, positions, I, O, groups, span);
 }
 
-// dw = scale * the sum over splits, and over the groups of a shared weight, always in the same order.
-extern "C" __global__ void __launch_bounds__(256)
+// dw = scale * the sum over splits, and over the groups of a shared weight, in an order that depends on the sizes alone. The
+// terms of an element are shared by blockDim.y threads, a power of two; each has eight loads under way.
+extern "C" __global__ void __launch_bounds__(1024)
     NAME(conv_dw_sum)(const A* partials,  // (splits, rows, repeats * columns)
                       const A* scale,     // (1,)
                       A* dw,              // (rows, columns)
                       int splits, int rows, int repeats, int columns) {
-  const long long at = (long long)blockIdx.x * 256 + threadIdx.x, size = (long long)rows * columns;
-  if (at >= size) return;
+  constexpr int LOADS = 8;
+  __shared__ A shares[1024];
+  const long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x, size = (long long)rows * columns;
   const A* from = partials + at / columns * ((long long)repeats * columns) + at % columns;
+  const int terms = at < size ? splits * repeats : 0;
   A sum = 0;
-  for (int s = 0; s < splits; ++s, from += size * repeats)
-    for (int q = 0; q < repeats; ++q) sum += from[q * columns];
-  dw[at] = sum * (scale ? *scale : A(1));
+  for (int t = threadIdx.y; t < terms; t += LOADS * blockDim.y) {
+    A next[LOADS];
+#pragma unroll
+    for (int j = 0; j < LOADS; ++j) {
+      const int term = t + j * blockDim.y;
+      next[j] = term < terms ? from[term / repeats * (size * repeats) + term % repeats * columns] : A(0);
+    }
+#pragma unroll
+    for (int j = 0; j < LOADS; ++j) sum += next[j];
+  }
+  A* own = shares + threadIdx.y * blockDim.x + threadIdx.x;
+  *own = sum;
+  for (int half = blockDim.y / 2; half; half /= 2) {
+    __syncthreads();
+    if (threadIdx.y < half) *own += own[half * blockDim.x];
+  }
+  if (threadIdx.y == 0 && at < size) dw[at] = *own * (scale ? *scale : A(1));
 }
 #endif

@@ -1,7 +1,7 @@
-// The extended product: y = c * (x * w) + scale * (x2 * w2) + add + bias in one accumulator, rounded once. For Hopper.
+// The extended product: y = c * (x * w) + scale * (x2 * w2 + bias2) + add + bias in one accumulator, rounded once. For Hopper.
 //
 //   y[p, n] = c[n] * sum over taps t and channels k of x[pixel(p, t), k] * w[t, k, n]
-//           + scale * sum over t, k of x2[pixel(p, t), b * K2 + k] * w2[t, k, n - b * block]      b = n / block
+//           + scale * (bias2[n] + sum over t, k of x2[pixel(p, t), b * K2 + k] * w2[t, k, n - b * block])     b = n / block
 //           + add[p, n] + bias[n]
 //
 // An adapter is the second term: a few more steps along the inner axis, before the first term's, or, with SCALED=1, behind
@@ -10,7 +10,7 @@
 // the gradient of the input is the same product with w turned (B_ROWS=0: rows of K values) and the taps in reverse.
 //
 // A block is persistent: one warpgroup copies tiles (a matrix by boxes, an image by im2col boxes) into a ring of stages,
-// the others multiply: two, 128 rows of the tile each, or three, 64 rows each. Tiles go by bands of `band` row tiles, so that what runs at the same
+// the others multiply: two, 128 or 64 rows of the tile each, or three, 64 rows each. Tiles go by bands of `band` row tiles, so that what runs at the same
 // time shares its operands in L2. EXT_N: columns that x2 * w2 does at a time, so that narrow blocks fit a wide tile.
 //
 // only sm_90a
@@ -21,6 +21,10 @@
 // variants bf16: TILE_N=160 B_ROWS=1 SCALED=1
 // variants bf16: TILE_M=192 TILE_N=192 B_ROWS=0 | TILE_M=192 TILE_N=192 B_ROWS=1
 // variants bf16: TILE_M=192 TILE_N=192 B_ROWS=1 SCALED=1
+// variants bf16: TILE_M=128 TILE_N=64 B_ROWS=0 | TILE_M=128 TILE_N=128 B_ROWS=0 | TILE_M=128 TILE_N=160 B_ROWS=0
+// variants bf16: TILE_M=128 TILE_N=64 B_ROWS=1 | TILE_M=128 TILE_N=128 B_ROWS=1 | TILE_M=128 TILE_N=160 B_ROWS=1
+// variants bf16: TILE_M=128 TILE_N=64 B_ROWS=1 SCALED=1 | TILE_M=128 TILE_N=128 B_ROWS=1 SCALED=1
+// variants bf16: TILE_M=128 TILE_N=160 B_ROWS=1 SCALED=1
 // variants bf16: TILE_N=160 B_ROWS=1 EXT_N=40 | TILE_N=160 B_ROWS=1 EXT_N=80
 // variants bf16: TILE_N=160 B_ROWS=0 EXT_N=40 | TILE_N=160 B_ROWS=0 EXT_N=80
 #include "hopper.cuh"
@@ -294,6 +298,7 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
                    const float* c,      // (columns), with SCALED
                    const bf16* add,     // (positions, columns), or null
                    const bf16* bias,    // (columns), or null
+                   const bf16* bias2,   // (columns), or null; without SCALED
                    bf16* kept,          // (positions, columns): x * w, with SCALED; or null
                    bf16* y,             // (positions, columns)
                    const __grid_constant__ Geometry g, const Term own, const Term other, int positions, int columns,
@@ -337,7 +342,7 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
         accumulate_other(sum, other, tile, columns, group, chief, ring, stage);
       } else {
         if (other.taps) {
-          begin<true>(sum, 0, nullptr, nullptr, tile, columns);
+          begin<true>(sum, 0, nullptr, bias2, tile, columns);
           accumulate_other(sum, other, tile, columns, group, chief, ring, stage);
           begin<false>(sum, factor, nullptr, bias, tile, columns);
         } else {

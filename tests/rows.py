@@ -117,9 +117,12 @@ def _extended_cases():
         "linear": (flat, (5, 24), (1, 24, 40), flat, (5, 8), (1, 8, 40)),
         "linear, odd": (flat, (2, 3, 7), (1, 7, 11), flat, (2, 3, 5), (1, 5, 11)),
         "linear, long": (flat, (1100, 16), (1, 16, 24), flat, (1100, 8), (1, 8, 24)),
+        "linear, tiles": (flat, (2, 150, 72), (1, 72, 136), flat, (2, 150, 24), (1, 24, 136)),
         "linear, blocks": (flat, (9, 16), (1, 16, 128), _window(groups=2, shared=True), (9, 48), (1, 24, 64)),
         "conv, rows": (square, (2, 4, 5, 8), (9, 8, 24), _window((1, 1)), (2, 4, 5, 16), (1, 16, 24)),
         "conv, taps": (square, (1, 5, 4, 16), (9, 16, 80), _window((3, 3), padding=1, groups=2, shared=True), (1, 5, 4, 16), (9, 8, 40)),
+        "conv, same walk": (square, (2, 9, 11, 24), (9, 24, 72), square, (2, 9, 11, 40), (9, 40, 72)),
+        "conv, same walk, odd": (square, (2, 4, 5, 3), (9, 3, 7), square, (2, 4, 5, 5), (9, 5, 7)),
         "conv, stride": (_window((3, 2), stride=2, padding=1), (2, 6, 5, 8), (6, 8, 16), _window((1, 1)), (2, 3, 3, 8), (1, 8, 16)),
         "conv, groups": (_window((3,), padding=1, groups=2), (2, 7, 6), (3, 3, 8), _window((1,), groups=2), (2, 7, 4), (1, 2, 8)),
         "empty": (flat, (0, 8), (1, 8, 16), flat, (0, 8), (1, 8, 16)),
@@ -145,6 +148,21 @@ def _extended_rows():
             wide=(6,),
             fixed=(6,),
             roundings=2.0,  # where the second sum is written by itself, it is rounded by itself
+        )
+        yield Row(
+            "extended",
+            f"second bias, {name}",
+            lambda x, w, b, x2, w2, b2, s, window=window, other=other: ops.extended(
+                x, w, window, ops.pending(x2, w2, other, scale=s, bias=b2), bias=b
+            ),
+            lambda x, w, b, x2, w2, b2, s, window=window, other=other: (
+                b + naive.product(x, w, window) + s * (naive.product(x2, w2, other) + b2)
+            ),
+            (x, w, (y[-1],), x2, w2, (y[-1],), FACTOR),
+            depth,
+            wide=(6,),
+            fixed=(6,),
+            roundings=3.0,  # as above, and the scaled bias by itself
         )
         yield Row(
             "extended",
@@ -436,6 +454,7 @@ def _elementwise_rows():
         ("one", (1, 1)),
         ("none", (0, 3)),
         ("large", (2000, 33)),
+        ("aligned", (2, 1100, 24)),
     ):
         c = shape[-1]
         rows = int(np.prod(shape[:-1]))
@@ -465,6 +484,16 @@ def _elementwise_rows():
             lambda x: x.sum(tuple(range(x.ndim - 1))),
             (shape,),
             rows,
+        )
+        yield Row(
+            "column_sum",
+            f"{name}, scaled",
+            ops.column_sum,
+            lambda x, s: s * x.sum(tuple(range(x.ndim - 1))),
+            (shape, FACTOR),
+            rows + 1,
+            wide=(1,),
+            fixed=(1,),
         )
         yield Row(
             "expand_rows",

@@ -71,17 +71,23 @@ FORWARD = {
     ),
 }  # fmt: skip
 
-# x, w, window, width of the second term.
+# x, w, window, (width of the second term, whether it takes the same walk over space).
 BACKWARD = {
-    "linear": ((300, 200), (1, 200, 184), FLAT, 0),
-    "linear, rank 16": ((300, 200), (1, 200, 184), FLAT, 16),
-    "linear, many tiles": ((5120, 1600), (1, 1600, 72), FLAT, 24),
-    "image": ((2, 20, 24, 160), (9, 160, 64), square(padding=1), 0),
-    "image, taps aside": ((3, 13, 17, 40), (9, 40, 72), square(padding=1), 144),
-    "dilation": ((3, 13, 17, 40), (9, 40, 72), square(dilation=2), 8),
-    "a line": ((3, 57, 40), (4, 40, 72), Window.of((4,), 1, 3), 16),
-    "a volume": ((2, 5, 6, 7, 24), (12, 24, 40), Window.of((2, 3, 2), 1, (1, 1, 0)), 16),
-}
+    "linear": ((300, 200), (1, 200, 184), FLAT, (0, False)),
+    "linear, rank 16": ((300, 200), (1, 200, 184), FLAT, (16, False)),
+    "linear, many tiles": ((5120, 1600), (1, 1600, 72), FLAT, (24, False)),
+    "image": ((2, 20, 24, 160), (9, 160, 64), square(padding=1), (0, False)),
+    "image, taps aside": ((3, 13, 17, 40), (9, 40, 72), square(padding=1), (144, False)),
+    "dilation": ((3, 13, 17, 40), (9, 40, 72), square(dilation=2), (8, False)),
+    "a line": ((3, 57, 40), (4, 40, 72), Window.of((4,), 1, 3), (16, False)),
+    "a volume": ((2, 5, 6, 7, 24), (12, 24, 40), Window.of((2, 3, 2), 1, (1, 1, 0)), (16, False)),
+    "image, same walk": ((2, 20, 24, 64), (9, 64, 64), square(padding=1), (64, True)),
+    "dilation, same walk": ((3, 13, 17, 40), (9, 40, 72), square(dilation=2), (80, True)),
+    "a line, same walk": ((3, 57, 40), (4, 40, 72), Window.of((4,), 1, 3), (72, True)),
+    "a volume, same walk": (
+        (2, 5, 6, 7, 24), (12, 24, 40), Window.of((2, 3, 2), 1, (1, 1, 0)), (40, True),
+    ),
+}  # fmt: skip
 
 
 def draw(rng, shape):
@@ -99,9 +105,13 @@ def on_gpu(*arrays):
     return [None if a is None else to_device(a.astype(bf16), "cuda:0") for a in arrays]
 
 
-def tile_of(columns):
-    """The variant whose tile has so many columns."""
-    return extended_plan.Tile(192 if columns == 192 else 256, columns, columns, 0.0)
+TILES = [None, *extended_plan.TILES[True]]
+TURNED = [None, *extended_plan.TILES[False]]
+
+
+def tile_of(tile):
+    """The variant with a tile of so many rows and columns."""
+    return extended_plan.Tile(*tile, tile[1], 0.0)
 
 
 def need_hopper():
@@ -110,7 +120,7 @@ def need_hopper():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [None, 64, 96, 128, 160, 192])
+@pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("name", FORWARD)
 def test_forward(name, tile, monkeypatch):
     need_hopper()
@@ -131,8 +141,8 @@ def test_forward(name, tile, monkeypatch):
         if more is not None:
             y, size = y + more, size + abs(more)
     if tile is not None:
-        block = second[1][2] if second is not None and second[2].groups > 1 else tile
-        if block % tile:
+        block = second[1][2] if second is not None and second[2].groups > 1 else tile[1]
+        if block % tile[1]:
             pytest.skip("the tile does not fit the blocks")
         monkeypatch.setattr(extended_plan, "_choose", lambda *args: tile_of(tile))
         extended_plan.plan_forward.cache_clear()
@@ -151,14 +161,15 @@ def test_forward(name, tile, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [None, 64, 96, 128, 160, 192])
+@pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("name", [name for name, case in FORWARD.items() if case[3] is not None])
 def test_scaled_columns(name, tile, monkeypatch):
     """c * (x * w) with the second term behind it, and x * w by itself."""
     need_hopper()
     x_shape, w_shape, window, second, terms = FORWARD[name]
-    block = second[1][2] if second[2].groups > 1 else tile or 64
-    if block % (tile or 64):
+    width = tile[1] if tile else 64
+    block = second[1][2] if second[2].groups > 1 else width
+    if block % width:
         pytest.skip("the tile does not fit the blocks")
     rng = np.random.default_rng([*name.encode(), 1])
     x, w = draw(rng, x_shape), draw(rng, w_shape)
@@ -187,11 +198,11 @@ def test_scaled_columns(name, tile, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [None, 64, 96, 128, 144, 160, 192])
+@pytest.mark.parametrize("tile", TURNED, ids=str)
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward(name, tile, monkeypatch):
     need_hopper()
-    x_shape, w_shape, window, width = BACKWARD[name]
+    x_shape, w_shape, window, (width, walks) = BACKWARD[name]
     rng = np.random.default_rng([*name.encode()])
     space = x_shape[1:-1] if window.axes else ()
     out_space = window.out_space(space) if window.axes else ()
@@ -202,12 +213,15 @@ def test_backward(name, tile, monkeypatch):
     )
     dx = conv_cpu.conv_dx(g, w, window, space).reshape(x_shape) + add
     size = conv_cpu.conv_dx(abs(g), abs(w), window, space).reshape(x_shape) + abs(add)
-    extra = None
+    extra, depth = None, w_shape[0] * w_shape[2]
     if width:
-        g2, w2 = draw(rng, (int(np.prod(x_shape[:-1])), width)), draw(rng, (1, x_shape[-1], width))
-        dx = dx + SCALE * (g2 @ w2[0].T).reshape(x_shape)
-        size = size + (abs(g2) @ abs(w2[0]).T).reshape(x_shape)
-        extra = Extra(*on_gpu(g2, w2), FLAT, to_device(SCALE, "cuda:0"))
+        own, places = (window, g.shape[:-1]) if walks else (FLAT, (int(np.prod(x_shape[:-1])),))
+        g2, w2 = draw(rng, (*places, width)), draw(rng, (own.taps, x_shape[-1], width))
+        dx = dx + SCALE * conv_cpu.conv_dx(g2, w2, own, space if walks else ()).reshape(x_shape)
+        more = conv_cpu.conv_dx(abs(g2), abs(w2), own, space if walks else ())
+        size = size + more.reshape(x_shape)
+        extra = Extra(*on_gpu(g2, w2), own, to_device(SCALE, "cuda:0"))
+        depth += w2[:, 0].size
     if tile is not None:
         monkeypatch.setattr(extended_plan, "_choose", lambda *args: tile_of(tile))
         extended_plan.plan_dx.cache_clear()
@@ -215,7 +229,6 @@ def test_backward(name, tile, monkeypatch):
     assert extended_gpu.takes(g, w, add)
     out = to_device(extended_gpu.extended_dx(g, w, window, space, extra=extra, add=add), "cpu")
     extended_plan.plan_dx.cache_clear()
-    depth = w_shape[0] * w_shape[2] + width
     assert_within(out.astype(np.float64), dx, bound(dx, size, depth, bf16), name)
 
 
@@ -309,6 +322,7 @@ SHARED = {
     "a line": ((3, 57, 256), (4, 128, 40), blocks(Window.of((4,), 1, 3), 2)),
     "a volume": ((2, 5, 6, 7, 160), (12, 160, 24), blocks(Window.of((2, 3, 2), 1, (1, 1, 0)), 1)),
     "stride": ((2, 13, 17, 80), (9, 40, 40), blocks(square(padding=1, stride=2), 2)),
+    "64 channels": ((2, 23, 25, 64), (9, 64, 64), square(padding=1)),
     "one group": ((2, 23, 25, 72), (9, 72, 136), square(padding=1)),
 }
 
@@ -334,9 +348,13 @@ def test_input_gradient_of_shared_groups(name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("tile", [None, *outer_gpu._TILES], ids=str)
 @pytest.mark.parametrize("name", SHARED)
-def test_weight_gradient(name, scaled):
+def test_weight_gradient(name, tile, scaled, monkeypatch):
     need_hopper()
+    if tile is not None:
+        monkeypatch.setattr(outer_gpu, "_TILES", [tile])
+        outer_gpu.plan_outer.cache_clear()
     x_shape, w_shape, window = SHARED[name]
     rng = np.random.default_rng([*name.encode()])
     x = draw(rng, x_shape)
@@ -347,6 +365,7 @@ def test_weight_gradient(name, scaled):
     depth = g[..., 0].size * window.groups
     x, g = on_gpu(x, g)
     plan = outer_gpu.plan_for(x, g, window)
+    outer_gpu.plan_outer.cache_clear()
     scale = to_device(SCALE, "cuda:0") if scaled else None
     out = [to_device(outer_gpu.outer_dw(x, g, window, plan, scale=scale), "cpu") for _ in range(2)]
     assert (out[0] == out[1]).all()
@@ -362,11 +381,20 @@ def test_a_weight_gradient_is_split_into_whole_steps(name):
     assert plan.shape == w_shape and span % 64 == 0
     assert (plan.splits - 1) * span < positions <= plan.splits * span
     assert bool(plan.sum) == (plan.splits > 1)
+    workers, columns = (int(plan.launch.defines[name]) for name in ("WORKERS", "TILE_N"))
+    units = window.taps * -(-w_shape[1] // 64)
+    tiles = -(-units // workers) * -(-w_shape[2] // columns)
+    assert plan.grid == (tiles * plan.splits,) and plan.threads == 128 * (workers + 1)
     grouped = Window.of((3, 3), 1, 1, groups=2)
     assert outer_gpu.plan_outer((2, 7, 9, 32), (2, 7, 9, 32), grouped, 132) is None
     assert outer_gpu.plan_outer((9, 32), (9, 32), FLAT, 132) is None
     narrow = blocks(square(padding=1), 4)
     assert outer_gpu.plan_outer((4, 32, 32, 64), (4, 32, 32, 64), narrow, 132) is None
+
+
+def test_a_small_weight_gradient_fills_the_device():
+    plan = outer_gpu.plan_outer((1, 128, 128, 64), (1, 128, 128, 64), square(padding=1), 132)
+    assert 120 <= plan.grid[0] <= 132 and int(plan.launch.defines["TILE_N"]) == 64
 
 
 # -- the planner, which needs no GPU ----------------------------------------------------------------
@@ -423,10 +451,34 @@ def test_a_plan_covers_its_result(name):
     tile = int(found.launch.defines["TILE_N"])
     positions, columns, band = found.numbers
     assert 1 <= found.grid[0] <= 132 and band >= 1
-    assert found.grid[0] == min(132, -(-positions // 256) * -(-columns // tile))
+    rows = found.tile.rows
+    assert int(found.launch.defines.get("TILE_M", 256)) == rows
+    assert found.grid[0] == min(132, -(-positions // rows) * -(-columns // tile))
     assert found.own["taps"] == w[0] and found.other["taps"] == w2[0]
     if other.groups > 1:
         assert found.other["block"] == w2[2]
+
+
+SMALL = {  # fewer tiles of 256 rows than multiprocessors, at least half as many of 128
+    "64 channels": ((1, 128, 128, 64), (9, 64, 64), square(padding=1), None),
+    "64 channels twice": (
+        (1, 128, 128, 64), (9, 64, 64), square(padding=1), ((9, 64, 64), square(padding=1)),
+    ),
+    "256 columns": ((4096, 320), (1, 320, 256), FLAT, ((1, 16, 256), FLAT)),
+    "640 channels": ((1, 64, 64, 640), (9, 640, 640), square(padding=1), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_results_are_cut_into_tiles_of_128_rows(name):
+    shapes = SMALL[name]
+    for scaled in (False, True):
+        found = extended_plan.plan_forward(*shapes, 132, scaled)
+        assert found.tile.rows == 128 and found.grid == (128,)
+        assert int(found.launch.defines["TILE_M"]) == 128
+    x, *rest = shapes
+    large = extended_plan.plan_forward((8 * x[0], *x[1:]), *rest, 132)
+    assert large.tile.rows > 128
 
 
 def test_what_the_copy_engine_cannot_read():
@@ -455,6 +507,9 @@ def test_a_pending_product_is_what_it_stands_for():
     assert np.allclose(ops.ready(first), 0.5 * h @ up[0])
     assert np.allclose(ops.ready(both), 1.5 * h @ up[0])
     assert np.allclose(ops.extended(x, w, FLAT, both), x @ w[0] + 1.5 * h @ up[0])
+    shifted = ops.pending(h, up, scale=np.array([0.5]), bias=np.arange(7.0))
+    assert np.allclose(ops.ready(shifted), 0.5 * (h @ up[0] + np.arange(7)))
+    assert np.allclose(ops.extended(x, w, FLAT, shifted), x @ w[0] + ops.ready(shifted))
     assert ops.ready(None) is None and ops.ready(x) is x
 
 
@@ -464,6 +519,7 @@ def test_a_pending_product_is_what_it_stands_for():
         (lambda h, up: ops.pending(h, up[..., :3]), "x2 \\* w2 has shape"),
         (lambda h, up: ops.pending(h.astype(np.float32), up), "cast one of them"),
         (lambda h, up: ops.pending(h, up, add=h), "add has shape"),
+        (lambda h, up: ops.pending(h, up, bias=up[0, 0, :3]), "bias2 has shape"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):

@@ -355,6 +355,16 @@ def test_depthwise_goes_straight():
 
 
 @pytest.mark.parametrize(
+    "splits, elements, shares",
+    [(256, 576, 32), (256, 2304, 32), (14, 36864, 1), (43, 36864, 8), (64, 1 << 20, 1), (2, 8, 1)],
+)
+def test_few_elements_of_many_splits_are_summed_by_several_threads_each(splits, elements, shares):
+    _, grid, block, numbers = conv_plan.sum_of_splits(bf16, splits, elements // 8, 1, 8)
+    assert block == ((256, 1) if shares == 1 else (32, shares))
+    assert grid == (-(-elements // block[0]),) and numbers == (splits, elements // 8, 1, 8)
+
+
+@pytest.mark.parametrize(
     "x, w, message",
     [
         ((2, 5, 16), (9, 16, 24), r"x has shape \(2, 5, 16\), expected \(N, 2 spatial axes"),

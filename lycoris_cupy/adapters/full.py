@@ -16,7 +16,7 @@ import numpy as np
 from ..arrays import Array, wide_dtype
 from ..layers import Layer, LayerShape
 from ..ops import elementwise
-from ..ops.product import product
+from ..ops.extended import Pending, pending
 from ..svd import Svd, flat_rows, matrix_svd
 from .base import Parameters
 from .factor import Factor, extents, kernel_of, require_two_axes
@@ -57,9 +57,9 @@ class Full(Unranked):
 
     def apply(
         self, change: Array | None, layer: Layer, x: Array, p: Parameters, scale: Array
-    ) -> Array:
-        bias = elementwise.scale(p["diff_b"], scale) if self.bias else None
-        return product(x, p["diff"], layer.window, bias=bias, add=change, scale=scale)
+    ) -> Pending:
+        bias = p["diff_b"] if self.bias else None
+        return pending(x, p["diff"], layer.window, add=change, scale=scale, bias=bias)
 
     @classmethod
     def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:

@@ -39,7 +39,7 @@ def forward(layer: Layer, x: Array, parts: Iterable[tuple[Adapter, Parameters, A
     if not outputs and not turns:
         scaled = scale_columns(x, over_groups(_total(inputs), layer)) if inputs else x
         return layer.forward(scaled, change)
-    if not inputs and not turns and isinstance(change, Pending) and change.scale is None:
+    if not inputs and not turns and isinstance(change, Pending) and change.unscaled:
         return layer.forward(x, change, _total(outputs))
     y, change = layer.forward(x), ready(change)
     if inputs:

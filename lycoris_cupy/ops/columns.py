@@ -14,12 +14,12 @@ from ..kernels import kernel
 from ..tape import Primitive, value_of
 
 
-def column_sum(x: Array) -> Array:
-    """The sum of x (..., C) over all axes but the last, (C,) in the wide dtype. The gradient of a
-    bias.
+def column_sum(x: Array, scale: Array | None = None) -> Array:
+    """scale[0] * the sum of x (..., C) over all axes but the last, (C,) in the wide dtype. The
+    gradient of a bias. scale: (1,) wide, a constant of the tape, or None for 1.
     """
     require_float(value_of(x), "x")
-    return _column_sum(x)
+    return _column_sum(x, scale)
 
 
 def expand_rows(x: Array, shape: tuple[int, ...]) -> Array:
@@ -44,7 +44,7 @@ def moved(x: Array, move) -> Array:
     return module_of(x).ascontiguousarray(move(bits(x))).view(x.dtype)
 
 
-def _column_sum_gpu(x):
+def _column_sum_gpu(x, scale):
     import cupy
 
     rows, columns = rows_of(x).shape
@@ -55,24 +55,26 @@ def _column_sum_gpu(x):
     parts = 1 if rows <= 1024 else min(rows // 256, 512)
     partial = cupy.empty((parts, columns), wide_dtype(x.dtype))
     grid = ((columns + 31) // 32, parts)
-    kernel("elementwise.cu", "column_sum", x.dtype)(grid, (32, 32), x, partial, rows, columns)
+    own = scale if parts == 1 else None
+    kernel("elementwise.cu", "column_sum", x.dtype)(grid, (32, 32), x, own, partial, rows, columns)
     if parts == 1:
         return partial.reshape(columns)
     out = cupy.empty((1, columns), partial.dtype)
     kernel("elementwise.cu", "column_sum", partial.dtype)(
-        (grid[0], 1), (32, 32), partial, out, parts, columns
+        (grid[0], 1), (32, 32), partial, scale, out, parts, columns
     )
     return out.reshape(columns)
 
 
-def _column_sum_cpu(x):
-    return rows_of(wide(x)).sum(axis=0)
+def _column_sum_cpu(x, scale):
+    total = rows_of(wide(x)).sum(axis=0)
+    return total if scale is None else total * scale
 
 
-def _column_sum_vjp(needs, out, x):
+def _column_sum_vjp(needs, out, x, scale):
     shape = x.shape
 
-    return lambda g: (_expand_rows(g, shape=shape),)
+    return lambda g: (_expand_rows(g if scale is None else g * scale, shape=shape), None)
 
 
 _column_sum = Primitive("column_sum", cpu=_column_sum_cpu, gpu=_column_sum_gpu, vjp=_column_sum_vjp)
@@ -86,5 +88,5 @@ _expand_rows = Primitive(
     "expand_rows",
     cpu=_run_expand_rows,
     gpu=_run_expand_rows,
-    vjp=lambda needs, out, x, *, shape: lambda g: (_column_sum(g),),
+    vjp=lambda needs, out, x, *, shape: lambda g: (_column_sum(g, None),),
 )

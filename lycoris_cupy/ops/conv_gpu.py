@@ -81,8 +81,8 @@ def conv_dw(x, dy, window: Window, *, scale=None) -> Array:
     partials = cupy.empty((plan.splits, plan.size), dtype)
     first = (x, dy, partials) if plan.launch.op == "conv_narrow_dw" else (x, dy, None, partials)
     plan.launch(plan.grid, plan.block, *first, plan.geometry, *plan.numbers, shared=plan.shared)
-    total, grid, numbers = plan.sum
-    total(grid, (256,), partials, scale, dw, *numbers)
+    total, grid, block, numbers = plan.sum
+    total(grid, block, partials, scale, dw, *numbers)
     return dw
 
 

@@ -45,7 +45,8 @@ class Plan:
     shared: int = 0
     splits: int = 0
     size: int = 0
-    sum: tuple = ()  # (kernel, grid, numbers) of conv_dw_sum; empty if the launch writes the result
+    # (kernel, grid, block, numbers) of conv_dw_sum; empty if the launch writes the result
+    sum: tuple = ()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -221,9 +222,14 @@ def _spans(positions: int, splits: int, least: int) -> tuple[int, int]:
 
 
 def sum_of_splits(dtype, splits: int, rows: int, repeats: int, columns: int) -> tuple:
-    """(kernel, grid, numbers) of the sum of partial weight gradients, in a fixed order."""
+    """(kernel, grid, block, numbers) of the sum of partial weight gradients, in a fixed order."""
     launch = kernel("conv.cu", "conv_dw_sum", dtype, DIRECT=1)
-    return launch, (_ceil(rows * columns, 256),), (splits, rows, repeats, columns)
+    size, terms = rows * columns, splits * repeats
+    # Threads an element: as its terms need (each has eight loads under way) where elements alone do
+    # not fill a device of some 2^18 threads.
+    shares = next((s for s in (32, 8) if terms >= 2 * s and size * s <= 1 << 19), 1)
+    block = (256, 1) if shares == 1 else (32, shares)
+    return launch, (_ceil(size, block[0]),), block, (splits, rows, repeats, columns)
 
 
 @functools.lru_cache(maxsize=4096)

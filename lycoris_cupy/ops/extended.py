@@ -1,7 +1,7 @@
 """extended: a layer's product and an adapter's in one sum, and `Pending`, a product that waits to
 be part of one.
 
-    y = add + c * (x * w) + scale * (x2 * w2) + bias          one sum, rounded once
+    y = add + c * (x * w) + scale * (x2 * w2 + bias2) + bias          one sum, rounded once
 
 An adapter's last product is not carried out by itself: it waits until the layer's own, which takes
 it into its accumulators where that is cheaper (see `plan`), and else adds its rounded result.
@@ -17,6 +17,7 @@ from ..tape import Primitive, value_of
 from . import product_gpu
 from .columns import column_sum
 from .elementwise import cast
+from .elementwise import scale as scaled
 from .product import (
     LINEAR,
     finished,
@@ -33,13 +34,21 @@ from .window import Window
 
 @dataclass(frozen=True)
 class Pending:
-    """add + scale * (x * w), not computed yet; the arguments are those of `product`."""
+    """add + scale * (x * w + bias), not computed yet; the arguments are those of `product`, but the
+    scale is the bias's too.
+    """
 
     x: Array
     w: Array
     window: Window
     add: Array | None
     scale: Array | None
+    bias: Array | None = None
+
+    @property
+    def unscaled(self) -> bool:
+        """Whether it may stand beside scaled columns: no scale and no bias."""
+        return self.scale is None and self.bias is None
 
 
 def pending(
@@ -49,17 +58,22 @@ def pending(
     *,
     add: Array | Pending | None = None,
     scale: Array | None = None,
+    bias: Array | None = None,
 ) -> Pending:
-    """A product for `extended` to take in; one that `add` still waits for is computed now."""
-    return Pending(x, w, window, ready(add), scale)
+    """A product for `extended` to take in; one that `add` still waits for is computed now. bias:
+    (columns,) of the dtype of x, scaled too.
+    """
+    return Pending(x, w, window, ready(add), scale, bias)
 
 
 def ready(change: Array | Pending | None) -> Array | None:
     """The array that a pending product stands for; anything else as it is."""
     if not isinstance(change, Pending):
         return change
-    p = change
-    return product(p.x, p.w, p.window, add=p.add, scale=p.scale)
+    p, bias = change, change.bias
+    if bias is not None and p.scale is not None:
+        bias = scaled(bias, p.scale)
+    return product(p.x, p.w, p.window, bias=bias, add=p.add, scale=p.scale)
 
 
 def extended(
@@ -75,33 +89,38 @@ def extended(
     add=ready(change), bias=bias)` in one sum where there is no c.
 
     x, w, bias: as for `product`. c: (columns,) in the wide dtype, or None for 1; the change must
-    have no scale then, it stands in its own w. Returns (..., columns) in the dtype of x. Raises
-    ShapeError, DtypeError.
+    have no scale then, it stands in its own w, and no bias. Returns (..., columns) in the dtype of
+    x. Raises ShapeError, DtypeError.
     """
     x2, w2, add = change.x, cast(change.w, x.dtype), change.add
     shape = out_shape(x.shape, w.shape, window)
-    for name, array in (("w", w), ("x2", x2), ("bias", bias), ("add", add)):
+    biases = ("bias", bias), ("bias2", change.bias)
+    for name, array in (("w", w), ("x2", x2), *biases, ("add", add)):
         if array is not None:
             require_same("x", value_of(x), name, value_of(array))
     if out_shape(x2.shape, w2.shape, change.window) != shape:
         given = out_shape(x2.shape, w2.shape, change.window)
         raise ShapeError(f"x2 * w2 has shape {given}, expected that of x * w, {shape}")
-    if bias is not None and tuple(bias.shape) != shape[-1:]:
-        raise ShapeError(f"bias has shape {tuple(bias.shape)}, expected {shape[-1:]}")
+    for name, array in biases:
+        if array is not None and tuple(array.shape) != shape[-1:]:
+            raise ShapeError(f"{name} has shape {tuple(array.shape)}, expected {shape[-1:]}")
     if add is not None and tuple(add.shape) != shape:
         raise ShapeError(f"add has shape {tuple(add.shape)}, expected {shape}")
     if c is not None:
         require_columns(c, x, shape[-1:])
-        if change.scale is not None:
+        if not change.unscaled:
             raise LycorisError(
-                "extended: a change beside scaled columns carries its scale in its w"
+                "extended: a change beside scaled columns carries its scale in its w, and has no "
+                "bias"
             )
-    args = (x, w, bias, add, x2, w2, change.scale, c)
+    args = (x, w, bias, add, x2, w2, change.bias, change.scale, c)
     return _extended(*args, window=window, other=change.window)
 
 
-def _cpu(x, w, bias, add, x2, w2, scale, c, *, window, other, keep):
+def _cpu(x, w, bias, add, x2, w2, bias2, scale, c, *, window, other, keep):
     more, own = wide_product(x2, w2, other), wide_product(x, w, window)
+    if bias2 is not None:
+        more += bias2.astype(more.dtype, copy=False)
     if scale is not None:
         more *= scale
     more += own if c is None else own * c
@@ -109,15 +128,15 @@ def _cpu(x, w, bias, add, x2, w2, scale, c, *, window, other, keep):
     return finished(more, None, add, bias, x), kept
 
 
-def _gpu(x, w, bias, add, x2, w2, scale, c, *, window, other, keep):
-    extra = product_gpu.Extra(x2, w2, other, scale)
+def _gpu(x, w, bias, add, x2, w2, bias2, scale, c, *, window, other, keep):
+    extra = product_gpu.Extra(x2, w2, other, scale, bias2)
     if c is None:
         y = product_gpu.forward(x, w, window, scale=None, add=add, bias=bias, extra=extra)
         return y, None
     return product_gpu.scaled_forward(x, w, window, c, add=add, bias=bias, extra=extra, keep=keep)
 
 
-def _vjp(needs, out, x, w, bias, add, x2, w2, scale, c, *, window, other, kept):
+def _vjp(needs, out, x, w, bias, add, x2, w2, bias2, scale, c, *, window, other, kept):
     """kept: x * w rounded, where there is a c."""
     space, other_space = in_space_of(x, window), in_space_of(x2, other)
     x, w = (x if needs[1] else None), (w if needs[0] else None)
@@ -134,6 +153,7 @@ def _vjp(needs, out, x, w, bias, add, x2, w2, scale, c, *, window, other, kept):
             column_sum(g) if needs[2] else None,
             g if needs[3] else None,
             *(thin[:2] if thin else product_gradients(g, x2, w2, scale, other, other_space)),
+            column_sum(g, scale) if needs[6] else None,
             None,
             dc,
         )

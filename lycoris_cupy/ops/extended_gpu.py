@@ -1,5 +1,5 @@
-"""The launch of the extended product on Hopper: c * (x * w) + scale * (x2 * w2) + add + bias, one
-rounding.
+"""The launch of the extended product on Hopper: c * (x * w) + scale * (x2 * w2 + bias2) + add +
+bias, one rounding.
 
 For arrays that `takes` allows, and shapes that `extended_plan` has a plan for.
 """
@@ -18,33 +18,35 @@ from .extended_plan import Plan, plan_blocks_dx, plan_dx, plan_forward
 from .window import Window
 
 _THREADS = {
-    256: 384,
+    128: 384,
     192: 512,
-}  # by the rows of a tile: one warpgroup that copies, two or three more
+    256: 384,
+}  # by the rows of a tile: a warpgroup that copies, and more
 _SHARED = 226 * 1024  # sm_90 has 227 KiB for a block; the barriers stand in the rest
 
 
 class Extra(NamedTuple):
-    """The second sum: scale[0] * (x * w). shared: x holds a block of channels for each block of w's
-    columns."""
+    """The second sum: scale[0] * (x * w + bias). shared: x holds a block of channels for each block
+    of w's columns."""
 
     x: Array
     w: Array
     window: Window
     scale: Array | None
+    bias: Array | None = None
 
 
 def run(plan: Plan, x, w, out, *, extra: Extra | None, add, bias, c=None, kept=None) -> Array:
     """Write the sum into `out`, (positions, columns) in any shape, and return it. kept: with c,
     where x * w is left by itself, or None."""
-    x2, w2, scale = (extra.x, extra.w, extra.scale) if extra else (None, None, None)
+    x2, w2, _, scale, bias2 = extra or (None,) * 5
     maps = (
         NOTHING if x is None else _map_x(x, plan.image, plan.tile.rows),
         NOTHING if w is None else matrix_map(w.data.ptr, w.shape, plan.boxes[0]),
         NOTHING if x2 is None else _map_x(x2, plan.other_image, plan.tile.rows),
         NOTHING if w2 is None else matrix_map(w2.data.ptr, w2.shape, plan.boxes[1]),
     )
-    args = (*maps, scale, c, add, bias, kept, out, plan.geometry, plan.own, plan.other)
+    args = (*maps, scale, c, add, bias, bias2, kept, out, plan.geometry, plan.own, plan.other)
     plan.launch(plan.grid, (_THREADS[plan.tile.rows],), *args, *plan.numbers, shared=_SHARED)
     return out
 
@@ -108,12 +110,13 @@ def extended_forward(
 
 
 def extended_dx(g, w, window: Window, in_space, *, extra: Extra | None, add) -> Array:
-    """g * w^T + extra + add, (N, *in_space, C). extra: x (positions, R) and w (1, C, R). As above,
-    by `plan_dx`."""
+    """g * w^T + extra + add, (N, *in_space, C). extra: x (positions, R) and w (1, C, R), or x as g
+    but R wide and w (taps, C, R), of the same walk. As above, by `plan_dx`.
+    """
     import cupy
 
-    shape = None if extra is None else tuple(extra.w.shape)
-    plan = plan_dx(tuple(g.shape), tuple(w.shape), window, tuple(in_space), shape, processors())
+    more = None if extra is None else (tuple(extra.w.shape), extra.window)
+    plan = plan_dx(tuple(g.shape), tuple(w.shape), window, tuple(in_space), more, processors())
     assert plan is not None
     space = tuple(in_space) if window.axes else g.shape[1:-1]
     out = (*g.shape[:1], *space, w.shape[1]) if g.ndim > 1 else (w.shape[1],)

@@ -21,13 +21,16 @@ from .conv_plan import geometry_of
 from .window import Window
 
 _TERM = np.dtype([(name, np.int32) for name in ("taps", "width", "axes", "block", "flip")])
-# (TILE_M, TILE_N) of the variants, by B_ROWS. 144 is for w whose rows run along the inner axis:
-# along the columns it was 18 % slower than its size says (H100).
-_TILES = {
-    False: [*((256, n) for n in (64, 96, 128, 144, 160)), (192, 192)],
-    True: [*((256, n) for n in (64, 96, 128, 160)), (192, 192)],
-}
+# (TILE_M, TILE_N) of the variants, by B_ROWS. 128 rows are for results that have fewer tiles of 256
+# than there are multiprocessors: they copy more for their products, but all have work. 144 is for w
+# whose rows run along the inner axis: along the columns it was 18 % slower than its size says.
+_BOTH = [*((256, n) for n in (64, 96, 128, 160)), (192, 192), *((128, n) for n in (64, 128, 160))]
+TILES = {True: _BOTH, False: [*_BOTH, (256, 144)]}
 _NARROW_BLOCKS = (40, 80)  # EXT_N of the variants whose tile of 160 holds several blocks
+# Cycles that a step takes at least: the copying thread waits for a stage, and asks for two to four
+# boxes, 50 each; a worker waits for the stage, starts four products and sees them end, 130 behind
+# the last. Estimated, not measured; the least of today's tiles, 128 x 64, copies for 473.
+_STEP = 300
 _L2_BYTES = 52  # a multiprocessor's share of L2 a cycle; 64 is the port's width
 _WASTE = 0.3  # of the columns that are fetched and not read, as time
 _END = 30 / 256  # cycles a value of a tile, to hand it over and to begin the next
@@ -116,8 +119,8 @@ def plan_forward(
 
 @functools.lru_cache(maxsize=4096)
 def plan_dx(g_shape, w_shape, window: Window, in_space, extra, count: int) -> Plan | None:
-    """The plan of the input's gradient, g * w^T + g2 @ w2^T.  extra: the shape of w2, (1, inputs,
-    width), or None."""
+    """The plan of the input's gradient, g * w^T + g2 * w2^T.  extra: (shape of w2, its window), as
+    `joins_dx` has it, or None."""
     if window.groups != 1 or any(s != 1 for s in window.stride):
         return None
     space = g_shape[1:-1] if not window.pointwise else ()
@@ -132,17 +135,27 @@ def plan_dx(g_shape, w_shape, window: Window, in_space, extra, count: int) -> Pl
     if columns % 8:
         return None
     own = _term(w_shape[0], w_shape[2], image, flip=1)
-    other = _term(0, 0, None)
+    other, other_image = _term(0, 0, None), None
     if extra is not None:
-        other = _term(1, extra[2], None)
-        more = _ceil(extra[2], ROW)
+        (taps, _, width), extra_window = extra
+        if not joins_dx(window, extra_window):
+            return None
+        other_image = None if extra_window.pointwise else image
+        other = _term(taps, width, other_image, flip=1)
+        more = taps * _ceil(width, ROW)
     tile = _choose(False, positions, columns, steps, more, count, _ALL)
     assert tile is not None  # any serves where there are no blocks
     return Plan(
         tile.launch(0), tile.grid(positions, columns, count), geometry, own, other,
-        (positions, columns, tile.band(count)), image, None,
+        (positions, columns, tile.band(count)), image, other_image,
         ((1, tile.columns, ROW), (1, tile.columns, ROW)), tile,
     )  # fmt: skip
+
+
+def joins_dx(window: Window, extra: Window) -> bool:
+    """Whether an input gradient's second term can be part of its sum: rows of its own, or the same
+    walk over space."""
+    return extra.groups == 1 and (extra.pointwise or extra.grouped(1) == window.grouped(1))
 
 
 def walk_of(window: Window, images: int, space, to, padding, stride):
@@ -183,14 +196,15 @@ def _choose(b_rows, positions, columns, own: int, other: int, count, block) -> T
     """The tile with the least time on the busiest multiprocessor; None if the blocks fit none. own,
     other: steps of the two sums, of the second for one block.
     """
-    choices = [(m, n, n) for m, n in _TILES[b_rows] if block == _ALL or block % n == 0]
+    choices = [(m, n, n) for m, n in TILES[b_rows] if block == _ALL or block % n == 0]
     if block in _NARROW_BLOCKS:
         choices = [(256, 160, block)]
 
     def step(rows, width):
         wide = _ceil(width, ROW) * ROW if b_rows else width  # columns that are fetched
         waste = 1 + _WASTE * (wide / width - 1)
-        return max(rows * width / 32, (rows + wide) * ROW * 2 / _L2_BYTES) * waste
+        products, copies = rows * width / 32, (rows + wide) * ROW * 2 / _L2_BYTES
+        return max(_STEP, max(products, copies) * waste)
 
     def cycles(rows, tile, ext):
         waves = _ceil(_ceil(positions, rows) * _ceil(columns, tile), count)

@@ -8,6 +8,7 @@ position each.
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from math import prod
 
@@ -21,10 +22,16 @@ from .conv_plan import sum_of_splits
 from .extended_plan import walk_of
 from .window import Window
 
-_TILES = (40, 80, 128, 160)
-_LEAST = 32  # inputs of a group; a tile of fewer would be mostly empty
-_TILE_M, _TILE_K, _THREADS = 128, 64, 384
-_SHARED = 4 * 5 * 64 * 128 + 1024  # of the widest tile, and what its alignment may cost
+_LEAST = 32  # inputs of a group; 64 rows of fewer would be mostly empty
+_TILES = [(workers, columns) for workers in (2, 3) for columns in (40, 64, 80, 128, 160)]
+_TILE_K = 64
+_SHARED = 226 * 1024  # sm_90 has 227 KiB for a block; the barriers stand in the rest
+
+# Cycles of 1.42 GHz, as `plan.CLOCK` has them.
+_BYTES = 45  # copied a cycle by one multiprocessor: 32 KiB in 720 cycles, measured at 64 channels
+_BEGIN = 2500  # of a block until its first product, and from its last one on
+_PARTS = 2600  # bytes of splits a cycle, written and read again, mostly in L2
+_SUM = 2800  # one more launch
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Plan:
     shape: tuple[int, int, int]
     launch: Kernel
     grid: tuple[int]
+    threads: int
     geometry: np.ndarray
     image: tuple
     numbers: tuple[int, ...]
@@ -53,10 +61,10 @@ def outer_dw(x, g, window: Window, plan: Plan, *, scale) -> Array:
     out = dw if plan.splits == 1 else cupy.empty((plan.splits, *plan.shape), f32)
     own = scale if plan.splits == 1 else None
     args = (x_map, g_map, own, out, plan.geometry, *plan.numbers)
-    plan.launch(plan.grid, (_THREADS,), *args, shared=_SHARED)
+    plan.launch(plan.grid, (plan.threads,), *args, shared=_SHARED)
     if plan.splits > 1:
-        total, grid, numbers = plan.sum
-        total(grid, (256,), out, scale, dw, *numbers)
+        total, grid, block, numbers = plan.sum
+        total(grid, block, out, scale, dw, *numbers)
     return dw
 
 
@@ -77,19 +85,27 @@ def plan_outer(x_shape, g_shape, window: Window, count: int) -> Plan | None:
     if image is None or geometry is None or outer % 2 or inner < _LEAST:
         return None
     positions = g_shape[0] * prod(to)
-    tile = min(_TILES, key=lambda t: -(-outer // t) * max(t, 64))
-    tiles = window.taps * -(-inner // _TILE_M) * -(-outer // tile)
-    chunks = -(-positions // _TILE_K)
+    chunks, units = -(-positions // _TILE_K), window.taps * -(-inner // 64)
+    size = window.taps * inner * outer * 4
 
-    def rounds(splits):  # of all blocks, each as long as a split; and the sum of the splits
-        return -(-tiles * splits // count) / splits + splits / 64
+    def tiles(choice):
+        return -(-units // choice[0]) * -(-outer // choice[1])
 
-    splits = min(range(1, max(1, min(chunks // 8, 32)) + 1), key=rounds)
+    def cycles(choice):  # of all rounds of blocks, each as long as a split; and of the splits' sum
+        (workers, columns), splits = choice
+        copies = (workers + -(-columns // 64)) * _TILE_K * ROW * 2 / _BYTES
+        steps = -(-chunks // splits) * groups * max(workers * 2 * columns, copies)
+        total = _SUM + 2 * splits * size / _PARTS if splits > 1 else 0
+        return -(-tiles(choice[0]) * splits // count) * (steps + _BEGIN) + total
+
+    counts = range(1, max(1, min(chunks // 4, 64)) + 1)
+    tile, splits = min(itertools.product(_TILES, counts), key=cycles)
     span = -(-chunks // splits) * _TILE_K
     splits = -(-positions // span)
     shape = (window.taps, inner, outer)
     axes = len(image[0]) - 1
     numbers = (axes, inner, outer, groups, positions, span)
     total = sum_of_splits(bf16, splits, window.taps * inner, 1, outer) if splits > 1 else ()
-    launch = kernel("outer.cu", "outer", bf16, TILE_N=tile)
-    return Plan(shape, launch, (tiles * splits,), geometry, image, numbers, splits, total)
+    launch = kernel("outer.cu", "outer", bf16, WORKERS=tile[0], TILE_N=tile[1])
+    grid, threads = (tiles(tile) * splits,), 128 * (tile[0] + 1)
+    return Plan(shape, launch, grid, threads, geometry, image, numbers, splits, total)

@@ -20,8 +20,9 @@ from .. import plan
 from ..arrays import Array
 from . import outer_gpu
 from .conv_gpu import conv, conv_dw, conv_dx, processors
+from .elementwise import scale as scaled
 from .extended_gpu import Extra, blocks_dx, extended_dx, extended_forward, takes
-from .extended_plan import plan_blocks_dx, plan_dx, plan_forward
+from .extended_plan import joins_dx, plan_blocks_dx, plan_dx, plan_forward
 from .narrow_gpu import narrow_conv, narrow_dw, narrow_dx, narrow_extra, suits
 from .pointwise_gpu import pointwise, pointwise_dw, pointwise_dx
 from .scale_columns import scale_columns_gpu
@@ -32,7 +33,7 @@ __all__ = ["Extra", "dw", "dx", "forward", "scaled_forward"]
 
 def forward(x, w, window: Window, *, scale, add, bias, extra: Extra | None = None) -> Array:
     """add + scale * (x * w) + bias + extra.  Both a scale and an extra are never there."""
-    second = () if extra is None else (extra.x, extra.w)
+    second = () if extra is None else (extra.x, extra.w, extra.bias)
     sizes = None if extra is None else (tuple(extra.w.shape), extra.window)
     hopper = scale is None and x.size > 0 and takes(x, w, add, bias, *second)
     ways = _forward_ways(
@@ -42,14 +43,17 @@ def forward(x, w, window: Window, *, scale, add, bias, extra: Extra | None = Non
     if way == "extended":
         return extended_forward(x, w, window, extra=extra, add=add, bias=bias)[0]
     if extra is not None:
-        add = forward(extra.x, extra.w, extra.window, scale=extra.scale, add=add, bias=None)
+        own = extra.bias
+        if own is not None and extra.scale is not None:
+            own = scaled(own, extra.scale)
+        add = forward(extra.x, extra.w, extra.window, scale=extra.scale, add=add, bias=own)
         return forward(x, w, window, scale=None, add=add, bias=bias)
     run = {"library": pointwise, "portable": conv, "narrow": narrow_conv}[way]
     return run(x, w, window, scale=scale, add=add, bias=bias)
 
 
 def scaled_forward(x, w, window: Window, c, *, add, bias, extra: Extra, keep: bool):
-    """(c * (x * w) + extra + add + bias, x * w rounded if keep); extra has no scale."""
+    """(c * (x * w) + extra + add + bias, x * w rounded if keep); extra has no scale and no bias."""
     second = (extra.x, extra.w)
     hopper = x.size > 0 and takes(x, w, add, bias, *second)
     sizes = (tuple(extra.w.shape), extra.window)
@@ -68,10 +72,10 @@ def dx(g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None
     there."""
     if extra is not None and suits(extra.w.shape[1], extra.w.shape[2], extra.window, extra.x.dtype):
         extra = narrow_extra(extra, in_space)
-    if extra is not None and not (extra.window.pointwise and extra.window.groups == 1):
+    if extra is not None and not joins_dx(window, extra.window):
         add, extra = dx(extra.x, extra.w, extra.window, in_space, scale=extra.scale, add=add), None
     second = () if extra is None else (extra.x, extra.w)
-    sizes = None if extra is None else tuple(extra.w.shape)
+    sizes = None if extra is None else (tuple(extra.w.shape), extra.window)
     hopper = g.size > 0 and takes(g, w, add, *second)
     ways = _dx_ways(
         tuple(g.shape), tuple(w.shape), window, tuple(in_space), sizes, hopper, scale is None,
@@ -81,8 +85,11 @@ def dx(g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None
     if way == "extended":
         return extended_dx(g, w, window, in_space, extra=extra, add=add)
     if extra is not None:
-        positions = (g.shape[0], *in_space) if window.axes else g.shape[:-1]
-        add = _rows_dx(extra, positions, add)
+        if extra.window.pointwise:
+            positions = (g.shape[0], *in_space) if window.axes else g.shape[:-1]
+            add = _rows_dx(extra, positions, add)
+        else:
+            add = dx(extra.x, extra.w, window, in_space, scale=extra.scale, add=add)
         return dx(g, w, window, in_space, scale=None, add=add)
     if way == "library":
         return pointwise_dx(g, w, window, scale=scale, add=add)
@@ -149,7 +156,7 @@ def _dx_ways(g, w, window: Window, in_space, extra, hopper: bool, plain: bool, d
     inputs = w[1] * window.groups
     result = positions * inputs * dtype.itemsize
     operations = 2 * prod(g) * w[0] * w[1]
-    more = 2 * positions * extra[0] * extra[2] * inputs if extra else 0
+    more = 2 * positions * extra[0][0] * extra[0][2] * inputs if extra else 0
     moved = prod(g) * dtype.itemsize + prod(w) * dtype.itemsize + result
     later = plan.apart(result, more) if extra else 0.0
     ways = _ways(window, operations, inputs, w[2], dtype, moved, prod(g[:-1]), positions)
@@ -160,7 +167,7 @@ def _dx_ways(g, w, window: Window, in_space, extra, hopper: bool, plain: bool, d
     planned = plan_blocks_dx(g, w, window, in_space, count) if hopper and extra is None else None
     if planned is not None:
         ways["blocks"] = plan.extended(planned.tile.cycles)
-    what = f"g {g} * w {w} turned" + (f" + g2 * w2 {extra} turned" if extra else "")
+    what = f"g {g} * w {w} turned" + (f" + g2 * w2 {extra[0]} turned" if extra else "")
     return what, ways, operations + more, moved
 
 

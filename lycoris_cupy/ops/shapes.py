@@ -142,7 +142,7 @@ def _resize_nearest_vjp(needs, out, x, *, factor):
         # The sum over the f x f copies: bring them in front of everything else and add them as
         # rows.
         g = _transpose(g.reshape(n, h, factor, w, factor, c), axes=(2, 4, 0, 1, 3, 5))
-        return (_column_sum(g.reshape(factor * factor, x.size)).reshape(x.shape),)
+        return (_column_sum(g.reshape(factor * factor, x.size), None).reshape(x.shape),)
 
     return pull
 
@@ -165,7 +165,7 @@ def _expand_vjp(needs, out, x, *, shape):
         # The repeated axes in front of all others, and their sum as one of rows.
         g = g if order == tuple(range(g.ndim)) else _transpose(g, axes=order)
         rows = prod(g.shape[: len(repeated)])
-        return (_column_sum(g.reshape(rows, prod(own))).reshape(own),)
+        return (_column_sum(g.reshape(rows, prod(own)), None).reshape(own),)
 
     return pull
 
