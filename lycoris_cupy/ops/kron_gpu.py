@@ -106,8 +106,8 @@ def kron_conv_dw(x, g, w1, w2, window: Window, *, scale) -> Array:
     parts, dw = cupy.empty((p.grid[0], *w2.shape), f32), cupy.empty(w2.shape, f32)
     args = (x, g, w1, parts, p.geometry, *p.numbers)
     p.launch(p.grid, (_DW_THREADS,), *args, shared=p.shared)
-    total, grid, numbers = sum_of_splits(bf16, p.grid[0], taps * inner, 1, outer)
-    total(grid, (256,), parts, scale, dw, *numbers)
+    total, grid, block, numbers = sum_of_splits(bf16, p.grid[0], taps * inner, 1, outer)
+    total(grid, block, parts, scale, dw, *numbers)
     return dw
 
 
