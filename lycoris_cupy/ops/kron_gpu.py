@@ -175,24 +175,26 @@ def _plan_conv(
     if tiles is None:
         return None
 
-    def shared(part):
+    def sizes(part):
+        """(bytes of a half of a piece, bytes of all)."""
         pairs = -(-window.taps * part // 16)
         weight = 8 * tiles * _row(2 * pairs) if turned else 16 * pairs * _row(tiles)
-        image = _piece_pixels(window) * _row(blocks * part // 8)
-        lists = 16 * pairs + 4 * blocks * part // 8
-        if turned:  # z takes the place of the image
-            image = max(image, _SIDE * _SIDE * _row(outs * tiles))
-            lists += 4 * outs * tiles
-        return -(-lists // 16) * 16 + weight + image
+        half = _piece_pixels(window) * _row(blocks // 2 * part // 8)
+        lists = 16 * pairs + 4 * (blocks // 2 * part // 8)
+        if turned:  # z comes through the same buffers
+            half = max(half, _SIDE * _SIDE * _row(outs // 2 * tiles))
+            lists += 4 * (outs // 2 * tiles)
+        return half, -(-lists // 16) * 16 + (weight if part == inner else 2 * weight) + 2 * half
 
-    part = _part(inner, lambda part: shared(part) <= _SHARED)
+    part = _part(inner, lambda part: sizes(part)[1] <= _SHARED)
     if part is None:
         return None
+    half, shared = sizes(part)
     passes, pieces = outer // (8 * tiles), _pieces(images, to)
     launch = kernel("kron_conv.cu", "kron_conv", bf16, BLOCKS=blocks, TILES=tiles, TURNED=turned)
     grid = (min(pieces, max(1, 2 * count // passes)), passes)
-    numbers = (*ends, pieces, inner, outer, outs, part)
-    return _Plan(launch, grid, geometry_of(window, space, to), numbers, shared(part))
+    numbers = (*ends, pieces, inner, outer, outs, part, half)
+    return _Plan(launch, grid, geometry_of(window, space, to), numbers, shared)
 
 
 def _plan_dw(window, images, space, to, ends, blocks, outs, inner, outer, count) -> _Plan | None:
