@@ -199,41 +199,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     }
 }
 
-// The sums of the parts, in a fixed order: dx = scale * sum, rounded; dw = scale * sum; dc = sum. Elements are numbered in that
-// order, the parts of one shared by blockDim.y threads (1 or 8). With one chunk dx has been written already.
+// The sums of the parts, in a fixed order: dx = scale * sum, rounded; dw = scale * sum; dc = sum. The first `thin_blocks` blocks
+// do dx, an element a thread (none where it has one part: then it is written already); the others dw and dc, whose elements are
+// shared by `shares` threads each, for they may be few and have many parts.
 extern "C" __global__ void __launch_bounds__(256)
     NAME(thin_sum)(const float* dx_parts, const float* dw_parts, const float* dc_parts,  // dc_parts: null without c
                    const float* scale,                                                   // (1,), or null for 1
-                   bf16* dx, float* dw, float* dc, long long rows, int columns, int ranks, int chunks, int strips) {
-  __shared__ float shares[256];
-  const long long thin = chunks > 1 ? rows * ranks : 0, wide = (long long)ranks * columns;
-  const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-  const float* from = dx_parts + i;
-  long long step = thin;
-  int count = chunks;
-  if (i >= thin) from = dw_parts + (i - thin), step = wide, count = strips;
-  if (i >= thin + wide) from = dc_parts + (i - thin - wide), step = columns, count = dc_parts ? strips : 0;
-  if (i >= thin + wide + columns) count = 0;
+                   bf16* dx, float* dw, float* dc, long long rows, int columns, int ranks, int chunks, int strips,
+                   int thin_blocks, int shares) {
+  __shared__ float all[256];
+  const bool thin = blockIdx.x < thin_blocks;
+  const int across = thin ? 256 : 256 / shares, share = threadIdx.x / across;
+  const long long i = (long long)(blockIdx.x - (thin ? 0 : thin_blocks)) * across + threadIdx.x % across;
+  const long long wide = (long long)ranks * columns, own = thin ? rows * ranks : wide;
+  const bool scales = !thin && i >= own;  // an element of dc
+  const float* from = thin ? dx_parts + i : scales ? dc_parts + (i - wide) : dw_parts + i;
+  const long long step = scales ? columns : own;
+  const bool inside = i < own || (scales && dc_parts && i < wide + columns);
+  const int count = !inside ? 0 : thin ? chunks : strips;
   float total = 0;
-  for (int s = threadIdx.y; s < count; s += 8 * blockDim.y) {  // eight loads under way at a time
+  for (int s = share; s < count; s += 8 * (256 / across)) {  // eight loads under way at a time
     float next[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const int at = s + j * blockDim.y;
+      const int at = s + j * (256 / across);
       next[j] = at < count ? from[at * step] : 0;
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) total += next[j];
   }
-  shares[threadIdx.y * blockDim.x + threadIdx.x] = total;
-  __syncthreads();
-  if (threadIdx.y || !count) return;
-  for (int s = 1; s < blockDim.y; ++s) total += shares[s * blockDim.x + threadIdx.x];
+  if (!thin && shares > 1) {
+    all[threadIdx.x] = total;
+    __syncthreads();
+    for (int s = 1; s < shares && !share; ++s) total += all[s * across + threadIdx.x];
+  }
+  if (share || !inside) return;
   const float factor = scale ? *scale : 1.0f;
-  if (i < thin)
+  if (thin)
     dx[i] = narrow(factor * total);
-  else if (i < thin + wide)
-    dw[i - thin] = factor * total;
+  else if (scales)
+    dc[i - wide] = total;
   else
-    dc[i - thin - wide] = total;
+    dw[i] = factor * total;
 }

@@ -76,11 +76,12 @@ def thin_gradients(
     args = (g, x, w, c, z, scale, dx_parts, dx, dw_parts, gc, dc_parts)
     args += (rows, columns, ranks, plan.span)
     plan.launch(plan.grid, (32 * _WARPS,), *args, shared=plan.shared)
-    block = (256, 1) if max(chunks, strips) < 64 else (32, 8)  # few elements of many parts
-    count = (rows * ranks if chunks > 1 else 0) + (ranks + (c is not None)) * columns
+    thin_blocks = -(-rows * ranks // 256) if chunks > 1 else 0
+    shares = 8 if strips >= 64 else 1  # threads an element of dw
+    blocks = thin_blocks + -(-(ranks + (c is not None)) * columns // (256 // shares))
     plan.total(
-        (-(-count // block[0]),), block, dx_parts, dw_parts, dc_parts, scale, dx, dw, dc,
-        rows, columns, ranks, chunks, strips,
+        (blocks,), (256,), dx_parts, dw_parts, dc_parts, scale, dx, dw, dc,
+        rows, columns, ranks, chunks, strips, thin_blocks, shares,
     )  # fmt: skip
     return Gradients(dx, dw, gc, dc)
 
