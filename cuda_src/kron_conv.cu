@@ -113,23 +113,34 @@ INLINE void write_row(const unsigned (&v)[TILES], bf16* to, bool inside) {
     if (inside) *reinterpret_cast<unsigned*>(to + tile * 8 + lane * 2) = v[tile];
 }
 
-// sum += a half of the blocks' products, those of the piece in `image` by the part of w2 in `weight`.
+// sum += a half of the blocks' products, those of the piece in `image` by the part of w2 in `weight`. The operands of a pair are
+// loaded while the one before is multiplied.
 template <int HALF>
 INLINE void multiply(float (&sum)[BLOCKS][TILES][4], unsigned image, unsigned weight, const unsigned* places, int pairs,
                      int block_bytes, unsigned weight_row) {
   constexpr int COUNT = BLOCKS / 2;
+  const unsigned* place = places + threadIdx.x / 16 % 2;
+  unsigned from = image + place[0], a[2][4], b[TILES][2];
+  load_matrices<false>(a[0], from);
+  load_weight(b, weight, 0, weight_row);
 #pragma unroll 1
-  for (int pair = 0; pair < pairs; ++pair) {
-    const unsigned from = image + places[pair * 2 + threadIdx.x / 16 % 2];
-    unsigned a[2][4], b[TILES][2];
-    load_matrices<false>(a[0], from);
-    load_weight(b, weight, pair, weight_row);
+  for (int pair = 1; pair <= pairs; ++pair) {
+    const unsigned following = image + place[min(pair, pairs - 1) * 2];
+    unsigned own[TILES][2];
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) own[tile][0] = b[tile][0], own[tile][1] = b[tile][1];
 #pragma unroll
     for (int block = 0; block < COUNT; ++block) {
-      if (block + 1 < COUNT) load_matrices<false>(a[(block + 1) % 2], from + (block + 1) * block_bytes);
+      if (block + 1 < COUNT) {
+        load_matrices<false>(a[(block + 1) % 2], from + (block + 1) * block_bytes);
+      } else if (pair < pairs) {
+        load_matrices<false>(a[0], following);
+        load_weight(b, weight, pair, weight_row);
+      }
 #pragma unroll
-      for (int tile = 0; tile < TILES; ++tile) mma(sum[HALF * COUNT + block][tile], a[block % 2], b[tile][0], b[tile][1]);
+      for (int tile = 0; tile < TILES; ++tile) mma(sum[HALF * COUNT + block][tile], a[block % 2], own[tile][0], own[tile][1]);
     }
+    from = following;
   }
 }
 
@@ -163,12 +174,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   const unsigned weight = shared_address(memory) + (lists + 15) / 16 * 16;
   const unsigned weight_bytes = (TURNED ? COLUMNS : 16 * pairs) * weight_row;
   const unsigned image = weight + (parts > 1 ? 2 : 1) * weight_bytes;
-  const float by = scale ? *scale : 1.0f;
-  for (int i = threadIdx.x; i < outs * BLOCKS; i += THREADS) {
-    const int o = i / BLOCKS, b = i % BLOCKS;
-    mix[o][b] = by * widen(w1[TURNED ? b * outs + o : i]);
-  }
-  for (int i = threadIdx.x; i < WARPS * MOST * BLOCKS; i += THREADS) found[0][0][i] = 0;
   list_chunks(places, taps, part, wide, pixel_bytes, g);
   list_weight(weights, taps, IN, OUT, part);
   list_channels(channels, BLOCKS / 2, IN, part);
@@ -213,6 +218,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   const unsigned own = ((warp * 2 + lane / 8 % 2) * wide + lane % 8) * pixel_bytes;
   int weight_here = 0;
   start();
+  const float by = scale ? *scale : 1.0f;  // what follows is read after the first stage has been waited for
+  for (int i = threadIdx.x; i < outs * BLOCKS; i += THREADS) {
+    const int o = i / BLOCKS, b = i % BLOCKS;
+    mix[o][b] = by * widen(w1[TURNED ? b * outs + o : i]);
+  }
+  for (int i = threadIdx.x; i < WARPS * MOST * BLOCKS; i += THREADS) found[0][0][i] = 0;
   for (int piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
     const Piece at(piece, g);
     float sum[BLOCKS][TILES][4] = {};
