@@ -6,7 +6,7 @@ The kernel is called itself, whatever the planner would take, on a GPU of its ki
 import numpy as np
 import pytest
 
-from lycoris_cupy import bf16, ops, plan, to_device
+from lycoris_cupy import Conv1d, Full, bf16, ops, plan, to_device
 from lycoris_cupy.arrays import gpu_missing
 from lycoris_cupy.errors import DtypeError, ShapeError
 from lycoris_cupy.ops import (
@@ -263,7 +263,8 @@ def test_both_sums_of_one_x(name, tile, monkeypatch):
     if tile is not None:
         forced = extended_plan.Tile(*tile, tile[1], 0.0, True)
         monkeypatch.setattr(extended_plan, "_choose", lambda *args: forced)
-    extended_plan.plan_forward.cache_clear(), extended_plan.plan_dx.cache_clear()
+    extended_plan.plan_forward.cache_clear()
+    extended_plan.plan_dx.cache_clear()
     scale = to_device(SCALE, "cuda:0")
     extra = Extra(x, w2, window, scale, bias2)
     out = extended_gpu.extended_forward(x, w, window, extra=extra, add=add, bias=bias)[0]
@@ -276,7 +277,8 @@ def test_both_sums_of_one_x(name, tile, monkeypatch):
         out = extended_gpu.extended_dx(g, w, window, space, extra=extra, add=None)
         limit = bound(dx, dx_size, 2 * w_shape[0] * w_shape[2], bf16)
         assert_within(to_device(out, "cpu").astype(np.float64), dx, limit, name)
-    extended_plan.plan_forward.cache_clear(), extended_plan.plan_dx.cache_clear()
+    extended_plan.plan_forward.cache_clear()
+    extended_plan.plan_dx.cache_clear()
 
 
 def test_an_x_that_both_sums_read_is_copied_once():
@@ -573,6 +575,18 @@ def test_a_pending_product_is_what_it_stands_for():
     assert np.allclose(ops.ready(shifted), 0.5 * (h @ up[0] + np.arange(7)))
     assert np.allclose(ops.extended(x, w, FLAT, shifted), x @ w[0] + ops.ready(shifted))
     assert ops.ready(None) is None and ops.ready(x) is x
+
+
+def test_a_change_of_the_whole_weight_waits_for_the_layer():
+    rng = np.random.default_rng(1)
+    x, diff, diff_b = (rng.standard_normal(s) for s in ((2, 9, 4), (3, 4, 6), (6,)))
+    layer = Conv1d(rng.standard_normal((3, 4, 6)), rng.standard_normal(6), padding=1)
+    scale = np.array([0.5])
+    p = {"diff": diff, "diff_b": diff_b}
+    change = Full(layer.shape, 0, bias=True).apply(None, layer, x, p, scale)
+    assert isinstance(change, ops.Pending) and change.x is x and not change.unscaled
+    expected = layer.replaced(layer.matrix + 0.5 * diff, layer.bias + 0.5 * diff_b).forward(x)
+    assert np.allclose(layer.forward(x, change), expected)
 
 
 @pytest.mark.parametrize(
