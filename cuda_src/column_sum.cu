@@ -1,4 +1,4 @@
-// The sum over the rows of a matrix of a few million values, in one launch: the gradient of a bias. For Hopper.
+// The sum over the rows of a matrix of a few million values, in one launch: the gradient of a bias. For Hopper and later.
 //
 //   out[c] = scale * sum over r of x[r, c]
 //
@@ -6,7 +6,7 @@
 // shared memory. The order of the sum depends on the sizes alone. Two launches, the second for a few hundred values, take
 // longer than the reading.
 //
-// only sm_90a
+// only sm_90a sm_100a sm_120
 // variants bf16: none
 #include "exchange.cuh"
 #include "mma.cuh"
