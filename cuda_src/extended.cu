@@ -6,15 +6,15 @@
 //
 // An adapter is the second term: a few more steps along the inner axis, before the first term's, or, with SCALED=1, behind
 // them: c (1 without) scales the columns of the first alone, which can be kept by itself for the gradient of c, and there is
-// no scale. A linear layer is a convolution with one tap;
-// the gradient of the input is the same product with w turned (B_ROWS=0: rows of K values) and the taps in reverse.
+// no scale. A linear layer is a convolution with one tap; the gradient of the input is the same product with w turned (B_ROWS=0: rows of K values) and the taps in reverse.
 //
 // With PAIR=1 both terms read the same x by the same walk: a step copies it once, beside both weights, and multiplies into
 // two sums, which are added at the end.
 //
 // A block is persistent: one warpgroup copies tiles (a matrix by boxes, an image by im2col boxes) into a ring of stages,
-// the others multiply: two, 128 or 64 rows of the tile each, or three, 64 rows each. Tiles go by bands of `band` row tiles, so that what runs at the same
-// time shares its operands in L2. EXT_N: columns that x2 * w2 does at a time, so that narrow blocks fit a wide tile.
+// the others multiply: two, 128 or 64 rows of the tile each, or three, 64 rows each. Tiles go by bands of `band` row tiles, so
+// that what runs at the same time shares its operands in L2. EXT_N: columns that x2 * w2 does at a time, so that narrow blocks
+// fit a wide tile.
 //
 // only sm_90a
 // variants bf16: TILE_N=64 B_ROWS=0 | TILE_N=96 B_ROWS=0 | TILE_N=128 B_ROWS=0 | TILE_N=144 B_ROWS=0
@@ -34,77 +34,7 @@
 // variants bf16: TILE_M=128 TILE_N=128 B_ROWS=1 PAIR=1
 // variants bf16: TILE_N=160 B_ROWS=1 EXT_N=40 | TILE_N=160 B_ROWS=1 EXT_N=80
 // variants bf16: TILE_N=160 B_ROWS=0 EXT_N=40 | TILE_N=160 B_ROWS=0 EXT_N=80
-#include "hopper.cuh"
-#include "exchange.cuh"
-
-#ifndef EXT_N
-#define EXT_N TILE_N
-#endif
-#ifndef SCALED
-#define SCALED 0
-#endif
-#ifndef PAIR
-#define PAIR 0
-#endif
-#ifndef TILE_M
-#define TILE_M 256
-#endif
-
-constexpr int TILE_K = 64, WORKERS = TILE_M == 192 ? 3 : 2;  // warpgroups that multiply, each an equal share of the rows
-constexpr int ROWS = TILE_M / WORKERS / 64;  // products of 64 rows a worker
-constexpr int A_BYTES = TILE_M * ROW_BYTES;
-// Along N a box is 64 columns wide, so the last one may hold columns that nobody reads.
-__device__ constexpr int box_bytes(int columns) {
-  return B_ROWS ? (columns + 63) / 64 * TILE_K * ROW_BYTES : columns * ROW_BYTES;
-}
-constexpr int B_BOX = TILE_K * ROW_BYTES;
-constexpr int B_BYTES = (box_bytes(TILE_N) + 1023) / 1024 * 1024;
-constexpr int STAGE = A_BYTES + (PAIR ? 2 : 1) * B_BYTES;
-constexpr int STAGES = (227 * 1024 - 2048) / STAGE;  // 2048: the barriers, and what the alignment may cost
-
-// One of the two sums.
-struct Term {
-  int taps, width;   // width: channels a tap, of one block
-  int axes;          // of space: 0 for a matrix, 2 or 3 for an image
-  int block;         // columns that share one block of channels
-  int flip;          // taps of w in reverse
-};
-
-struct Tile {
-  int row, column;
-  Place at;  // of the first row, as the start of its window
-
-  INLINE Tile(int tile, int tiles_m, int tiles_n, int band, const Geometry& g, bool image) {
-    const int size = band * tiles_n, first = tile / size * band;
-    const int height = min(tiles_m - first, band), inside = tile % size;
-    row = (first + inside % height) * TILE_M;
-    column = inside / height * TILE_N;
-    if (image) {
-      at = Place::of(row, g);
-      at.z = at.z * g.stride[0] - g.padding[0];
-      at.y = at.y * g.stride[1] - g.padding[1];
-      at.x = at.x * g.stride[2] - g.padding[2];
-    }
-  }
-};
-
-// A place in the ring, and how often it was passed.
-struct Stage {
-  int index = 0;
-  unsigned parity = 0;
-
-  INLINE void next() {
-    if (++index == STAGES) index = 0, parity ^= 1;
-  }
-};
-
-INLINE int chunks_of(const Term& term) {
-  return (term.width + TILE_K - 1) / TILE_K;
-}
-
-struct Ring {
-  unsigned memory, full, empty;
-};
+#include "extended_ends.cuh"
 
 // Copies the operands of a term for COLUMNS columns from `column` on, all taps and channels; with PAIR those of `pair`, the
 // other weight, beside them.
@@ -228,85 +158,6 @@ INLINE void accumulate_other(float (&sum)[ROWS][TILE_N / 2], const Term& term, c
     if (tile.column + SUB * EXT_N < columns)
       accumulate<EXT_N, SUB * EXT_N / 2>(sum, sum, term, worker, chief, ring, stage);
     accumulate_other<SUB + 1>(sum, term, tile, columns, worker, chief, ring, stage);
-  }
-}
-
-// The sums times `factor`, or times that of each column, plus the bias of their columns; sums that are not there yet
-// (FRESH) are zeros.
-template <bool FRESH>
-INLINE void begin(float (&sum)[ROWS][TILE_N / 2], float factor, const float* factors, const bf16* bias, const Tile& tile,
-                  int columns) {
-#pragma unroll
-  for (int piece = 0; piece < TILE_N / 8; ++piece) {
-    const int n = tile.column + piece * 8 + threadIdx.x % 4 * 2;
-    float both[2] = {0, 0}, by[2] = {factor, factor};
-    if (factors && n < columns) by[0] = factors[n], by[1] = factors[n + 1];
-    if (bias && n < columns) {
-      const Pack<bf16, 2> b = *reinterpret_cast<const Pack<bf16, 2>*>(bias + n);
-      both[0] = widen(b.at[0]), both[1] = widen(b.at[1]);
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& s = sum[r][piece * 4 + i];
-        s = FRESH ? both[i % 2] : s * by[i % 2] + both[i % 2];
-      }
-  }
-}
-
-// Adds `add` (ADD), rounds, and writes: 16 bytes a lane. What is added to a row is read while the row before is written, where
-// there are registers for it.
-template <bool ADD>
-INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int worker, const bf16* add, bf16* y,
-                   int positions, int columns) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  constexpr int FOURS = TILE_N / 32, AHEAD = ADD && WORKERS == 2 && TILE_N < 160;
-  const int first = tile.row + worker * (TILE_M / WORKERS) + warp * 16 + lane / 4;
-  uint4 rows[AHEAD + 1][ADD ? FOURS : 1];
-  auto read = [&](int q) {  // rows in pairs, eight apart
-    const int row = first + q / 2 * 64 + q % 2 * 8;
-    const bf16* from = add + (long long)row * columns + tile.column + lane % 4 * 8;
-#pragma unroll
-    for (int four = 0; four < FOURS; ++four) {
-      const bool inside = row < positions && tile.column + four * 32 + lane % 4 * 8 < columns;
-      rows[q % (AHEAD + 1)][four] = inside ? *reinterpret_cast<const uint4*>(from + four * 32) : make_uint4(0, 0, 0, 0);
-    }
-  };
-  if (AHEAD) read(0);
-#pragma unroll
-  for (int q = 0; q < 2 * ROWS; ++q) {
-    const int row = first + q / 2 * 64 + q % 2 * 8;
-    if (row - lane / 4 >= positions) break;  // of the whole warp
-    if (ADD && q + AHEAD < 2 * ROWS) read(q + AHEAD);
-    const int left = row < positions ? columns - tile.column : 0;
-    const long long start = (long long)row * columns + tile.column;
-    const float* values = &sum[q / 2][q % 2 * 2];
-#pragma unroll
-    for (int four = 0; four < FOURS; ++four) {
-      const int n = four * 32 + lane % 4 * 8;
-      unsigned added[4] = {0, 0, 0, 0}, v[4];
-      if (ADD) {
-        const uint4 a = rows[q % (AHEAD + 1)][four];
-        added[0] = a.x, added[1] = a.y, added[2] = a.z, added[3] = a.w;
-        exchange(added);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = (four * 4 + i) * 4;
-        v[i] = round_pair(values[at] + (ADD ? low_half(added[i]) : 0), values[at + 1] + (ADD ? high_half(added[i]) : 0));
-      }
-      exchange(v);
-      if (n < left) *reinterpret_cast<uint4*>(y + start + n) = make_uint4(v[0], v[1], v[2], v[3]);
-    }
-#pragma unroll
-    for (int piece = FOURS * 4; piece < TILE_N / 8; ++piece) {
-      const int n = piece * 8 + lane % 4 * 2;
-      const unsigned added = ADD && n < left ? *reinterpret_cast<const unsigned*>(add + start + n) : 0;
-      const unsigned v = round_pair(values[piece * 4] + (ADD ? low_half(added) : 0),
-                                    values[piece * 4 + 1] + (ADD ? high_half(added) : 0));
-      if (n < left) *reinterpret_cast<unsigned*>(y + start + n) = v;
-    }
   }
 }
 

@@ -1,0 +1,69 @@
+// What a block of the extended product works on: its sizes, the tiles it goes through, the ring of stages between those who copy
+// and those who multiply.
+#pragma once
+#include "hopper.cuh"
+
+#ifndef EXT_N
+#define EXT_N TILE_N
+#endif
+#ifndef SCALED
+#define SCALED 0
+#endif
+#ifndef PAIR
+#define PAIR 0
+#endif
+#ifndef TILE_M
+#define TILE_M 256
+#endif
+
+constexpr int TILE_K = 64, WORKERS = TILE_M == 192 ? 3 : 2;  // warpgroups that multiply, each an equal share of the rows
+constexpr int ROWS = TILE_M / WORKERS / 64;  // products of 64 rows a worker
+constexpr int A_BYTES = TILE_M * ROW_BYTES;
+// Along N a box is 64 columns wide, so the last one may hold columns that nobody reads.
+__device__ constexpr int box_bytes(int columns) {
+  return B_ROWS ? (columns + 63) / 64 * TILE_K * ROW_BYTES : columns * ROW_BYTES;
+}
+constexpr int B_BOX = TILE_K * ROW_BYTES;
+constexpr int B_BYTES = (box_bytes(TILE_N) + 1023) / 1024 * 1024;
+constexpr int STAGE = A_BYTES + (PAIR ? 2 : 1) * B_BYTES;
+constexpr int STAGES = (227 * 1024 - 2048) / STAGE;  // 2048: the barriers, and what the alignment may cost
+
+// One of the two sums.
+struct Term {
+  int taps, width;   // width: channels a tap, of one block
+  int axes;          // of space: 0 for a matrix, 2 or 3 for an image
+  int block;         // columns that share one block of channels
+  int flip;          // taps of w in reverse
+};
+
+struct Tile {
+  int row, column;
+  Place at;  // of the first row, as the start of its window
+
+  INLINE Tile(int tile, int tiles_m, int tiles_n, int band, const Geometry& g, bool image) {
+    const int size = band * tiles_n, first = tile / size * band;
+    const int height = min(tiles_m - first, band), inside = tile % size;
+    row = (first + inside % height) * TILE_M;
+    column = inside / height * TILE_N;
+    if (image) {
+      at = Place::of(row, g);
+      at.z = at.z * g.stride[0] - g.padding[0];
+      at.y = at.y * g.stride[1] - g.padding[1];
+      at.x = at.x * g.stride[2] - g.padding[2];
+    }
+  }
+};
+
+// A place in the ring, and how often it was passed.
+struct Stage {
+  int index = 0;
+  unsigned parity = 0;
+
+  INLINE void next() {
+    if (++index == STAGES) index = 0, parity ^= 1;
+  }
+};
+
+struct Ring {
+  unsigned memory, full, empty;
+};
