@@ -25,8 +25,8 @@ from .window import Window
 _TILES = {8: (5, 4, 3, 2), 4: (8, 5, 4, 3, 2)}  # of 8 columns, by blocks: what registers hold
 _DW_TILES = (5, 4, 3, 2)
 _SIDE = 8  # a piece is 8 x 8 positions
-_PAIRS = 24  # of chunks of 8 channels, taps by channels, that the weight's gradient holds
-_THREADS, _DW_THREADS = 128, 256
+_DW_TAPS = 3  # times 16 rows, taps by channels, that a warp of the weight's gradient holds
+_THREADS, _DW_THREADS = 128, 512
 _SHARED = 111 * 1024  # two blocks on a multiprocessor
 # Channels a block up to which mixing first is slower, where w2 walks over several taps: at 160 the
 # products of Hopper's warpgroups win, at one tap they do at any width (H100: benchmarks/NOTES.md).
@@ -199,25 +199,42 @@ def _plan_dw(window, images, space, to, ends, blocks, outs, inner, outer, count)
     tiles = next((t for t in _DW_TILES if outer % (8 * t) == 0), None)
     if tiles is None:
         return None
+    # Taps one below the other, one row apart, share what is loaded of the image.
+    down = 3 if window.kernel[0] == 3 and window.dilation[0] == 1 else 1
+
+    def warps(part):  # that hold one sum between them
+        return -(-window.taps * part // (16 * _DW_TAPS))
 
     def shared(part):
-        pairs = -(-window.taps * part // 16)
+        pairs = -(-window.taps // down * part // 16)
         image = _piece_pixels(window) * _row(blocks * part // 8)
         flow = _SIDE * _SIDE * _row(max(blocks, outs) * tiles)
         lists = 8 * pairs + 4 * (blocks * part // 8 + outs * tiles)
-        return -(-lists // 16) * 16 + image + flow
+        groups = min(_DW_THREADS // 32 // warps(part), blocks)
+        sums = (groups - 1) * warps(part) * _DW_TAPS * tiles * 512  # all but one, at the end
+        return max(-(-lists // 16) * 16 + 2 * (image + flow), sums)
+
+    most = _shared_of_one_block()
 
     def fits(part):
-        return -(-window.taps * part // 16) <= _PAIRS and shared(part) <= _SHARED
+        return warps(part) <= _DW_THREADS // 32 and shared(part) <= most
 
     part = _part(inner, fits)
     if part is None:
         return None
     passes, pieces = inner // part * (outer // (8 * tiles)), _pieces(images, to)
-    launch = kernel("kron_conv_dw.cu", "kron_conv_dw", bf16, BLOCKS=blocks, TILES=tiles)
-    grid = (min(pieces, max(1, 2 * count // passes)), passes)
-    numbers = (*ends, pieces, inner, outer, outs, part)
+    launch = kernel("kron_conv_dw.cu", "kron_conv_dw", bf16, DOWN=down, TILES=tiles)
+    grid = (min(pieces, max(1, count // passes)), passes)
+    numbers = (*ends, pieces, inner, outer, blocks, outs, part)  # blocks in too
     return _Plan(launch, grid, geometry_of(window, space, to), numbers, shared(part))
+
+
+def _shared_of_one_block() -> int:
+    """Bytes of shared memory that a block may ask for on the current device."""
+    import cupy
+
+    # cudaDevAttrMaxSharedMemoryPerBlockOptin
+    return cupy.cuda.runtime.deviceGetAttribute(97, cupy.cuda.runtime.getDevice())
 
 
 def _part(inner: int, fits) -> int | None:
