@@ -75,7 +75,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int taps = walk.kernel[1] * walk.kernel[2], chunks = part / 8;
   const int count = taps / DOWN * chunks, pairs = (count + 1) / 2;  // of the first of DOWN taps
   const int across = (pairs + HELD - 1) / HELD, groups = min(WARPS / across, blocks), group = warp / across;
-  const int steps = (blocks + groups - 1) / groups, early = min(warp / 4 % 2, steps - 1);
+  const int steps = (blocks + groups - 1) / groups;
+  // Of the warps beside each other on a tensor core half copies and mixes a step later, while the other half multiplies.
+  const int later = warp / 4 % 2, copies = min(later, steps - 1), mixes = max(steps - 1 + later, 1);
   const int wide = SIDE + (walk.kernel[2] - 1) * walk.dilation[2], high = SIDE + (walk.kernel[1] - 1) * walk.dilation[1];
   const int most = max(outs, blocks);
   const unsigned pixel_bytes = odd_row(blocks * chunks), g_bytes = odd_row(most * TILES);
@@ -99,6 +101,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       const Piece at(piece, walk);
       copy_piece(flow + turn * flow_bytes, g_bytes, g + column, positions, at.image, at.top, at.left, SIDE, SIDE, walk.to[1],
                  walk.to[2], outs * OUT, g_channels, outs * TILES);
+    }
+    commit_copies();
+    if (piece < pieces) {
+      const Piece at(piece, walk);
       copy_piece(image + turn * image_bytes, pixel_bytes, x + first, pixels, at.image, at.top - walk.padding[1],
                  at.left - walk.padding[2], high, wide, walk.from[1], walk.from[2], blocks * IN, channels, blocks * chunks);
     }
@@ -114,18 +120,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     from[h] = image + (lane / 16 * wide + lane % 8) * pixel_bytes + list[pair * 2 + lane / 8 % 2];
   }
   const unsigned g_from = flow + lane % 16 * g_bytes + lane / 16 * most * 16;
-  wait_copies<1>();
+  wait_copies<3>();
   __syncwarp();
   mix_own(flow, g_bytes, w, blocks, outs, most);
+  wait_copies<2>();
   __syncthreads();
 
   float sum[HELD][DOWN][TILES][4] = {};
   for (int piece = blockIdx.x, turn = 0; piece < pieces; piece += gridDim.x, turn ^= 1) {
     const int next = piece + gridDim.x;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      // Half of the warps copy later, so that the tensor cores have work meanwhile; the second piece is on its way already.
-      if (step == early && piece != blockIdx.x) load(next, turn ^ 1);
+    for (int step = 0; step <= steps; ++step) {
+      if (step == copies && piece != blockIdx.x) load(next, turn ^ 1);  // the second piece is on its way already
+      if (step == mixes && next < pieces) {
+        wait_copies<1>();
+        __syncwarp();
+        mix_own(flow + (turn ^ 1) * flow_bytes, g_bytes, w, blocks, outs, most);
+      }
       const int block = step * groups + group;
       if (group >= groups || block >= blocks) continue;
       const unsigned to_block = turn * image_bytes + block * part * 2, g_block = g_from + turn * flow_bytes + block * 16;
@@ -138,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
           for (int i = 0; i < 4; ++i) a[h][i / 2][i % 2] = v[i];
         }
-#pragma unroll
+#pragma unroll 1  // four warps a tensor core: one multiplies while others load
       for (int row = 0; row < SIDE; row += 2) {  // 16 positions
         unsigned b[TILES][2];
 #pragma unroll
@@ -154,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
 #pragma unroll
         for (int h = 0; h < HELD; ++h) {
-          if (warp % across + h * across >= pairs) continue;
+          if (HELD > 1 && warp % across + h * across >= pairs) continue;
           unsigned v[4];
           load_matrices<true>(v, from[h] + to_block + (row + DOWN - 1) * wide * pixel_bytes);
 #pragma unroll
@@ -172,8 +183,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       }
     }
     wait_copies<0>();
-    __syncwarp();
-    if (next < pieces) mix_own(flow + (turn ^ 1) * flow_bytes, g_bytes, w, blocks, outs, most);
     __syncthreads();  // the next piece is there, and nobody reads this any more
   }
 
