@@ -3,13 +3,13 @@
 //   dw2[t, i, c] = sum over positions p and blocks b of x[p + t, b * IN + i] * (sum over o of w1[o, b] * g[p, o * OUT + c])
 //
 // For a stride of 1. A block has a multiprocessor of its own and goes from piece to piece of the image; the next piece is on its
-// way while this one is multiplied. Each warp mixes the positions of g that it has copied itself, on the tensor cores, so that
-// one barrier a piece is enough.
+// way while one is multiplied. Each warp mixes, on the tensor cores, the positions of g that it has copied itself, so that one
+// barrier a piece is enough.
 //
-// A warp holds HELD times 16 rows of the sum, of DOWN taps one below the other, by 8 * TILES columns. Such taps read the same
-// pixels one row further, so that a pair of rows of the image is loaded once for all of them: with DOWN=3 that is one ldmatrix for
-// 3 * TILES products. As many groups of warps as there is room for take every so manieth block of channels each; their sums meet
-// at the end, and the parts of all blocks of threads are added afterwards in a fixed order (conv_dw_sum of conv.cu).
+// A warp holds 16 rows of the sum, HELD times DOWN taps one below the other, by 8 * TILES columns. Such taps read the same pixels
+// some rows further: with DOWN=3 a pair of rows of the image, one ldmatrix, serves 3 * TILES products. Where fewer warps hold the
+// whole sum, groups of them take the blocks of channels in turn, and their sums meet at the end. The parts of all blocks of
+// threads are added afterwards in a fixed order (conv_dw_sum of conv.cu).
 //
 // variants bf16: DOWN=1 TILES=2 | DOWN=1 TILES=3 | DOWN=1 TILES=4 | DOWN=1 TILES=5
 // variants bf16: DOWN=3 TILES=2 | DOWN=3 TILES=3 | DOWN=3 TILES=4 | DOWN=3 TILES=5
@@ -35,15 +35,15 @@ INLINE void mma_eight(float (&c)[4], unsigned a, unsigned b) {
       : "r"(a), "r"(0), "r"(b), "f"(0.0f));
 }
 
-// w1 from block b = lane / 4 to o = 2 * (lane % 4) and the next: what mixes g; zeros outside.
+// The first operand that mixes g: w1 of block lane / 4 and of o = 2 * (lane % 4) and the next; zeros outside.
 INLINE unsigned mixing(const bf16* w1, int blocks, int outs) {
   const int lane = threadIdx.x % 32, b = lane / 4, o = lane % 4 * 2;
   if (b >= blocks || o >= outs) return 0;
   return round_pair(widen(w1[o * blocks + b]), widen(w1[(o + 1) * blocks + b]));
 }
 
-// The warp's own positions of g: tiles of `outs` chunks become tiles of `most` in the same place, the last one first. After them
-// each row has a chunk of zeros for what outs lacks of 8.
+// Mixes the warp's own positions of g where they lie: tiles of `outs` chunks become tiles of `most`, the last one first, so that
+// none falls on one that is still to be read. A chunk of zeros behind them stands for what outs lacks of 8.
 INLINE void mix_own(unsigned flow, unsigned row_bytes, unsigned w, int blocks, int outs, int most) {
   const int lane = threadIdx.x % 32, o = lane % 8;
   const unsigned own = flow + threadIdx.x / 32 * OWN * row_bytes, from = own + lane / 8 * row_bytes;
@@ -57,6 +57,27 @@ INLINE void mix_own(unsigned flow, unsigned row_bytes, unsigned w, int blocks, i
       mma_eight(mixed, w, v[p]);
       const unsigned to = own + p * row_bytes + (tile * most + lane / 4) * 16 + lane % 4 * 4;
       if (lane / 4 < blocks) write_shared(to, round_pair(mixed[0], mixed[1]));
+    }
+  }
+}
+
+// The first operand of two rows of the image: a pair of chunks of eight pixels each.
+INLINE void load_rows(unsigned (&a)[DOWN + 1][2], int row, unsigned address) {
+  unsigned v[4];
+  load_matrices<true>(v, address);
+  a[row][0] = v[0], a[row][1] = v[1], a[row + 1][0] = v[2], a[row + 1][1] = v[3];
+}
+
+// The second operand: 16 positions of one block.
+INLINE void load_flow(unsigned (&b)[TILES][2], unsigned address, int tile_bytes) {
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile += 2) {
+    if (tile + 1 == TILES) {
+      load_two_matrices(b[tile], address + tile * tile_bytes);
+    } else {
+      unsigned v[4];
+      load_matrices<true>(v, address + tile * tile_bytes);
+      b[tile][0] = v[0], b[tile][1] = v[1], b[tile + 1][0] = v[2], b[tile + 1][1] = v[3];
     }
   }
 }
@@ -95,19 +116,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const unsigned w = mixing(w1, blocks, outs);
   __syncthreads();
 
-  // Eight threads a position: a warp copies those of g that it mixes.
+  // Two groups of copies, also where there is no such piece: g, eight threads a position, so that a warp copies what it mixes; x.
   auto load = [&](int piece, int turn) {
-    if (piece < pieces) {
-      const Piece at(piece, walk);
+    const Piece at(piece, walk);
+    if (piece < pieces)
       copy_piece(flow + turn * flow_bytes, g_bytes, g + column, positions, at.image, at.top, at.left, SIDE, SIDE, walk.to[1],
                  walk.to[2], outs * OUT, g_channels, outs * TILES);
-    }
     commit_copies();
-    if (piece < pieces) {
-      const Piece at(piece, walk);
+    if (piece < pieces)
       copy_piece(image + turn * image_bytes, pixel_bytes, x + first, pixels, at.image, at.top - walk.padding[1],
                  at.left - walk.padding[2], high, wide, walk.from[1], walk.from[2], blocks * IN, channels, blocks * chunks);
-    }
     commit_copies();
   };
 #pragma unroll 1
@@ -141,35 +159,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       if (group >= groups || block >= blocks) continue;
       const unsigned to_block = turn * image_bytes + block * part * 2, g_block = g_from + turn * flow_bytes + block * 16;
       unsigned a[HELD][DOWN + 1][2];  // rows of the image
-      if (DOWN > 1)
 #pragma unroll
-        for (int h = 0; h < HELD; ++h) {
-          unsigned v[4];
-          load_matrices<true>(v, from[h] + to_block);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) a[h][i / 2][i % 2] = v[i];
-        }
+      for (int h = 0; DOWN > 1 && h < HELD; ++h) load_rows(a[h], 0, from[h] + to_block);
 #pragma unroll 1  // four warps a tensor core: one multiplies while others load
       for (int row = 0; row < SIDE; row += 2) {  // 16 positions
         unsigned b[TILES][2];
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile += 2) {
-          const unsigned at = g_block + row * SIDE * g_bytes + tile * most * 16;
-          if (tile + 1 < TILES) {
-            unsigned v[4];
-            load_matrices<true>(v, at);
-            b[tile][0] = v[0], b[tile][1] = v[1], b[tile + 1][0] = v[2], b[tile + 1][1] = v[3];
-          } else {
-            load_two_matrices(b[tile], at);
-          }
-        }
+        load_flow(b, g_block + row * SIDE * g_bytes, most * 16);
 #pragma unroll
         for (int h = 0; h < HELD; ++h) {
           if (HELD > 1 && warp % across + h * across >= pairs) continue;
-          unsigned v[4];
-          load_matrices<true>(v, from[h] + to_block + (row + DOWN - 1) * wide * pixel_bytes);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) a[h][DOWN - 1 + i / 2][i % 2] = v[i];
+          load_rows(a[h], DOWN - 1, from[h] + to_block + (row + DOWN - 1) * wide * pixel_bytes);
 #pragma unroll
           for (int down = 0; down < DOWN; ++down) {
             const unsigned two[4] = {a[h][down][0], a[h][down][1], a[h][down + 1][0], a[h][down + 1][1]};
@@ -177,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             for (int tile = 0; tile < TILES; ++tile) mma(sum[h][down][tile], two, b[tile][0], b[tile][1]);
           }
 #pragma unroll
-          for (int down = 0; down + 2 <= DOWN; ++down)
+          for (int down = 0; down + 2 <= DOWN; ++down)  // the next step reads these rows too
             a[h][down][0] = a[h][down + 2][0], a[h][down][1] = a[h][down + 2][1];
         }
       }

@@ -225,7 +225,7 @@ def _plan_dw(window, images, space, to, ends, blocks, outs, inner, outer, count)
     passes, pieces = inner // part * (outer // (8 * tiles)), _pieces(images, to)
     launch = kernel("kron_conv_dw.cu", "kron_conv_dw", bf16, DOWN=down, TILES=tiles)
     grid = (min(pieces, max(1, count // passes)), passes)
-    numbers = (*ends, pieces, inner, outer, blocks, outs, part)  # blocks in too
+    numbers = (*ends, pieces, inner, outer, blocks, outs, part)  # with the blocks of x
     return _Plan(launch, grid, geometry_of(window, space, to), numbers, shared(part))
 
 
