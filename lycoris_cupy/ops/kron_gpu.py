@@ -37,10 +37,44 @@ class _Plan(NamedTuple):
     launch: Kernel
     grid: tuple[int, int]
     geometry: np.ndarray
-    numbers: tuple[
-        int, ...
-    ]  # pixels, positions, pieces, channels in, channels out, blocks out, part
+    numbers: tuple[int, ...]  # of the kernel, from `pixels` on
     shared: int
+
+
+class _Walk(NamedTuple):
+    """What is read and written: images, their extents, and the blocks of channels on both sides."""
+
+    window: Window
+    images: int
+    space: tuple[int, int]
+    to: tuple[int, int]
+    pixels: int
+    positions: int
+    blocks: int
+    outs: int
+    inner: int  # channels of a block
+    outer: int  # columns of a block of the output
+
+    @property
+    def pieces(self) -> int:
+        return self.images * prod(-(-n // _SIDE) for n in self.to)
+
+    @property
+    def piece_pixels(self) -> int:
+        """Of a piece with its halo."""
+        reach = (d * (k - 1) for d, k in zip(self.window.dilation, self.window.kernel, strict=True))
+        return prod(_SIDE + r for r in reach)
+
+    def back(self) -> _Walk:
+        """The walk of the gradient of what is read."""
+        window = self.window
+        reach = [d * (k - 1) for d, k in zip(window.dilation, window.kernel, strict=True)]
+        padding = tuple(r - p for r, p in zip(reach, window.padding, strict=True))
+        return _Walk(
+            Window(window.kernel, window.stride, padding, window.dilation),
+            self.images, self.to, self.space, self.positions, self.pixels,
+            self.outs, self.blocks, self.outer, self.inner,
+        )  # fmt: skip
 
 
 def prefers(x, w1, w2: tuple[int, int, int], window: Window) -> bool:
@@ -64,14 +98,14 @@ def takes(x, w1, w2: tuple[int, int, int], window: Window, *others) -> bool:
         return False
     if max(a.size for a in (x, *others) if a is not None) >= 2**31:
         return False
-    return all(_plans(tuple(x.shape), tuple(w1.shape), w2, window, processors()))
+    return all(_plans(tuple(x.shape), tuple(w1.shape), w2, window, *_device()))
 
 
 def kron_conv(x, w1, w2, window: Window, *, scale, add) -> Array:
     """add + scale * (x * kron(w1, w2)), rounded once."""
     import cupy
 
-    p = _plans(tuple(x.shape), tuple(w1.shape), tuple(w2.shape), window, processors())[0]
+    p = _plans(tuple(x.shape), tuple(w1.shape), tuple(w2.shape), window, *_device())[0]
     assert p is not None
     space = window.out_space(x.shape[1:-1]) if window.axes else x.shape[1:-1]
     columns = w1.shape[0] * w2.shape[2]
@@ -87,7 +121,7 @@ def kron_gradients(
     """The gradients of kron_conv for x, and, if both, for w1, (L, M) f32."""
     import cupy
 
-    p = _plans(tuple(x.shape), tuple(w1.shape), tuple(w2.shape), window, processors())[1]
+    p = _plans(tuple(x.shape), tuple(w1.shape), tuple(w2.shape), window, *_device())[1]
     assert p is not None
     dx = cupy.empty(x.shape, x.dtype)
     dots = cupy.empty((prod(p.grid), w1.size), f32) if both else None
@@ -100,7 +134,7 @@ def kron_conv_dw(x, g, w1, w2, window: Window, *, scale) -> Array:
     """The gradient of kron_conv for w2, (taps, N, K) f32."""
     import cupy
 
-    p = _plans(tuple(x.shape), tuple(w1.shape), tuple(w2.shape), window, processors())[2]
+    p = _plans(tuple(x.shape), tuple(w1.shape), tuple(w2.shape), window, *_device())[2]
     assert p is not None
     taps, inner, outer = w2.shape
     parts, dw = cupy.empty((p.grid[0], *w2.shape), f32), cupy.empty(w2.shape, f32)
@@ -112,55 +146,50 @@ def kron_conv_dw(x, g, w1, w2, window: Window, *, scale) -> Array:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plans(x, w1, w2, window: Window, count: int) -> tuple[_Plan | None, ...]:
+def _plans(x, w1, w2, window: Window, count: int, most: int) -> tuple[_Plan | None, ...]:
     """Of the product, of its gradients for x and w1, and of that for w2; None for what no kernel
-    does. count: multiprocessors."""
-    (outs, blocks), (_, inner, outer) = w1, w2
-    walk = _walk(x, window)
-    if walk is None or not {outs, blocks} <= set(_TILES) or inner % 8 or outer % 8:
+    does. count: multiprocessors. most: bytes of shared memory that a block may have."""
+    walk = _walk(x, w1, w2, window)
+    if walk is None:
         return None, None, None
-    images, space, to, walk_window = walk
-    reach = [d * (k - 1) for d, k in zip(walk_window.dilation, walk_window.kernel, strict=True)]
-    back = Window(
-        walk_window.kernel,
-        walk_window.stride,
-        tuple(r - p for r, p in zip(reach, walk_window.padding, strict=True)),
-        walk_window.dilation,
-    )
-    pixels = prod(x[:-1])
-    positions = images * prod(to) if window.axes and not window.pointwise else pixels
-    ends = pixels, positions
-    return (
-        _plan_conv(walk_window, images, space, to, ends, blocks, outs, inner, outer, 0, count),
-        _plan_conv(back, images, to, space, ends[::-1], outs, blocks, outer, inner, 1, count),
-        _plan_dw(walk_window, images, space, to, ends, blocks, outs, inner, outer, count),
-    )
+    forward, back = _plan_conv(walk, 0, count, most), _plan_conv(walk.back(), 1, count, most)
+    return forward, back, _plan_dw(walk, count, most)
 
 
-def _walk(x, window: Window):
-    """(images, extents of x, of y, a window over two axes); None for what no kernel does. Single
-    positions are rows of eight pixels of one image.
-    """
+def _walk(x, w1, w2, window: Window) -> _Walk | None:
+    """None for what no kernel does. Single positions are rows of eight pixels of one image."""
+    (outs, blocks), (_, inner, outer) = w1, w2
+    if not {outs, blocks} <= set(_TILES) or inner % 8 or outer % 8:
+        return None
     if window.groups != 1 or any(s != 1 for s in window.stride):
         return None
+    pixels, sides = prod(x[:-1]), (blocks, outs, inner, outer)
     if window.pointwise:
-        rows = -(-prod(x[:-1]) // _SIDE), _SIDE
-        return 1, rows, rows, Window.of((1, 1))
+        rows = -(-pixels // _SIDE), _SIDE
+        return _Walk(Window.of((1, 1)), 1, rows, rows, pixels, pixels, *sides)
     if window.axes != 2:
         return None
     space, to = tuple(x[1:-1]), window.out_space(x[1:-1])
     # Pieces that lie half outside make twice the work.
-    whole = all(2 * n >= -(-n // _SIDE) * _SIDE for n in (*space, *to))
-    return (x[0], space, to, window) if whole else None
+    if any(2 * n < -(-n // _SIDE) * _SIDE for n in (*space, *to)):
+        return None
+    return _Walk(window, x[0], space, to, pixels, x[0] * prod(to), *sides)
 
 
-def _pieces(images: int, to) -> int:
-    return images * prod(-(-n // _SIDE) for n in to)
+def _device() -> tuple[int, int]:
+    """(multiprocessors, bytes of shared memory that a block may have) of the current device."""
+    import cupy
+
+    device = cupy.cuda.runtime.getDevice()
+    return processors(), _shared_of(device)
 
 
-def _piece_pixels(window: Window) -> int:
-    down, across = window.dilation
-    return (_SIDE + down * (window.kernel[0] - 1)) * (_SIDE + across * (window.kernel[1] - 1))
+@functools.cache
+def _shared_of(device: int) -> int:
+    import cupy
+
+    # cudaDevAttrMaxSharedMemoryPerBlockOptin, less what the kernels declare themselves
+    return cupy.cuda.runtime.deviceGetAttribute(97, device) - 2048
 
 
 def _row(chunks: int) -> int:
@@ -168,10 +197,9 @@ def _row(chunks: int) -> int:
     return (chunks | 1) * 16
 
 
-def _plan_conv(
-    window, images, space, to, ends, blocks, outs, inner, outer, turned, count
-) -> _Plan | None:
-    tiles = next((t for t in _TILES[blocks] if outer % (8 * t) == 0), None)
+def _plan_conv(walk: _Walk, turned: int, count: int, most: int) -> _Plan | None:
+    window, blocks, outs = walk.window, walk.blocks, walk.outs
+    tiles = next((t for t in _TILES[blocks] if walk.outer % (8 * t) == 0), None)
     if tiles is None:
         return None
 
@@ -179,26 +207,28 @@ def _plan_conv(
         """(bytes of a half of a piece, bytes of all)."""
         pairs = -(-window.taps * part // 16)
         weight = 8 * tiles * _row(2 * pairs) if turned else 16 * pairs * _row(tiles)
-        half = _piece_pixels(window) * _row(blocks // 2 * part // 8)
+        half = walk.piece_pixels * _row(blocks // 2 * part // 8)
         lists = 16 * pairs + 4 * (blocks // 2 * part // 8)
         if turned:  # z comes through the same buffers
             half = max(half, _SIDE * _SIDE * _row(outs // 2 * tiles))
             lists += 4 * (outs // 2 * tiles)
-        return half, -(-lists // 16) * 16 + (weight if part == inner else 2 * weight) + 2 * half
+        weights = weight if part == walk.inner else 2 * weight
+        return half, -(-lists // 16) * 16 + weights + 2 * half
 
-    part = _part(inner, lambda part: sizes(part)[1] <= _SHARED)
+    part = _part(walk.inner, lambda part: sizes(part)[1] <= min(_SHARED, most))
     if part is None:
         return None
     half, shared = sizes(part)
-    passes, pieces = outer // (8 * tiles), _pieces(images, to)
+    passes, pieces = walk.outer // (8 * tiles), walk.pieces
     launch = kernel("kron_conv.cu", "kron_conv", bf16, BLOCKS=blocks, TILES=tiles, TURNED=turned)
     grid = (min(pieces, max(1, 2 * count // passes)), passes)
-    numbers = (*ends, pieces, inner, outer, outs, part, half)
-    return _Plan(launch, grid, geometry_of(window, space, to), numbers, shared)
+    numbers = (walk.pixels, walk.positions, pieces, walk.inner, walk.outer, outs, part, half)
+    return _Plan(launch, grid, geometry_of(window, walk.space, walk.to), numbers, shared)
 
 
-def _plan_dw(window, images, space, to, ends, blocks, outs, inner, outer, count) -> _Plan | None:
-    tiles = next((t for t in _DW_TILES if outer % (8 * t) == 0), None)
+def _plan_dw(walk: _Walk, count: int, most: int) -> _Plan | None:
+    window, blocks, outs = walk.window, walk.blocks, walk.outs
+    tiles = next((t for t in _DW_TILES if walk.outer % (8 * t) == 0), None)
     if tiles is None:
         return None
     # Taps one below the other, one row apart, share what is loaded of the image.
@@ -209,34 +239,24 @@ def _plan_dw(window, images, space, to, ends, blocks, outs, inner, outer, count)
 
     def shared(part):
         pairs = -(-window.taps // down * part // 16)
-        image = _piece_pixels(window) * _row(blocks * part // 8)
+        image = walk.piece_pixels * _row(blocks * part // 8)
         flow = _SIDE * _SIDE * _row(max(blocks, outs) * tiles)
         lists = 8 * pairs + 4 * (blocks * part // 8 + outs * tiles)
         groups = min(_DW_THREADS // 32 // warps(part), blocks)
         sums = (groups - 1) * warps(part) * _DW_TAPS * tiles * 512  # all but one, at the end
         return max(-(-lists // 16) * 16 + 2 * (image + flow), sums)
 
-    most = _shared_of_one_block()
-
     def fits(part):
         return warps(part) <= _DW_THREADS // 32 and shared(part) <= most
 
-    part = _part(inner, fits)
+    part = _part(walk.inner, fits)
     if part is None:
         return None
-    passes, pieces = inner // part * (outer // (8 * tiles)), _pieces(images, to)
+    passes, pieces = walk.inner // part * (walk.outer // (8 * tiles)), walk.pieces
     launch = kernel("kron_conv_dw.cu", "kron_conv_dw", bf16, DOWN=down, TILES=tiles)
     grid = (min(pieces, max(1, count // passes)), passes)
-    numbers = (*ends, pieces, inner, outer, blocks, outs, part)  # blocks in too
-    return _Plan(launch, grid, geometry_of(window, space, to), numbers, shared(part))
-
-
-def _shared_of_one_block() -> int:
-    """Bytes of shared memory that a block may ask for on the current device."""
-    import cupy
-
-    # cudaDevAttrMaxSharedMemoryPerBlockOptin
-    return cupy.cuda.runtime.deviceGetAttribute(97, cupy.cuda.runtime.getDevice())
+    numbers = (walk.pixels, walk.positions, pieces, walk.inner, walk.outer, blocks, outs, part)
+    return _Plan(launch, grid, geometry_of(window, walk.space, walk.to), numbers, shared(part))
 
 
 def _part(inner: int, fits) -> int | None:
