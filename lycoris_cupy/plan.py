@@ -93,7 +93,6 @@ def rereading(count: int) -> float:
 
 def apart(result_bytes: int, x2_bytes: int, operations: int) -> float:
     """Seconds that a change costs which is written by itself, from an x2 of so many bytes, and read
-    again by the layer's own product, which hides half of that.
+    again by the layer's own product.
     """
-    alone = max(moving(x2_bytes + result_bytes), library(operations))
-    return alone + result_bytes / MEMORY / 2
+    return max(moving(x2_bytes + result_bytes), library(operations)) + result_bytes / MEMORY
