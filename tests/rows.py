@@ -347,6 +347,9 @@ def _kron_rows():
         ("more blocks", (5,), (9, 150), 3),
         ("wide blocks", (13,), (9, 7), 136),
         ("many positions", (700,), (4, 3), 8),
+        ("eight blocks", (53,), (8, 7), 96),
+        ("sixteen blocks", (2, 19), (13, 16), 40),
+        ("more positions than warps", (13001,), (3, 2), 8),
     ):
         rows, columns = w1
         x, g = (*lead, columns * n), (*lead, rows * n)
