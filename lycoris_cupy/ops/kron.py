@@ -113,13 +113,13 @@ def _kron_pull_gpu(needs, g, w1, w2, scale):
     dw1 = dw2 = None
     sizes = (rows, columns, taps, n, k)
     if needs[0]:
-        dw1 = cupy.zeros(w1.shape, g.dtype)
+        dw1 = (cupy.empty if g.size else cupy.zeros)(w1.shape, g.dtype)
         if g.size:
             kernel("kron.cu", "kron_weight_dw1", w1.dtype, VEC=1)(
                 (rows, columns), (256,), g, w2, scale, dw1, *sizes
             )
     if needs[1]:
-        dw2 = cupy.zeros(w2.shape, g.dtype)
+        dw2 = (cupy.empty if g.size else cupy.zeros)(w2.shape, g.dtype)
         if g.size:
             grid = ((w2.size + 255) // 256,)
             kernel("kron.cu", "kron_weight_dw2", w1.dtype, VEC=1)(
