@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lycoris_cupy import ops
-from lycoris_cupy.ops.kron import mix_blocks_dw1
+from lycoris_cupy.ops.kron import _mix_blocks, mix_blocks_dw1
 from lycoris_cupy.ops.kron_product import _kron_product
 from lycoris_cupy.ops.kron_square import _kron_cross
 from lycoris_cupy.ops.squares import _against_weight
@@ -356,6 +356,14 @@ def _kron_rows():
         positions = int(np.prod(lead))
         yield Row(
             "mix_blocks", name, ops.mix_blocks, naive.mix, (x, w1), max(columns, positions * n)
+        )
+        yield Row(
+            "mix_blocks",
+            f"{name}, w1 turned",
+            lambda x, w1: _mix_blocks(x, w1, turned=True),
+            lambda x, w1: naive.mix(x, w1.T),
+            (x, (columns, rows)),
+            max(columns, positions * n),
         )
         yield Row(
             "mix_blocks_dw1",
