@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-# H100 SXM, bf16, L2 flushed; benchmarks/NOTES.md has the measurements. CLOCK and BEGIN are fitted to
-# 24 extended products in profiles of whole layers, LIBRARY is the middle of the bare linear layers.
+# H100 SXM, bf16, L2 flushed; benchmarks/NOTES.md has the measurements. CLOCK and BEGIN are set by
+# 24 extended products in profiles of whole layers, LIBRARY by the bare linear layers.
 LIBRARY = 780e12  # operations a second of cuBLASLt on 3072 to 14336 a side
 PORTABLE = 280e12  # of the project's mma.sync convolution
 CLOCK = 1.5e9  # cycles a second of the extended product, by its own count of cycles
