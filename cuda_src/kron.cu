@@ -4,7 +4,7 @@
 // variants bf16: VEC=8 | VEC=1
 // variants f32: VEC=4 | VEC=1
 // variants f64: VEC=2 | VEC=1
-#include "mma.cuh"
+#include "types.cuh"
 
 // Grid (columns of the weight / 256, up to 65535 of its rows, taps): one element a thread and row, writes coalesced.
 extern "C" __global__ void NAME(kron_weight)(const T* w1,     // (L, M)
@@ -160,54 +160,9 @@ extern "C" __global__ void __launch_bounds__(256)
     if (first + j < L) sum[j].store(out + (p * L + first + j) * N + n);
 }
 
-// mix_blocks_dw1: partial[part][l][m] = sum over a share of (positions, n) of g[p][l * N + n] * x[p][m * N + n], parts being
-// gridDim.z. Lanes, then warps, then (outside) parts are added in a fixed order.
-#if defined(T_BF16) && VEC == 8
-// Grid (m / 8, l / 16, parts), 4 warps: tensor cores, straight from global memory. An item is 32 neighbouring n of one
-// position, and lane (r, q) brings n = 8 q to 8 q + 7 of rows l = r, r + 8 and m = r: the order of the summed axis is free as
-// long as both sides agree, so the four registers of a 16-byte load are the operands of two m16n8k16.
-constexpr int TILE_L = 16, THREADS = 128, ITEMS = 4;  // items in flight: 12 loads of 16 bytes a lane
-
-extern "C" __global__ void __launch_bounds__(THREADS) NAME(mix_blocks_dw1)(const T* g,  // (positions, L * N)
-                                                                           const T* x,  // (positions, M * N)
-                                                                           A* partial,  // (gridDim.z, L, M)
-                                                                           long long positions, int L, int M, int N) {
-  __shared__ float warps[4][TILE_L * SIDE];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, q = lane % 4;
-  const int m = blockIdx.x * SIDE + row, l = blockIdx.y * TILE_L + row, chunks = (N + 31) / 32;
-  const long long items = positions * chunks, step = gridDim.z * 4LL;
-  float sum[4] = {};
-  for (long long i = blockIdx.z * 4LL + warp; i < items; i += ITEMS * step) {
-    Chunk low[ITEMS] = {}, high[ITEMS] = {}, right[ITEMS] = {};
-#pragma unroll
-    for (int k = 0; k < ITEMS; k++) {
-      const long long item = i + k * step, p = item / chunks;
-      const int n = int(item - p * chunks) * 32 + q * 8;
-      if (item >= items || n >= N) continue;
-      if (l < L) low[k] = *reinterpret_cast<const Chunk*>(g + (p * L + l) * N + n);
-      if (l + 8 < L) high[k] = *reinterpret_cast<const Chunk*>(g + (p * L + l + 8) * N + n);
-      if (m < M) right[k] = *reinterpret_cast<const Chunk*>(x + (p * M + m) * N + n);
-    }
-#pragma unroll
-    for (int k = 0; k < ITEMS; k++) {
-      const unsigned *u = reinterpret_cast<const unsigned*>(&low[k]), *v = reinterpret_cast<const unsigned*>(&high[k]);
-      const unsigned* w = reinterpret_cast<const unsigned*>(&right[k]);
-      const unsigned first[4] = {u[0], v[0], u[1], v[1]}, second[4] = {u[2], v[2], u[3], v[3]};
-      mma(sum, first, w[0], w[1]);
-      mma(sum, second, w[2], w[3]);
-    }
-  }
-#pragma unroll
-  for (int e = 0; e < 4; e++) warps[warp][(row + e / 2 * 8) * SIDE + q * 2 + e % 2] = sum[e];
-  __syncthreads();
-  const int to_l = blockIdx.y * TILE_L + threadIdx.x / SIDE, to_m = blockIdx.x * SIDE + threadIdx.x % SIDE;
-  if (to_l < L && to_m < M) {
-    float total = 0;
-    for (int w = 0; w < 4; w++) total += warps[w][threadIdx.x];
-    partial[((long long)blockIdx.z * L + to_l) * M + to_m] = total;
-  }
-}
-#else
+// partial[part][l][m] = sum over a share of (positions, n) of g[p][l * N + n] * x[p][m * N + n], parts being gridDim.z. Lanes,
+// then warps, then (outside) parts are added in a fixed order. bf16 that moves 16 bytes at a time has kron_mix.cu.
+#if !defined(T_BF16) || VEC == 1
 // Grid (m / 8, l / 16, parts), 4 warps: a thread sums its share of an 8 x 8 tile in registers; two tiles after each other.
 constexpr int TILE_L = 16, THREADS = 128;
 

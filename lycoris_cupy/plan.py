@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-# H100 SXM, bf16, L2 flushed; benchmarks/NOTES.md has the measurements.
-LIBRARY = 765e12  # operations a second of cuBLASLt on 3072 to 14336 a side
+# H100 SXM, bf16, L2 flushed; benchmarks/NOTES.md has the measurements. CLOCK and BEGIN are set by
+# 24 extended products in profiles of whole layers, LIBRARY by the bare linear layers.
+LIBRARY = 780e12  # operations a second of cuBLASLt on 3072 to 14336 a side
 PORTABLE = 280e12  # of the project's mma.sync convolution
-CLOCK = 1.42e9  # cycles a second of the extended product, by its own count of cycles
+CLOCK = 1.5e9  # cycles a second of the extended product, by its own count of cycles
 MEMORY = 2.6e12  # bytes a second, read and written by kernels that only move
 L2 = 5e12  # bytes a second, read again by tap after tap
 LAUNCH = 4e-6  # seconds that one more kernel takes in a graph
+BEGIN = 5e-6  # seconds of a launch of the project's own products, until all of its blocks multiply
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def choose(what: str, seconds: dict[str, float], operations: int, moved: int) ->
 
 def extended(cycles: float) -> float:
     """Seconds of the extended product."""
-    return cycles / CLOCK + LAUNCH
+    return cycles / CLOCK + BEGIN
 
 
 def library(operations: int) -> float:
@@ -77,7 +79,7 @@ def library(operations: int) -> float:
 
 def portable(operations: int) -> float:
     """Seconds of a convolution by mma.sync."""
-    return operations / PORTABLE + LAUNCH
+    return operations / PORTABLE + BEGIN
 
 
 def moving(count: int) -> float:
@@ -86,11 +88,12 @@ def moving(count: int) -> float:
 
 
 def rereading(count: int) -> float:
-    """Seconds of a kernel that reads so many bytes, nearly all of them from L2."""
-    return count / L2 + LAUNCH
+    """Seconds of a convolution that reads so many bytes, nearly all of them from L2."""
+    return count / L2 + BEGIN
 
 
-def apart(result_bytes: int, operations: int) -> float:
-    """Seconds that a change costs which is written by itself, and read again by the layer's own
-    product."""
-    return max(moving(2 * result_bytes), library(operations))
+def apart(result_bytes: int, x2_bytes: int, operations: int) -> float:
+    """Seconds that a change costs which is written by itself, from an x2 of so many bytes, and read
+    again by the layer's own product.
+    """
+    return max(moving(x2_bytes + result_bytes), library(operations)) + result_bytes / MEMORY

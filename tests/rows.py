@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lycoris_cupy import ops
-from lycoris_cupy.ops.kron import mix_blocks_dw1
+from lycoris_cupy.ops.kron import _mix_blocks, mix_blocks_dw1
 from lycoris_cupy.ops.kron_product import _kron_product
 from lycoris_cupy.ops.kron_square import _kron_cross
 from lycoris_cupy.ops.squares import _against_weight
@@ -364,12 +364,23 @@ def _kron_rows():
         ("more blocks", (5,), (9, 150), 3),
         ("wide blocks", (13,), (9, 7), 136),
         ("many positions", (700,), (4, 3), 8),
+        ("eight blocks", (53,), (8, 7), 96),
+        ("sixteen blocks", (2, 19), (13, 16), 40),
+        ("more positions than warps", (13001,), (3, 2), 8),
     ):
         rows, columns = w1
         x, g = (*lead, columns * n), (*lead, rows * n)
         positions = int(np.prod(lead))
         yield Row(
             "mix_blocks", name, ops.mix_blocks, naive.mix, (x, w1), max(columns, positions * n)
+        )
+        yield Row(
+            "mix_blocks",
+            f"{name}, w1 turned",
+            lambda x, w1: _mix_blocks(x, w1, turned=True),
+            lambda x, w1: naive.mix(x, w1.T),
+            (x, (columns, rows)),
+            max(columns, positions * n),
         )
         yield Row(
             "mix_blocks_dw1",

@@ -176,12 +176,13 @@ def _face_split_d_cpu(g, a, b, outer, p, q, inner):
 def _face_split_d_gpu(g, a, b, outer, p, q, inner):
     import cupy
 
-    da, db = cupy.zeros(a.shape, g.dtype), cupy.zeros(b.shape, g.dtype)
-    if g.size:
-        grid = (min((outer * max(p, q) * inner + 255) // 256, 1 << 20), 2)
-        kernel("hadamard.cu", "face_split_d", a.dtype)(
-            grid, (256,), g, a, b, da, db, outer, p, q, inner
-        )
+    if not g.size:
+        return cupy.zeros(a.shape, g.dtype), cupy.zeros(b.shape, g.dtype)
+    da, db = cupy.empty(a.shape, g.dtype), cupy.empty(b.shape, g.dtype)
+    grid = (min((outer * max(p, q) * inner + 255) // 256, 1 << 20), 2)
+    kernel("hadamard.cu", "face_split_d", a.dtype)(
+        grid, (256,), g, a, b, da, db, outer, p, q, inner
+    )
     return da, db
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..arrays import (
     Array,
+    bf16,
     like,
     on_gpu,
     require_axes,
@@ -23,7 +24,9 @@ from ..arrays import (
 from ..errors import ShapeError
 from ..kernels import kernel
 from ..tape import Primitive, value_of
+from .aligned import aligned
 from .columns import column_sum
+from .conv_gpu import processors
 from .elementwise import cast, require_factor
 
 
@@ -110,13 +113,13 @@ def _kron_pull_gpu(needs, g, w1, w2, scale):
     dw1 = dw2 = None
     sizes = (rows, columns, taps, n, k)
     if needs[0]:
-        dw1 = cupy.zeros(w1.shape, g.dtype)
+        dw1 = (cupy.empty if g.size else cupy.zeros)(w1.shape, g.dtype)
         if g.size:
             kernel("kron.cu", "kron_weight_dw1", w1.dtype, VEC=1)(
                 (rows, columns), (256,), g, w2, scale, dw1, *sizes
             )
     if needs[1]:
-        dw2 = cupy.zeros(w2.shape, g.dtype)
+        dw2 = (cupy.empty if g.size else cupy.zeros)(w2.shape, g.dtype)
         if g.size:
             grid = ((w2.size + 255) // 256,)
             kernel("kron.cu", "kron_weight_dw2", w1.dtype, VEC=1)(
@@ -140,14 +143,10 @@ def _mix_blocks_cpu(x, w1, *, turned):
     return like(out, x).reshape(*x.shape[:-1], rows * n)
 
 
-def _mix_kernel(op, n, *arrays):
-    """The kernel that moves 16 bytes at a time if every row of n values allows it, else value by
-    value.
-    """
+def _vector(n, *arrays):
+    """How many values move as one access: 16 bytes if every row of n values allows it, or one."""
     width = 16 // arrays[0].dtype.itemsize
-    wide_enough = n % width == 0 and all(a.data.ptr % 16 == 0 for a in arrays)
-    vector = width if wide_enough else 1
-    return kernel("kron.cu", op, arrays[0].dtype, VEC=vector), vector
+    return width if n % width == 0 and all(a.data.ptr % 16 == 0 for a in arrays) else 1
 
 
 def _mix_blocks_gpu(x, w1, *, turned):
@@ -156,10 +155,12 @@ def _mix_blocks_gpu(x, w1, *, turned):
     positions, rows, columns, n = _mix_sizes(x, w1, turned)
     out = cupy.empty((*x.shape[:-1], rows * n), x.dtype)
     if out.size:
-        launch, vector = _mix_kernel("mix_blocks", n, x, out)
+        vector = _vector(n, x, out)
         steps = (1, rows) if turned else (columns, 1)
         grid = ((positions * n // vector + 255) // 256, (rows + 7) // 8)
-        launch(grid, (256,), x, w1, out, positions, rows, columns, n, *steps)
+        kernel("kron.cu", "mix_blocks", x.dtype, VEC=vector)(
+            grid, (256,), x, w1, out, positions, rows, columns, n, *steps
+        )
     return out
 
 
@@ -183,15 +184,68 @@ def _mix_blocks_dw1_gpu(g, x, *, rows, columns):
     positions = prod(x.shape[:-1])
     if not positions:
         return cupy.zeros((rows, columns), wide_dtype(x.dtype))
+    if _in_chunks(g, x, n):
+        return _gradients(g, x, (rows, columns))[1]
     # Parts are fixed shares of the positions, added in a fixed order.
-    launch, vector = _mix_kernel("mix_blocks_dw1", n, x, g)
+    vector = 1 if x.dtype == bf16 else _vector(n, x, g)
     tiles = (columns + 7) // 8, (rows + 15) // 16
     # Up to 8 blocks of 128 threads on each of some 130 multiprocessors, each with work for a few
     # loads.
     parts = max(min(positions * n // 2048, 528 // (tiles[0] * tiles[1])), 1)
     partial = cupy.empty((parts, rows, columns), wide_dtype(x.dtype))
-    launch((*tiles, parts), (128,), g, x, partial, positions, rows, columns, n)
+    kernel("kron.cu", "mix_blocks_dw1", x.dtype, VEC=vector)(
+        (*tiles, parts), (128,), g, x, partial, positions, rows, columns, n
+    )
     return column_sum(partial.reshape(parts, -1)).reshape(rows, columns)
+
+
+def mix_gradients(g: Array, x: Array, w1: Array, *, turned: bool = False) -> tuple[Array, Array]:
+    """(dx in the dtype of x, dw1 wide): the gradients of out = mix_blocks(x, w1), or of the mix by
+    w1 turned, from that of out. One reading of g and x where a block of a kernel holds all of w1.
+    """
+    rows, columns = w1.shape
+    fits = on_gpu(x) and x.size > 0 and max(w1.shape) <= _SIDES[-1]
+    if fits and _in_chunks(g, x, x.shape[-1] // (rows if turned else columns)):
+        return _gradients(g, x, (rows, columns), w1, turned=turned)
+    dx = _mix_blocks(g, w1, turned=not turned)
+    sides = (x, g) if turned else (g, x)
+    return dx, _mix_blocks_dw1(*sides, rows=rows, columns=columns)
+
+
+_SIDES = (8, 16)  # rows and columns of w1 that a block of kron_mix.cu does
+_GRADIENT_WARPS = 8
+
+
+def _in_chunks(g, x, n):
+    """Whether kron_mix.cu takes these: rows of n values in chunks of 16 bytes, items that it can
+    count.
+    """
+    return n % 8 == 0 and aligned(g, x) and prod(x.shape[:-1]) * -(-n // 32) < 2**31
+
+
+def _gradients(g, x, shape, w1=None, *, turned=False):
+    """(dx, dw1) of a mix by w1 of this shape, (L, M), or by w1 turned, (M, L); dx is None without
+    w1.
+    """
+    import cupy
+
+    rows, columns = shape[::-1] if turned else shape
+    steps = (1, rows) if turned else (columns, 1)
+    n = x.shape[-1] // columns
+    side = next((s for s in _SIDES if max(shape) <= s), _SIDES[-1])
+    tiles = -(-rows // side), -(-columns // side)
+    # A warp does 128 values of n at a time, or half of that with 16 rows. Three blocks on each
+    # multiprocessor, unless there is work for fewer.
+    items = prod(x.shape[:-1]) * -(-n // 32)
+    blocks = -(-items * side // (32 * _GRADIENT_WARPS))
+    parts = max(min(blocks, 3 * processors() // prod(tiles)), 1)
+    dx = None if w1 is None else cupy.empty(x.shape, x.dtype)
+    partial = cupy.empty((parts, prod(shape)), wide_dtype(x.dtype))
+    kernel("kron_mix.cu", "mix_gradients", x.dtype, SIDE=side)(
+        (parts, *tiles), (32 * _GRADIENT_WARPS,), g, x, w1, dx, partial, items,
+        rows, columns, n, *steps,
+    )  # fmt: skip
+    return dx, column_sum(partial).reshape(shape)
 
 
 def _mix_blocks_vjp(needs, out, x, w1, *, turned):
@@ -199,10 +253,11 @@ def _mix_blocks_vjp(needs, out, x, w1, *, turned):
     x, w1 = (x if needs[1] else None), (w1 if needs[0] else None)
 
     def pull(g):
-        dx = _mix_blocks(g, w1, turned=not turned) if needs[0] else None
-        if not needs[1]:
-            return dx, None
-        return dx, _mix_blocks_dw1(*((x, g) if turned else (g, x)), rows=rows, columns=columns)
+        if all(needs):
+            return mix_gradients(g, x, w1, turned=turned)
+        if needs[0]:
+            return _mix_blocks(g, w1, turned=not turned), None
+        return None, _mix_blocks_dw1(*((x, g) if turned else (g, x)), rows=rows, columns=columns)
 
     return pull
 

@@ -21,7 +21,7 @@ from ..tape import Primitive, value_of
 from . import kron_gpu, product_gpu
 from .columns import rows_of
 from .extended import Pending, pending, ready
-from .kron import _mix_blocks, _mix_blocks_dw1, mix_blocks
+from .kron import _mix_blocks, _mix_blocks_dw1, mix_blocks, mix_gradients
 from .product import finished, in_space_of, product_dw, product_dx, wide_product
 from .window import Window
 
@@ -85,9 +85,13 @@ def _vjp(needs, out, x, w1, w2, add, scale, *, window):
         blocked = window.grouped(w1.shape[0], shared=True)
         if first:
             flow = product_dx(g, w2, blocked, in_space, scale=scale)
-            dx = _mix_blocks(flow, w1, turned=True) if needs[0] else None
             rows, columns = w1.shape
-            dw1 = _mix_blocks_dw1(flow, x, rows=rows, columns=columns) if needs[1] else None
+            if all(needs[:2]):
+                dx, dw1 = mix_gradients(flow, x, w1)
+            elif needs[0]:
+                dx = _mix_blocks(flow, w1, turned=True)
+            else:
+                dw1 = _mix_blocks_dw1(flow, x, rows=rows, columns=columns)
         if second:
             dw2 = product_dw(_mix_blocks(x, w1, turned=False), g, blocked, scale=scale)
         return dx, dw1, dw2, g if needs[3] else None, None

@@ -27,7 +27,7 @@ _TILES = [(workers, columns) for workers in (2, 3) for columns in (40, 64, 80, 1
 _TILE_K = 64
 _SHARED = 226 * 1024  # sm_90 has 227 KiB for a block; the barriers stand in the rest
 
-# Cycles of 1.42 GHz, as `plan.CLOCK` has them.
+# Cycles of 1.42 GHz.
 _BYTES = 45  # copied a cycle by one multiprocessor: 32 KiB in 720 cycles, measured at 64 channels
 _BEGIN = 2500  # of a block until its first product, and from its last one on
 _PARTS = 2600  # bytes of splits a cycle, written and read again, mostly in L2

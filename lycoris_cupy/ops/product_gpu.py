@@ -127,7 +127,8 @@ def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int):
     operations = 2 * positions * w[0] * w[1] * columns
     more = 2 * positions * extra[0][0] * extra[0][1] * columns if extra else 0
     moved = prod(x) * dtype.itemsize + prod(w) * dtype.itemsize + result
-    later = plan.apart(result, more) if extra else 0.0
+    beside = positions * extra[0][1] * extra[1].groups * dtype.itemsize if extra else 0
+    later = plan.apart(result, beside, more) if extra else 0.0
     ways = _ways(window, operations, x[-1], w[2], dtype, moved, positions, prod(x[:-1]))
     ways = {name: seconds + later for name, seconds in ways.items()}
     planned = plan_forward(x, w, window, extra, count) if hopper else None
@@ -158,7 +159,8 @@ def _dx_ways(g, w, window: Window, in_space, extra, hopper: bool, plain: bool, d
     operations = 2 * prod(g) * w[0] * w[1]
     more = 2 * positions * extra[0][0] * extra[0][2] * inputs if extra else 0
     moved = prod(g) * dtype.itemsize + prod(w) * dtype.itemsize + result
-    later = plan.apart(result, more) if extra else 0.0
+    beside = positions * extra[0][2] * dtype.itemsize if extra else 0
+    later = plan.apart(result, beside, more) if extra else 0.0
     ways = _ways(window, operations, inputs, w[2], dtype, moved, prod(g[:-1]), positions)
     ways = {name: seconds + later for name, seconds in ways.items()}
     planned = plan_dx(g, w, window, in_space, extra, count) if hopper and plain else None
