@@ -10,10 +10,8 @@
 //
 // which is the gradient of w1 when x is that of y and z is the input. For a stride of 1.
 //
-// A block of threads goes from piece to piece of the image, each with its halo in shared memory, so that x is read once for all
-// taps; a warp makes 16 positions of 8 * TILES columns of every one of the BLOCKS products, whose sums meet in its registers and
-// are mixed there. Half of the blocks of channels come at a time, through two buffers: one half is copied while the one before is
-// multiplied. Where w2 is too large as a whole, a part of the channels of each block comes after the other, with its part of w2.
+// A block keeps w2 and a piece of the image with its halo in shared memory, so that x is read once for all taps; a warp makes 16
+// positions of 8 * TILES columns of every one of the BLOCKS products, whose sums meet in its registers and are mixed there.
 //
 // variants bf16: BLOCKS=8 TILES=2 TURNED=0 | BLOCKS=8 TILES=3 TURNED=0 | BLOCKS=8 TILES=4 TURNED=0 | BLOCKS=8 TILES=5 TURNED=0
 // variants bf16: BLOCKS=8 TILES=2 TURNED=1 | BLOCKS=8 TILES=3 TURNED=1 | BLOCKS=8 TILES=4 TURNED=1 | BLOCKS=8 TILES=5 TURNED=1
@@ -113,37 +111,6 @@ INLINE void write_row(const unsigned (&v)[TILES], bf16* to, bool inside) {
     if (inside) *reinterpret_cast<unsigned*>(to + tile * 8 + lane * 2) = v[tile];
 }
 
-// sum += a half of the blocks' products, those of the piece in `image` by the part of w2 in `weight`. The operands of a pair are
-// loaded while the one before is multiplied.
-template <int HALF>
-INLINE void multiply(float (&sum)[BLOCKS][TILES][4], unsigned image, unsigned weight, const unsigned* places, int pairs,
-                     int block_bytes, unsigned weight_row) {
-  constexpr int COUNT = BLOCKS / 2;
-  const unsigned* place = places + threadIdx.x / 16 % 2;
-  unsigned from = image + place[0], a[2][4], b[TILES][2];
-  load_matrices<false>(a[0], from);
-  load_weight(b, weight, 0, weight_row);
-#pragma unroll 1
-  for (int pair = 1; pair <= pairs; ++pair) {
-    const unsigned following = image + place[min(pair, pairs - 1) * 2];
-    unsigned own[TILES][2];
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) own[tile][0] = b[tile][0], own[tile][1] = b[tile][1];
-#pragma unroll
-    for (int block = 0; block < COUNT; ++block) {
-      if (block + 1 < COUNT) {
-        load_matrices<false>(a[(block + 1) % 2], from + (block + 1) * block_bytes);
-      } else if (pair < pairs) {
-        load_matrices<false>(a[0], following);
-        load_weight(b, weight, pair, weight_row);
-      }
-#pragma unroll
-      for (int tile = 0; tile < TILES; ++tile) mma(sum[HALF * COUNT + block][tile], a[block % 2], own[tile][0], own[tile][1]);
-    }
-    from = following;
-  }
-}
-
 // Grid (blocks that share the pieces, columns of an output block / COLUMNS).
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     NAME(kron_conv)(const bf16* x,       // (pixels, BLOCKS * IN)
@@ -155,88 +122,85 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                     bf16* y,             // (positions, outs * OUT)
                     float* dots,         // (gridDim.y * gridDim.x, BLOCKS, outs), with z
                     const __grid_constant__ Geometry g, int pixels, int positions, int pieces, int IN, int OUT, int outs,
-                    int part, int buffer) {  // channels of a block that are there at a time; bytes of a half of a piece
+                    int part) {  // channels of a block that are there at a time
   extern __shared__ char memory[];
   __shared__ alignas(16) float mix[MOST][BLOCKS];
   __shared__ float found[WARPS][MOST][BLOCKS];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int taps = g.kernel[1] * g.kernel[2], chunks = part / 8, pairs = (taps * chunks + 1) / 2;
+  const int taps = g.kernel[1] * g.kernel[2], count = taps * (part / 8), pairs = (count + 1) / 2;
   const int wide = SIDE + (g.kernel[2] - 1) * g.dilation[2], high = SIDE + (g.kernel[1] - 1) * g.dilation[1];
-  const unsigned pixel_bytes = odd_row(BLOCKS / 2 * chunks), weight_row = odd_row(TURNED ? 2 * pairs : TILES);
-  const int half_outs = outs / 2;
-  const unsigned beside_row = odd_row(half_outs * TILES);  // of z, which comes in halves too
-  const int column = blockIdx.y * COLUMNS, parts = IN / part, row = outs * OUT;
+  const unsigned pixel_bytes = odd_row(BLOCKS * part / 8), weight_row = odd_row(TURNED ? 2 * pairs : TILES);
+  const unsigned beside_row = odd_row(outs * TILES);  // of z, which takes the place of x
   unsigned* places = reinterpret_cast<unsigned*>(memory);
   int* weights = reinterpret_cast<int*>(places + 2 * pairs);
   int* channels = weights + 2 * pairs;
-  int* beside = channels + BLOCKS / 2 * chunks;
-  const unsigned lists = 16 * pairs + 4 * (BLOCKS / 2 * chunks + (TURNED ? half_outs * TILES : 0));
+  int* beside = channels + BLOCKS * part / 8;
+  const unsigned lists = 16 * pairs + 4 * (BLOCKS * part / 8 + (TURNED ? outs * TILES : 0));
   const unsigned weight = shared_address(memory) + (lists + 15) / 16 * 16;
-  const unsigned weight_bytes = (TURNED ? COLUMNS : 16 * pairs) * weight_row;
-  const unsigned image = weight + (parts > 1 ? 2 : 1) * weight_bytes;
-  list_chunks(places, taps, part, wide, pixel_bytes, g);
-  list_weight(weights, taps, IN, OUT, part);
-  list_channels(channels, BLOCKS / 2, IN, part);
-  if (TURNED) list_channels(beside, half_outs, OUT, COLUMNS);
-  __syncthreads();
-
-  // Stages of a piece: both halves of the blocks for each part of their channels, then both halves of z. A stage is started when
-  // the one before begins; buffers take turns.
-  const int last = 2 * parts + (TURNED && z ? 2 : 0);
-  int next_piece = blockIdx.x, next = 0, turn = 0, weight_turn = 0;
-  auto start = [&]() {
-    if (next_piece < pieces) {
-      const Piece at(next_piece, g);
-      const unsigned to = image + turn * buffer;
-      if (next < 2 * parts) {
-        const int first = next / 2 * part;
-        copy_piece(to, pixel_bytes, x + next % 2 * (BLOCKS / 2 * IN) + first, pixels, at.image, at.top - g.padding[1],
-                   at.left - g.padding[2], high, wide, g.from[1], g.from[2], BLOCKS * IN, channels, BLOCKS / 2 * chunks);
-        if (next % 2 == 0 && (parts > 1 || next_piece == blockIdx.x)) {
-          copy_weight(weight + weight_turn * weight_bytes, w2 + (TURNED ? column * IN + first : column + first * OUT), weights,
-                      2 * pairs, IN, OUT);
-          weight_turn ^= parts > 1;
-        }
-      } else {
-        copy_piece(to, beside_row, z + (next - 2 * parts) * half_outs * OUT + column, positions, at.image, at.top, at.left,
-                   SIDE, SIDE, g.to[1], g.to[2], row, beside, half_outs * TILES);
-      }
-    }
-    commit_copies();
-    turn ^= 1;
-    if (++next == last) next = 0, next_piece += gridDim.x;
-  };
-  // The stage that was started last is there, and nobody reads the one before any more. Returns its buffer.
-  auto ready = [&]() {
-    wait_copies<0>();
-    __syncthreads();
-    const unsigned here = image + (turn ^ 1) * buffer;
-    start();
-    return here;
-  };
-
-  const unsigned own = ((warp * 2 + lane / 8 % 2) * wide + lane % 8) * pixel_bytes;
-  int weight_here = 0;
-  start();
-  const float by = scale ? *scale : 1.0f;  // what follows is read after the first stage has been waited for
+  const unsigned image = weight + (TURNED ? COLUMNS : 16 * pairs) * weight_row;
+  const int column = blockIdx.y * COLUMNS, stages = IN / part, row = outs * OUT;
+  const float by = scale ? *scale : 1.0f;
   for (int i = threadIdx.x; i < outs * BLOCKS; i += THREADS) {
     const int o = i / BLOCKS, b = i % BLOCKS;
     mix[o][b] = by * widen(w1[TURNED ? b * outs + o : i]);
   }
   for (int i = threadIdx.x; i < WARPS * MOST * BLOCKS; i += THREADS) found[0][0][i] = 0;
+  list_chunks(places, taps, part, wide, pixel_bytes, g);
+  list_weight(weights, taps, IN, OUT, part);
+  list_channels(channels, BLOCKS, IN, part);
+  if (TURNED) list_channels(beside, outs, OUT, COLUMNS);
+  __syncthreads();
+
+  // What is multiplied next: a part of the channels of a piece; w2 stays where there is but one part.
+  auto load = [&](int piece, int stage) {
+    if (piece < pieces) {
+      const Piece at(piece, g);
+      copy_piece(image, pixel_bytes, x + stage * part, pixels, at.image, at.top - g.padding[1], at.left - g.padding[2], high,
+                 wide, g.from[1], g.from[2], BLOCKS * IN, channels, BLOCKS * part / 8);
+      if (stages > 1 || piece == blockIdx.x)
+        copy_weight(weight, w2 + (TURNED ? column * IN + stage * part : column + stage * part * OUT), weights, 2 * pairs, IN,
+                    OUT);
+    }
+    commit_copies();
+  };
+
+  const unsigned own = image + ((warp * 2 + lane / 8 % 2) * wide + lane % 8) * pixel_bytes;
+  load(blockIdx.x, 0);
   for (int piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
     const Piece at(piece, g);
     float sum[BLOCKS][TILES][4] = {};
-    for (int p = 0; p < parts; ++p, weight_here ^= parts > 1) {
-      const unsigned part_of_w2 = weight + weight_here * weight_bytes;
-      multiply<0>(sum, ready() + own, part_of_w2, places, pairs, part * 2, weight_row);
-      multiply<1>(sum, ready() + own, part_of_w2, places, pairs, part * 2, weight_row);
+    for (int stage = 0; stage < stages; ++stage) {
+      wait_copies<0>();
+      __syncthreads();
+#pragma unroll 1
+      for (int pair = 0; pair < pairs; ++pair) {
+        const unsigned from = own + places[pair * 2 + lane / 16];
+        unsigned a[2][4], b[TILES][2];
+        load_matrices<false>(a[0], from);
+        load_weight(b, weight, pair, weight_row);
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block) {
+          if (block + 1 < BLOCKS) load_matrices<false>(a[(block + 1) % 2], from + (block + 1) * part * 2);
+#pragma unroll
+          for (int tile = 0; tile < TILES; ++tile) mma(sum[block][tile], a[block % 2], b[tile][0], b[tile][1]);
+        }
+      }
+      __syncthreads();  // nobody reads this any more
+      if (stage + 1 < stages) load(piece, stage + 1);
+    }
+    if (TURNED && z) {
+      copy_piece(image, beside_row, z + column, positions, at.image, at.top, at.left, SIDE, SIDE, g.to[1], g.to[2], row, beside,
+                 outs * TILES);
+      commit_copies();
+      wait_copies<0>();
+      __syncthreads();
+    } else {
+      load(piece + gridDim.x, 0);
     }
 
     int position[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) position[half] = at.position(warp * 2 + half, lane / 4, positions, g);
-    unsigned there = 0;
 #pragma unroll 1
     for (int o = 0; o < outs; ++o) {
       float factor[BLOCKS];
@@ -259,14 +223,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         write_row(v, y + to, inside);
       }
       if (TURNED && z) {
-        if (o % half_outs == 0) there = ready();
         float dot[BLOCKS] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
           for (int tile = 0; tile < TILES; ++tile) {
-            const unsigned pair = read_shared(there + ((warp * 2 + half) * SIDE + lane / 4) * beside_row +
-                                              (o % half_outs * COLUMNS + tile * 8 + lane % 4 * 2) * 2);
+            const unsigned pair = read_shared(image + ((warp * 2 + half) * SIDE + lane / 4) * beside_row +
+                                              (o * COLUMNS + tile * 8 + lane % 4 * 2) * 2);
 #pragma unroll
             for (int b = 0; b < BLOCKS; ++b)
               dot[b] += sum[b][tile][half * 2] * low_half(pair) + sum[b][tile][half * 2 + 1] * high_half(pair);
@@ -274,6 +237,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         const float total = over_warp(dot);
         if (lane % (32 / BLOCKS) == 0) found[warp][o][lane / (32 / BLOCKS)] += total;
       }
+    }
+    if (TURNED && z) {
+      __syncthreads();
+      load(piece + gridDim.x, 0);
     }
   }
   wait_copies<0>();

@@ -203,27 +203,24 @@ def _plan_conv(walk: _Walk, turned: int, count: int, most: int) -> _Plan | None:
     if tiles is None:
         return None
 
-    def sizes(part):
-        """(bytes of a half of a piece, bytes of all)."""
+    def shared(part):
         pairs = -(-window.taps * part // 16)
         weight = 8 * tiles * _row(2 * pairs) if turned else 16 * pairs * _row(tiles)
-        half = walk.piece_pixels * _row(blocks // 2 * part // 8)
-        lists = 16 * pairs + 4 * (blocks // 2 * part // 8)
-        if turned:  # z comes through the same buffers
-            half = max(half, _SIDE * _SIDE * _row(outs // 2 * tiles))
-            lists += 4 * (outs // 2 * tiles)
-        weights = weight if part == walk.inner else 2 * weight
-        return half, -(-lists // 16) * 16 + weights + 2 * half
+        image = walk.piece_pixels * _row(blocks * part // 8)
+        lists = 16 * pairs + 4 * blocks * part // 8
+        if turned:  # z takes the place of the image
+            image = max(image, _SIDE * _SIDE * _row(outs * tiles))
+            lists += 4 * outs * tiles
+        return -(-lists // 16) * 16 + weight + image
 
-    part = _part(walk.inner, lambda part: sizes(part)[1] <= min(_SHARED, most))
+    part = _part(walk.inner, lambda part: shared(part) <= min(_SHARED, most))
     if part is None:
         return None
-    half, shared = sizes(part)
     passes, pieces = walk.outer // (8 * tiles), walk.pieces
     launch = kernel("kron_conv.cu", "kron_conv", bf16, BLOCKS=blocks, TILES=tiles, TURNED=turned)
     grid = (min(pieces, max(1, 2 * count // passes)), passes)
-    numbers = (walk.pixels, walk.positions, pieces, walk.inner, walk.outer, outs, part, half)
-    return _Plan(launch, grid, geometry_of(window, walk.space, walk.to), numbers, shared)
+    numbers = (walk.pixels, walk.positions, pieces, walk.inner, walk.outer, outs, part)
+    return _Plan(launch, grid, geometry_of(window, walk.space, walk.to), numbers, shared(part))
 
 
 def _plan_dw(walk: _Walk, count: int, most: int) -> _Plan | None:
