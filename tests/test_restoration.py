@@ -122,17 +122,18 @@ def test_the_command_trains_times_and_writes(tmp_path, monkeypatch, capsys, devi
 
 
 @needs_extra
-def test_torch_alone_keeps_what_there_is(tmp_path, monkeypatch, capsys):
-    """Own rows stay, torch's are run anew; another task, or nothing there, is refused."""
+def test_one_side_again_keeps_what_there_is(tmp_path, monkeypatch, capsys):
+    """The other side's rows stay, one's are run anew; another task, or nothing there, is refused."""
     from benchmarks.restoration import run
 
     monkeypatch.setattr(run, "find_spec", lambda name: True)
     row = {"section": "timings", "side": "torch", "method": "LoCon", "error": "no GPU"}
     script = f"print({json.dumps(json.dumps(row))})"
     monkeypatch.setattr(run, "torch_command", lambda job, seconds: [sys.executable, "-c", script])
-    words = ("--device", "cpu", "--steps", 1, "--seeds", 1, "--algorithms", "LoCon", "--torch-only")
+    words = ("--device", "cpu", "--steps", 1, "--seeds", 1, "--algorithms", "LoCon")
+    words += ("--again", "torch")
     assert call(monkeypatch, "--out", tmp_path, *words) == 2
-    assert "--torch-only keeps the results of" in capsys.readouterr().err
+    assert "--again keeps the results of" in capsys.readouterr().err
     head = {
         "gpu": environment()["gpu"],
         "seeds": 1,
@@ -159,6 +160,10 @@ def test_torch_alone_keeps_what_there_is(tmp_path, monkeypatch, capsys):
     assert [r["error"] for r in data["timings"]] == ["no GPU"]
     assert call(monkeypatch, "--out", tmp_path, *words[:3], 2, *words[4:]) == 2
     assert "was measured with task" in capsys.readouterr().err
+    found = {**data, "runs": [own, old, other], "timings": [old]}
+    path.write_text(json.dumps(found))
+    anew = run._kept(path, {**head, "task": task, "commit": "new"}, "project", ["LoCon"])
+    assert anew["runs"] == [old, other] and anew["timings"] == [old] and anew["commit"] == "new"
 
 
 @needs_extra

@@ -36,9 +36,9 @@ def main() -> int:
     add("--cpu-steps", type=int, default=3, metavar="N", help="timed on the CPU (3); 0: none")
     add("--torch", action="store_true", help="the same trainings in torch with lycoris-lora")
     add(
-        "--torch-only",
-        action="store_true",
-        help="keep what DIR has of the same task, and run torch's part of --algorithms anew",
+        "--again",
+        choices=("project", "torch"),
+        help="keep what DIR has of the same task, and run one side's part of --algorithms anew",
     )
     add(
         "--torch-modes",
@@ -52,7 +52,7 @@ def main() -> int:
     )
     add("--seconds", type=float, default=1e9, metavar="S", help="start nothing after so long")
     options = parser.parse_args()
-    options.torch |= options.torch_only
+    options.torch |= options.again == "torch"
     chosen = options.algorithms.split(",")
     if unknown := [name for name in chosen if name not in METHODS]:
         parser.error(f"--algorithms: {unknown[0]!r} is unknown: use {', '.join(METHODS)}")

@@ -63,8 +63,8 @@ class Session:
         }
         path = options.out / "restoration.json"
         self.results = Results(path, head, SECTIONS)
-        if options.torch_only:
-            self.results.data = _kept(path, head, [*chosen, FINE_TUNING])
+        if options.again:
+            self.results.data = _kept(path, head, options.again, [*chosen, FINE_TUNING])
         self.results.write()
 
     def add(self, section: str, row: dict, run: Callable[[], dict]) -> None:
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace, chosen: list[str], modes: list[str]) -> int
     options.out.mkdir(parents=True, exist_ok=True)
     session = Session(options, chosen, modes)
     print(f"{NETWORK} on {session.base.device}, {session.task}", flush=True)
-    if not options.torch_only:
+    if options.again != "torch":
         engines = _ours(session)
         if engines:
             draw(session, engines)
@@ -111,23 +111,26 @@ def run(options: argparse.Namespace, chosen: list[str], modes: list[str]) -> int
     return int(missed or session.failed)
 
 
-def _kept(path: Path, head: dict, again: list[str]) -> dict:
-    """What an earlier call for the same task on the same GPU found, but for torch's rows of the
+def _kept(path: Path, head: dict, side: str, again: list[str]) -> dict:
+    """What an earlier call for the same task on the same GPU found, but for the rows of one side's
     methods that are run again. Raises LycorisError where there is none.
     """
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise LycorisError(f"--torch-only keeps the results of {path}: {error}") from error
+        raise LycorisError(f"--again keeps the results of {path}: {error}") from error
     for key in ("gpu", "task", "seeds", "dtype"):
         if found.get(key) != head[key]:
             raise LycorisError(
-                f"--torch-only: {path} was measured with {key} {found.get(key)}, not {head[key]}"
+                f"--again: {path} was measured with {key} {found.get(key)}, not {head[key]}"
             )
     for name in SECTIONS:
-        kept = (row for row in found[name] if row["side"] == OURS or row["method"] not in again)
-        found[name] = list(kept)
-    return found
+        found[name] = [
+            row
+            for row in found[name]
+            if row["method"] not in again or (row["side"] == OURS) != (side == "project")
+        ]
+    return found if side == "torch" else {**found, **head}
 
 
 def _ours(session: Session) -> dict:
