@@ -1,0 +1,63 @@
+"""Which shapes the one-piece kernels of a LoKr take, and that what they ask of a GPU is there."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+
+from lycoris_cupy.ops import kron_gpu
+from lycoris_cupy.ops.window import Window
+
+SQUARE = Window.of((3, 3), padding=1)
+HOPPER, ADA = (132, 227 * 1024 - 2048), (128, 99 * 1024 - 2048)  # multiprocessors, shared memory
+
+TAKEN = {
+    "320 channels": ((4, 128, 128, 320), (8, 8), (9, 40, 40), SQUARE),
+    "640 channels": ((4, 64, 64, 640), (8, 8), (9, 80, 80), SQUARE),
+    "64 channels": ((16, 32, 32, 64), (4, 4), (9, 16, 16), SQUARE),
+    "wider": ((2, 16, 24, 320), (8, 8), (9, 40, 80), SQUARE),
+    "8 to 4": ((1, 7, 8, 128), (4, 8), (9, 16, 64), SQUARE),
+    "25 taps": ((1, 8, 8, 256), (8, 8), (25, 32, 16), Window.of((5, 5), padding=2)),
+    "single positions": ((77, 128), (8, 8), (1, 16, 32), Window.of(())),
+}
+REFUSED = {
+    "a stride": ((4, 32, 32, 320), (8, 8), (9, 40, 40), Window.of((3, 3), stride=2, padding=1)),
+    "five blocks": ((4, 32, 32, 80), (5, 5), (9, 16, 16), SQUARE),
+    "odd widths": ((4, 32, 32, 8 * 20), (8, 8), (9, 20, 20), SQUARE),
+    "one axis": ((4, 32, 128), (8, 8), (3, 16, 16), Window.of((3,), padding=1)),
+    "pieces mostly outside": ((64, 3, 3, 128), (8, 8), (9, 16, 16), SQUARE),
+}
+
+
+@pytest.mark.parametrize("limits", [HOPPER, ADA], ids=["227 KiB", "99 KiB"])
+@pytest.mark.parametrize("case", TAKEN.values(), ids=TAKEN)
+def test_plans_fit_the_device(case, limits):
+    x, w1, w2, window = case
+    count, most = limits
+    forward, back, dw = kron_gpu._plans(x, w1, w2, window, count, most)
+    for plan in (forward, back):
+        assert plan is not None and plan.shared <= min(most, kron_gpu._SHARED)
+        pixels, positions, pieces, inner, outer, outs, part = plan.numbers
+        assert inner % part == 0 and part % 8 == 0 and plan.grid[0] <= pieces
+        assert pieces * 64 >= positions and prod(plan.grid) <= max(2 * count, plan.grid[1])
+    assert (forward.numbers[3], forward.numbers[4]) == w2[1:] == back.numbers[4:2:-1]
+    if dw is not None:
+        assert dw.shared <= most and dw.numbers[3] % dw.numbers[-1] == 0
+    else:
+        assert limits is ADA  # a block of it needs more than there is: the other way is taken
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_what_no_kernel_does_has_no_plan(case):
+    assert not all(kron_gpu._plans(*case, *HOPPER))
+
+
+def test_a_piece_with_its_halo():
+    walk = kron_gpu._walk((2, 16, 24, 320), (8, 8), (9, 40, 80), SQUARE)
+    assert (walk.pieces, walk.piece_pixels) == (2 * 2 * 3, 100)
+    back = walk.back()
+    assert (back.blocks, back.outs, back.inner, back.outer) == (8, 8, 80, 40)
+    assert back.window.padding == (1, 1) and back.pixels == walk.positions
+    one = kron_gpu._walk((77, 128), (8, 8), (1, 16, 32), Window.of(()))
+    assert (one.space, one.pixels, one.piece_pixels) == ((10, 8), 77, 64)
