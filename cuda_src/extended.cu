@@ -9,6 +9,9 @@
 // no scale. A linear layer is a convolution with one tap;
 // the gradient of the input is the same product with w turned (B_ROWS=0: rows of K values) and the taps in reverse.
 //
+// With PAIR=1 both terms read the same x by the same walk: a step copies it once, beside both weights, and multiplies into
+// two sums, which are added at the end.
+//
 // A block is persistent: one warpgroup copies tiles (a matrix by boxes, an image by im2col boxes) into a ring of stages,
 // the others multiply: two, 128 or 64 rows of the tile each, or three, 64 rows each. Tiles go by bands of `band` row tiles, so that what runs at the same
 // time shares its operands in L2. EXT_N: columns that x2 * w2 does at a time, so that narrow blocks fit a wide tile.
@@ -25,6 +28,10 @@
 // variants bf16: TILE_M=128 TILE_N=64 B_ROWS=1 | TILE_M=128 TILE_N=128 B_ROWS=1 | TILE_M=128 TILE_N=160 B_ROWS=1
 // variants bf16: TILE_M=128 TILE_N=64 B_ROWS=1 SCALED=1 | TILE_M=128 TILE_N=128 B_ROWS=1 SCALED=1
 // variants bf16: TILE_M=128 TILE_N=160 B_ROWS=1 SCALED=1
+// variants bf16: TILE_N=64 B_ROWS=0 PAIR=1 | TILE_M=128 TILE_N=64 B_ROWS=0 PAIR=1
+// variants bf16: TILE_M=128 TILE_N=128 B_ROWS=0 PAIR=1
+// variants bf16: TILE_N=64 B_ROWS=1 PAIR=1 | TILE_M=128 TILE_N=64 B_ROWS=1 PAIR=1
+// variants bf16: TILE_M=128 TILE_N=128 B_ROWS=1 PAIR=1
 // variants bf16: TILE_N=160 B_ROWS=1 EXT_N=40 | TILE_N=160 B_ROWS=1 EXT_N=80
 // variants bf16: TILE_N=160 B_ROWS=0 EXT_N=40 | TILE_N=160 B_ROWS=0 EXT_N=80
 #include "hopper.cuh"
@@ -35,6 +42,9 @@
 #endif
 #ifndef SCALED
 #define SCALED 0
+#endif
+#ifndef PAIR
+#define PAIR 0
 #endif
 #ifndef TILE_M
 #define TILE_M 256
@@ -48,7 +58,8 @@ __device__ constexpr int box_bytes(int columns) {
   return B_ROWS ? (columns + 63) / 64 * TILE_K * ROW_BYTES : columns * ROW_BYTES;
 }
 constexpr int B_BOX = TILE_K * ROW_BYTES;
-constexpr int STAGE = A_BYTES + (box_bytes(TILE_N) + 1023) / 1024 * 1024;
+constexpr int B_BYTES = (box_bytes(TILE_N) + 1023) / 1024 * 1024;
+constexpr int STAGE = A_BYTES + (PAIR ? 2 : 1) * B_BYTES;
 constexpr int STAGES = (227 * 1024 - 2048) / STAGE;  // 2048: the barriers, and what the alignment may cost
 
 // One of the two sums.
@@ -95,10 +106,11 @@ struct Ring {
   unsigned memory, full, empty;
 };
 
-// Copies the operands of a term for COLUMNS columns from `column` on, all taps and channels.
+// Copies the operands of a term for COLUMNS columns from `column` on, all taps and channels; with PAIR those of `pair`, the
+// other weight, beside them.
 template <int COLUMNS>
-INLINE void fetch(const TensorMap* x, const TensorMap* w, const Term& term, const Tile& tile, int column,
-                  const Geometry& g, const Ring& ring, Stage& stage) {
+INLINE void fetch(const TensorMap* x, const TensorMap* w, const TensorMap* pair, const Term& term, const Tile& tile,
+                  int column, const Geometry& g, const Ring& ring, Stage& stage) {
   const int b = column / term.block, first = b * term.width;
   const int n = column - b * term.block;
   int tz = 0, ty = 0, tx = 0;
@@ -109,7 +121,7 @@ INLINE void fetch(const TensorMap* x, const TensorMap* w, const Term& term, cons
       const unsigned done = ring.full + 8 * stage.index;
       const unsigned a_to = ring.memory + stage.index * STAGE, b_to = a_to + A_BYTES;
       barrier_wait(ring.empty + 8 * stage.index, stage.parity ^ 1);
-      barrier_expect(done, A_BYTES + box_bytes(COLUMNS));
+      barrier_expect(done, A_BYTES + (PAIR ? 2 : 1) * box_bytes(COLUMNS));
       if (term.axes == 0)
         copy_box(a_to, x, done, first + k, tile.row);
       else if (term.axes == 2)
@@ -118,10 +130,13 @@ INLINE void fetch(const TensorMap* x, const TensorMap* w, const Term& term, cons
         copy_voxels(a_to, x, done, first + k, tile.at.x, tile.at.y, tile.at.z, tile.at.n, dx, dy, dz);
       if (B_ROWS) {
 #pragma unroll
-        for (int box = 0; box < (COLUMNS + 63) / 64; ++box)
+        for (int box = 0; box < (COLUMNS + 63) / 64; ++box) {
           copy_box(b_to + box * B_BOX, w, done, n + 64 * box, k, w_tap);
+          if (PAIR) copy_box(b_to + B_BYTES + box * B_BOX, pair, done, n + 64 * box, k, w_tap);
+        }
       } else {
         copy_box(b_to, w, done, k, n, w_tap);
+        if (PAIR) copy_box(b_to + B_BYTES, pair, done, k, n, w_tap);
       }
       stage.next();
     }
@@ -140,15 +155,16 @@ INLINE void settle(float (&sum)[ROWS][TILE_N / 2]) {
     for (int i = 0; i < TILE_N / 2; ++i) asm volatile("" : "+f"(sum[r][i])::"memory");
 }
 
-// sum += the products of `steps` stages in a row, each of SLICES slices of 16 channels. A stage is given back when the
-// products of the next one have been started.
+// sum += the products of `steps` stages in a row, each of SLICES slices of 16 channels; with PAIR, more += those with the
+// other weight. A stage is given back when the products of the next one have been started.
 template <int COLUMNS, int FIRST, int SLICES>
-INLINE void multiply(float (&sum)[ROWS][TILE_N / 2], int steps, int worker, bool chief, const Ring& ring,
+INLINE void multiply(float (&sum)[ROWS][TILE_N / 2], float (&more)[ROWS][TILE_N / 2], int steps, int worker, bool chief, const Ring& ring,
                      Stage& stage) {
   constexpr unsigned leading = B_ROWS ? B_BOX : 16, b_step = B_ROWS ? 16 * ROW_BYTES : 32;
   if (steps <= 0) return;
   unsigned before = 0;
   settle(sum);
+  if (PAIR) settle(more);
 #pragma unroll 1
   for (; steps > 0; --steps) {
     barrier_wait(ring.full + 8 * stage.index, stage.parity);
@@ -158,9 +174,11 @@ INLINE void multiply(float (&sum)[ROWS][TILE_N / 2], int steps, int worker, bool
 #pragma unroll
     for (int s = 0; s < SLICES; ++s)
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r)
-        wgmma<COLUMNS, B_ROWS>(sum[r] + FIRST, operand(a_at + r * 64 * ROW_BYTES + s * 32, 16),
-                               operand(b_at + s * b_step, leading));
+      for (int r = 0; r < ROWS; ++r) {
+        const unsigned long long a = operand(a_at + r * 64 * ROW_BYTES + s * 32, 16);
+        wgmma<COLUMNS, B_ROWS>(sum[r] + FIRST, a, operand(b_at + s * b_step, leading));
+        if (PAIR) wgmma<COLUMNS, B_ROWS>(more[r] + FIRST, a, operand(b_at + B_BYTES + s * b_step, leading));
+      }
     products_commit();
     products_wait<1>();
     if (before && chief) barrier_arrive(before);
@@ -169,25 +187,26 @@ INLINE void multiply(float (&sum)[ROWS][TILE_N / 2], int steps, int worker, bool
   }
   products_wait<0>();
   settle(sum);
+  if (PAIR) settle(more);
   if (chief) barrier_arrive(before);
 }
 
 // sum += a term for COLUMNS columns, held from sum[.][FIRST] on. Of a tap's last step only the slices that hold channels
 // are multiplied.
 template <int COLUMNS, int FIRST>
-INLINE void accumulate(float (&sum)[ROWS][TILE_N / 2], const Term& term, int worker, bool chief, const Ring& ring,
-                       Stage& stage) {
+INLINE void accumulate(float (&sum)[ROWS][TILE_N / 2], float (&more)[ROWS][TILE_N / 2], const Term& term, int worker,
+                       bool chief, const Ring& ring, Stage& stage) {
   const int whole = term.width / TILE_K, slices = (term.width % TILE_K + 15) / 16;
   if (!slices) {
-    multiply<COLUMNS, FIRST, 4>(sum, term.taps * whole, worker, chief, ring, stage);
+    multiply<COLUMNS, FIRST, 4>(sum, more, term.taps * whole, worker, chief, ring, stage);
     return;
   }
   for (int tap = 0; tap < term.taps; ++tap) {
-    multiply<COLUMNS, FIRST, 4>(sum, whole, worker, chief, ring, stage);
-    multiply<COLUMNS, FIRST, 1>(sum, slices == 1, worker, chief, ring, stage);
-    multiply<COLUMNS, FIRST, 2>(sum, slices == 2, worker, chief, ring, stage);
-    multiply<COLUMNS, FIRST, 3>(sum, slices == 3, worker, chief, ring, stage);
-    multiply<COLUMNS, FIRST, 4>(sum, slices == 4, worker, chief, ring, stage);
+    multiply<COLUMNS, FIRST, 4>(sum, more, whole, worker, chief, ring, stage);
+    multiply<COLUMNS, FIRST, 1>(sum, more, slices == 1, worker, chief, ring, stage);
+    multiply<COLUMNS, FIRST, 2>(sum, more, slices == 2, worker, chief, ring, stage);
+    multiply<COLUMNS, FIRST, 3>(sum, more, slices == 3, worker, chief, ring, stage);
+    multiply<COLUMNS, FIRST, 4>(sum, more, slices == 4, worker, chief, ring, stage);
   }
 }
 
@@ -197,7 +216,7 @@ INLINE void fetch_other(const TensorMap* x, const TensorMap* w, const Term& term
                         const Geometry& g, const Ring& ring, Stage& stage) {
   if constexpr (SUB * EXT_N < TILE_N) {
     if (tile.column + SUB * EXT_N < columns)
-      fetch<EXT_N>(x, w, term, tile, tile.column + SUB * EXT_N, g, ring, stage);
+      fetch<EXT_N>(x, w, nullptr, term, tile, tile.column + SUB * EXT_N, g, ring, stage);
     fetch_other<SUB + 1>(x, w, term, tile, columns, g, ring, stage);
   }
 }
@@ -207,7 +226,7 @@ INLINE void accumulate_other(float (&sum)[ROWS][TILE_N / 2], const Term& term, c
                              int worker, bool chief, const Ring& ring, Stage& stage) {
   if constexpr (SUB * EXT_N < TILE_N) {
     if (tile.column + SUB * EXT_N < columns)
-      accumulate<EXT_N, SUB * EXT_N / 2>(sum, term, worker, chief, ring, stage);
+      accumulate<EXT_N, SUB * EXT_N / 2>(sum, sum, term, worker, chief, ring, stage);
     accumulate_other<SUB + 1>(sum, term, tile, columns, worker, chief, ring, stage);
   }
 }
@@ -322,8 +341,8 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
       prefetch_map(&x), prefetch_map(&w), prefetch_map(&x2), prefetch_map(&w2);
       for (int t = blockIdx.x; t < tiles_m * tiles_n; t += gridDim.x) {
         const Tile tile(t, tiles_m, tiles_n, band, g, image);
-        if (!SCALED) fetch_other(&x2, &w2, other, tile, columns, g, ring, stage);
-        fetch<TILE_N>(&x, &w, own, tile, tile.column, g, ring, stage);
+        if (!SCALED && !PAIR) fetch_other(&x2, &w2, other, tile, columns, g, ring, stage);
+        fetch<TILE_N>(&x, &w, &w2, own, tile, tile.column, g, ring, stage);
         if (SCALED) fetch_other(&x2, &w2, other, tile, columns, g, ring, stage);
       }
     }
@@ -336,10 +355,19 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
       float sum[ROWS][TILE_N / 2];
       if constexpr (SCALED) {
         begin<true>(sum, 0, nullptr, nullptr, tile, columns);
-        accumulate<TILE_N, 0>(sum, own, group, chief, ring, stage);
+        accumulate<TILE_N, 0>(sum, sum, own, group, chief, ring, stage);
         if (kept) finish<false>(sum, tile, group, nullptr, kept, positions, columns);
         begin<false>(sum, 0, c, bias, tile, columns);
         accumulate_other(sum, other, tile, columns, group, chief, ring, stage);
+      } else if constexpr (PAIR) {
+        float more[ROWS][TILE_N / 2];
+        begin<true>(sum, 0, nullptr, bias, tile, columns);
+        begin<true>(more, 0, nullptr, bias2, tile, columns);
+        accumulate<TILE_N, 0>(sum, more, own, group, chief, ring, stage);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+          for (int i = 0; i < TILE_N / 2; ++i) sum[r][i] += factor * more[r][i];
       } else {
         if (other.taps) {
           begin<true>(sum, 0, nullptr, bias2, tile, columns);
@@ -348,7 +376,7 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
         } else {
           begin<true>(sum, 0, nullptr, bias, tile, columns);
         }
-        accumulate<TILE_N, 0>(sum, own, group, chief, ring, stage);
+        accumulate<TILE_N, 0>(sum, sum, own, group, chief, ring, stage);
       }
       if (add)
         finish<true>(sum, tile, group, add, y, positions, columns);

@@ -74,16 +74,16 @@ def _expand(path: Path, inside: tuple[Path, ...]) -> str:
 
 
 def signatures(source: str) -> dict[str, tuple[Parameter, ...]]:
-    """The kernels that a source declares: `extern "C" __global__ void [__launch_bounds__(...)]
-    NAME(op)(parameters)`.
+    """The kernels that a source declares: `extern "C" __global__ void [__cluster_dims__(...)]
+    [__launch_bounds__(...)] NAME(op)(parameters)`.
     """
     text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", source, flags=re.DOTALL)
     found: dict[str, tuple[Parameter, ...]] = {}
     for match in re.finditer(r'extern\s+"C"\s+__global__\s+void\s+', text):
         at = match.end()
-        bounds = re.compile(r"__launch_bounds__\s*").match(text, at)
-        if bounds:
-            at = _closing(text, bounds.end()) + 1
+        for word in ("__cluster_dims__", "__launch_bounds__"):
+            if sizes := re.compile(rf"\s*{word}\s*").match(text, at):
+                at = _closing(text, sizes.end()) + 1
         name = re.compile(rf"\s*NAME\s*\(\s*({_WORD})\s*\)\s*").match(text, at)
         if not name:
             raise KernelError(

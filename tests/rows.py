@@ -122,6 +122,7 @@ def _extended_cases():
         "conv, rows": (square, (2, 4, 5, 8), (9, 8, 24), _window((1, 1)), (2, 4, 5, 16), (1, 16, 24)),
         "conv, taps": (square, (1, 5, 4, 16), (9, 16, 80), _window((3, 3), padding=1, groups=2, shared=True), (1, 5, 4, 16), (9, 8, 40)),
         "conv, same walk": (square, (2, 9, 11, 24), (9, 24, 72), square, (2, 9, 11, 40), (9, 40, 72)),
+        "conv, same walk, line": (_window((3,), padding=1), (2, 40, 24), (3, 24, 72), _window((3,), padding=1), (2, 40, 40), (3, 40, 72)),
         "conv, same walk, odd": (square, (2, 4, 5, 3), (9, 3, 7), square, (2, 4, 5, 5), (9, 5, 7)),
         "conv, stride": (_window((3, 2), stride=2, padding=1), (2, 6, 5, 8), (6, 8, 16), _window((1, 1)), (2, 3, 3, 8), (1, 8, 16)),
         "conv, groups": (_window((3,), padding=1, groups=2), (2, 7, 6), (3, 3, 8), _window((1,), groups=2), (2, 7, 4), (1, 2, 8)),
@@ -163,6 +164,22 @@ def _extended_rows():
             wide=(6,),
             fixed=(6,),
             roundings=3.0,  # as above, and the scaled bias by itself
+        )
+        yield Row(
+            "extended",
+            f"one x, {name}",
+            lambda x, w, b, w2, b2, s, window=window: ops.extended(
+                x, w, window, ops.pending(x, w2, window, scale=s, bias=b2), bias=b
+            ),
+            lambda x, w, b, w2, b2, s, window=window: (
+                b + naive.product(x, w, window) + s * (naive.product(x, w2, window) + b2)
+            ),
+            (x, w, (y[-1],), w, (y[-1],), FACTOR),
+            2 * w[0] * w[1] + 4,
+            wide=(5,),
+            fixed=(5,),
+            roundings=3.0,
+            gradient_roundings=2.0,  # of x: elsewhere one of its two terms is rounded by itself
         )
         yield Row(
             "extended",

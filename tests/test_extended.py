@@ -6,7 +6,7 @@ The kernel is called itself, whatever the planner would take, on a GPU of its ki
 import numpy as np
 import pytest
 
-from lycoris_cupy import bf16, ops, plan, to_device
+from lycoris_cupy import Conv1d, Full, bf16, ops, plan, to_device
 from lycoris_cupy.arrays import gpu_missing
 from lycoris_cupy.errors import DtypeError, ShapeError
 from lycoris_cupy.ops import (
@@ -19,6 +19,7 @@ from lycoris_cupy.ops import (
     product_gpu,
 )
 from lycoris_cupy.ops.extended_gpu import Extra
+from lycoris_cupy.ops.extended_plan import Second
 from lycoris_cupy.ops.window import Window
 from lycoris_cupy.tape import Tape
 from tests.bounds import assert_within, bound
@@ -232,6 +233,69 @@ def test_backward(name, tile, monkeypatch):
     assert_within(out.astype(np.float64), dx, bound(dx, size, depth, bf16), name)
 
 
+# x, w, window: both sums read this x by this window.
+PAIRED = {
+    "linear": ((300, 200), (1, 200, 184), FLAT),
+    "many tiles": ((5120, 72), (1, 72, 1600), FLAT),
+    "image": ((2, 20, 24, 64), (9, 64, 64), square(padding=1)),
+    "image, tails": ((3, 13, 17, 40), (9, 40, 72), square(padding=2, dilation=2)),
+    "stride": ((3, 13, 17, 40), (9, 40, 72), square(padding=1, stride=2)),
+    "a volume": ((2, 5, 6, 7, 24), (12, 24, 40), Window.of((2, 3, 2), 1, (1, 1, 0))),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [None, *extended_plan.PAIRS], ids=str)
+@pytest.mark.parametrize("name", PAIRED)
+def test_both_sums_of_one_x(name, tile, monkeypatch):
+    """x * w + scale * (x * w2 + bias2) + add + bias, and the gradient of x, where x is copied once."""
+    need_hopper()
+    x_shape, w_shape, window = PAIRED[name]
+    rng = np.random.default_rng([*name.encode()])
+    x, w, w2 = draw(rng, x_shape), draw(rng, w_shape), draw(rng, w_shape)
+    both, sizes = w + SCALE * w2, abs(w) + abs(w2)
+    y, size = wide_conv(x, both, window), wide_conv(abs(x), sizes, window)
+    add, bias, bias2 = draw(rng, y.shape), draw(rng, y.shape[-1:]), draw(rng, y.shape[-1:])
+    g, space = draw(rng, y.shape), x_shape[1:-1] if window.axes else ()
+    dx = conv_cpu.conv_dx(g, both, window, space).reshape(x_shape)
+    dx_size = conv_cpu.conv_dx(abs(g), sizes, window, space).reshape(x_shape)
+    x, w, w2, g, add, bias, bias2 = on_gpu(x, w, w2, g, add, bias, bias2)
+    if tile is not None:
+        forced = extended_plan.Tile(*tile, tile[1], 0.0, True)
+        monkeypatch.setattr(extended_plan, "_choose", lambda *args: forced)
+    extended_plan.plan_forward.cache_clear()
+    extended_plan.plan_dx.cache_clear()
+    scale = to_device(SCALE, "cuda:0")
+    extra = Extra(x, w2, window, scale, bias2)
+    out = extended_gpu.extended_forward(x, w, window, extra=extra, add=add, bias=bias)[0]
+    add, bias, bias2 = (to_device(a, "cpu").astype(np.float64) for a in (add, bias, bias2))
+    y, size = y + SCALE * bias2 + bias + add, size + abs(bias2) + abs(bias) + abs(add)
+    depth = 2 * w_shape[0] * w_shape[1] + 4
+    assert_within(to_device(out, "cpu").astype(np.float64), y, bound(y, size, depth, bf16), name)
+    if all(s == 1 for s in window.stride):
+        extra = Extra(g, w2, window, scale)
+        out = extended_gpu.extended_dx(g, w, window, space, extra=extra, add=None)
+        limit = bound(dx, dx_size, 2 * w_shape[0] * w_shape[2], bf16)
+        assert_within(to_device(out, "cpu").astype(np.float64), dx, limit, name)
+    extended_plan.plan_forward.cache_clear()
+    extended_plan.plan_dx.cache_clear()
+
+
+def test_an_x_that_both_sums_read_is_copied_once():
+    window, x, w = square(padding=1), (1, 128, 128, 64), (9, 64, 64)
+    one = extended_plan.plan_forward(x, w, window, Second(w, window, True), 132)
+    two = extended_plan.plan_forward(x, w, window, Second(w, window), 132)
+    assert one.tile.pair and int(one.launch.defines["PAIR"]) == 1 and not two.tile.pair
+    assert one.tile.cycles < two.tile.cycles
+    turned = extended_plan.plan_dx(x, w, window, (128, 128), Second(w, window, True), 132)
+    assert turned.tile.pair and turned.numbers[:2] == (16384, 64)
+    for second in (Second((1, 64, 64), window.pointwise_like(), True), Second(w, square(), True)):
+        assert not second.pairs(w, window)
+    assert not extended_plan.plan_forward(
+        x, w, window, Second(w, window, True), 132, True
+    ).tile.pair
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("columns", [3, 8, 16])
 @pytest.mark.parametrize(
@@ -408,7 +472,7 @@ SHAPES = {
 
 def ways(name, hopper, extra=((1, 16, None), FLAT)):
     x, w, window = SHAPES[name]
-    second = ((extra[0][0], extra[0][1], w[2]), window.pointwise_like())
+    second = Second((extra[0][0], extra[0][1], w[2]), window.pointwise_like())
     return product_gpu._forward_ways(x, w, window, second, hopper, bf16, 132)
 
 
@@ -447,7 +511,7 @@ def test_a_narrow_convolution_is_one():
 def test_a_plan_covers_its_result(name):
     """Tiles and boxes of a plan, from shapes alone: whole, and within what the copy engine takes."""
     x, w, window, (_, w2, other), _ = FORWARD[name]
-    found = extended_plan.plan_forward(x, w, window, (w2, other), 132)
+    found = extended_plan.plan_forward(x, w, window, Second(w2, other), 132)
     tile = int(found.launch.defines["TILE_N"])
     positions, columns, band = found.numbers
     assert 1 <= found.grid[0] <= 132 and band >= 1
@@ -462,9 +526,9 @@ def test_a_plan_covers_its_result(name):
 SMALL = {  # fewer tiles of 256 rows than multiprocessors, at least half as many of 128
     "64 channels": ((1, 128, 128, 64), (9, 64, 64), square(padding=1), None),
     "64 channels twice": (
-        (1, 128, 128, 64), (9, 64, 64), square(padding=1), ((9, 64, 64), square(padding=1)),
+        (1, 128, 128, 64), (9, 64, 64), square(padding=1), Second((9, 64, 64), square(padding=1)),
     ),
-    "256 columns": ((4096, 320), (1, 320, 256), FLAT, ((1, 16, 256), FLAT)),
+    "256 columns": ((4096, 320), (1, 320, 256), FLAT, Second((1, 16, 256), FLAT)),
     "640 channels": ((1, 64, 64, 640), (9, 640, 640), square(padding=1), None),
 }  # fmt: skip
 
@@ -495,7 +559,7 @@ def test_what_no_plan_takes():
     assert extended_plan.plan_forward((2, 7, 9, 32), (9, 16, 40), grouped, None, 132) is None
     wide = Window.of((3, 3), 1, 300)
     assert extended_plan.plan_forward((2, 7, 9, 32), (9, 32, 40), wide, None, 132) is None
-    odd = ((1, 8, 24), blocks(FLAT, 3))
+    odd = Second((1, 8, 24), blocks(FLAT, 3))
     assert extended_plan.plan_forward((9, 32), (1, 32, 72), FLAT, odd, 132) is None
 
 
@@ -511,6 +575,18 @@ def test_a_pending_product_is_what_it_stands_for():
     assert np.allclose(ops.ready(shifted), 0.5 * (h @ up[0] + np.arange(7)))
     assert np.allclose(ops.extended(x, w, FLAT, shifted), x @ w[0] + ops.ready(shifted))
     assert ops.ready(None) is None and ops.ready(x) is x
+
+
+def test_a_change_of_the_whole_weight_waits_for_the_layer():
+    rng = np.random.default_rng(1)
+    x, diff, diff_b = (rng.standard_normal(s) for s in ((2, 9, 4), (3, 4, 6), (6,)))
+    layer = Conv1d(rng.standard_normal((3, 4, 6)), rng.standard_normal(6), padding=1)
+    scale = np.array([0.5])
+    p = {"diff": diff, "diff_b": diff_b}
+    change = Full(layer.shape, 0, bias=True).apply(None, layer, x, p, scale)
+    assert isinstance(change, ops.Pending) and change.x is x and not change.unscaled
+    expected = layer.replaced(layer.matrix + 0.5 * diff, layer.bias + 0.5 * diff_b).forward(x)
+    assert np.allclose(layer.forward(x, change), expected)
 
 
 @pytest.mark.parametrize(

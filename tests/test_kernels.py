@@ -303,6 +303,11 @@ def test_arguments_that_are_refused(launched, at, value, message):
     assert not passed
 
 
+def test_a_kernel_may_name_its_cluster():
+    found = cuda_source.signatures(cuda_source.expand("column_sum.cu"))
+    assert [p.name for p in found["column_sum_once"]] == ["x", "scale", "out", "rows", "columns"]
+
+
 def test_a_launch_of_the_wrong_size_is_refused(launched):
     launch, passed = launched
     with pytest.raises(KernelError, match="axpy_bf16 got 7 arguments, expected 8: const T"):

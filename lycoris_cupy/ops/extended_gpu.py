@@ -14,7 +14,7 @@ from ..arrays import Array
 from ..tensor_map import NOTHING, ROW, matrix_map, pixel_map
 from .aligned import aligned
 from .conv_gpu import processors
-from .extended_plan import Plan, plan_blocks_dx, plan_dx, plan_forward
+from .extended_plan import Plan, Second, plan_blocks_dx, plan_dx, plan_forward
 from .window import Window
 
 _THREADS = {
@@ -34,6 +34,10 @@ class Extra(NamedTuple):
     window: Window
     scale: Array | None
     bias: Array | None = None
+
+    def beside(self, x: Array) -> Second:
+        """What a plan knows of it beside a first sum over x."""
+        return Second(tuple(self.w.shape), self.window, self.x is x)
 
 
 def run(plan: Plan, x, w, out, *, extra: Extra | None, add, bias, c=None, kept=None) -> Array:
@@ -99,9 +103,9 @@ def extended_forward(
     """
     import cupy
 
-    shapes = None if extra is None else (tuple(extra.w.shape), extra.window)
+    second = None if extra is None else extra.beside(x)
     sizes = tuple(x.shape), tuple(w.shape)
-    plan = plan_forward(*sizes, window, shapes, processors(), c is not None)
+    plan = plan_forward(*sizes, window, second, processors(), c is not None)
     assert plan is not None
     space = window.out_space(x.shape[1:-1]) if window.axes else x.shape[1:-1]
     shape = (*x.shape[:1], *space, w.shape[2]) if x.ndim > 1 else (w.shape[2],)
@@ -115,8 +119,8 @@ def extended_dx(g, w, window: Window, in_space, *, extra: Extra | None, add) -> 
     """
     import cupy
 
-    more = None if extra is None else (tuple(extra.w.shape), extra.window)
-    plan = plan_dx(tuple(g.shape), tuple(w.shape), window, tuple(in_space), more, processors())
+    second = None if extra is None else extra.beside(g)
+    plan = plan_dx(tuple(g.shape), tuple(w.shape), window, tuple(in_space), second, processors())
     assert plan is not None
     space = tuple(in_space) if window.axes else g.shape[1:-1]
     out = (*g.shape[:1], *space, w.shape[1]) if g.ndim > 1 else (w.shape[1],)

@@ -26,6 +26,8 @@ _TERM = np.dtype([(name, np.int32) for name in ("taps", "width", "axes", "block"
 # whose rows run along the inner axis: along the columns it was 18 % slower than its size says.
 _BOTH = [*((256, n) for n in (64, 96, 128, 160)), (192, 192), *((128, n) for n in (64, 128, 160))]
 TILES = {True: _BOTH, False: [*_BOTH, (256, 144)]}
+# Of the variants that copy an x once which both sums read; the two sums have to fit the registers.
+PAIRS = [(256, 64), (128, 64), (128, 128)]
 _NARROW_BLOCKS = (40, 80)  # EXT_N of the variants whose tile of 160 holds several blocks
 # Cycles that a step takes at least: the copying thread waits for a stage, and asks for two to four
 # boxes, 50 each; a worker waits for the stage, starts four products and sees them end, 130 behind
@@ -37,20 +39,35 @@ _END = 30 / 256  # cycles a value of a tile, to hand it over and to begin the ne
 _ALL = 1 << 30  # columns of a block where all columns share one
 
 
+class Second(NamedTuple):
+    """What a plan knows of the second sum. same: its x is that of the first."""
+
+    shape: tuple[int, int, int]  # of w2
+    window: Window
+    same: bool = False
+
+    def pairs(self, shape: tuple[int, ...], window: Window) -> bool:
+        """Whether it reads the same as a first sum with this shape of w and this window."""
+        walk = self.window.grouped(1) == window.grouped(1) and self.window.groups == 1
+        return self.same and walk and tuple(shape) == self.shape
+
+
 class Tile(NamedTuple):
     """A variant of the kernel, and the cycles that it was estimated to take. ext: columns that the
-    second sum does at a time.
+    second sum does at a time. pair: both sums are done at once.
     """
 
     rows: int
     columns: int
     ext: int
     cycles: float
+    pair: bool = False
 
     def launch(self, b_rows: int, **more: int) -> Kernel:
         defines = {"TILE_N": self.columns, "B_ROWS": b_rows, **more}
         defines |= {"TILE_M": self.rows} if self.rows != 256 else {}
         defines |= {"EXT_N": self.ext} if self.ext != self.columns else {}
+        defines |= {"PAIR": 1} if self.pair else {}
         return kernel("extended.cu", "extended", bf16, **defines)
 
     def grid(self, positions: int, columns: int, count: int) -> tuple[int]:
@@ -80,10 +97,10 @@ class Plan:
 
 @functools.lru_cache(maxsize=4096)
 def plan_forward(
-    x_shape, w_shape, window: Window, extra, count: int, scaled: bool = False
+    x_shape, w_shape, window: Window, extra: Second | None, count: int, scaled: bool = False
 ) -> Plan | None:
-    """The plan of x * w + x2 * w2.  extra: (shape of w2, its window) or None.  count:
-    multiprocessors. scaled: x * w has a scale of its columns.
+    """The plan of x * w + x2 * w2.  count: multiprocessors. scaled: x * w has a scale of its
+    columns.
     """
     if window.groups != 1:
         return None
@@ -95,9 +112,10 @@ def plan_forward(
     positions = (x_shape[0] * prod(to)) if space else prod(x_shape[:-1])
     columns, steps, more = w_shape[2], w_shape[0] * _ceil(w_shape[1], ROW), 0
     own = _term(w_shape[0], w_shape[1], image)
-    other, block, other_image = _term(0, 0, None), _ALL, None
+    other, block, other_image, pair = _term(0, 0, None), _ALL, None, False
     if extra is not None:
-        (taps, width, block_columns), extra_window = extra
+        (taps, width, block_columns), extra_window, _ = extra
+        pair = extra.pairs(w_shape, window) and not scaled
         if not extra_window.pointwise and extra_window.grouped(1) != window.grouped(1):
             return None
         if extra_window.groups > 1 and not extra_window.shared:
@@ -106,7 +124,7 @@ def plan_forward(
         other_image = None if extra_window.pointwise else image
         other = _term(taps, width, other_image, block)
         more = taps * _ceil(width, ROW)
-    tile = _choose(True, positions, columns, steps, more, count, block)
+    tile = _choose(True, positions, columns, steps, more, count, block, pair)
     if tile is None or (scaled and tile.ext != tile.columns):
         return None
     return Plan(
@@ -118,9 +136,10 @@ def plan_forward(
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_dx(g_shape, w_shape, window: Window, in_space, extra, count: int) -> Plan | None:
-    """The plan of the input's gradient, g * w^T + g2 * w2^T.  extra: (shape of w2, its window), as
-    `joins_dx` has it, or None."""
+def plan_dx(
+    g_shape, w_shape, window: Window, in_space, extra: Second | None, count: int
+) -> Plan | None:
+    """The plan of the input's gradient, g * w^T + g2 * w2^T.  extra: what `joins_dx`, or None."""
     if window.groups != 1 or any(s != 1 for s in window.stride):
         return None
     space = g_shape[1:-1] if not window.pointwise else ()
@@ -135,15 +154,16 @@ def plan_dx(g_shape, w_shape, window: Window, in_space, extra, count: int) -> Pl
     if columns % 8:
         return None
     own = _term(w_shape[0], w_shape[2], image, flip=1)
-    other, other_image = _term(0, 0, None), None
+    other, other_image, pair = _term(0, 0, None), None, False
     if extra is not None:
-        (taps, _, width), extra_window = extra
+        (taps, _, width), extra_window, _ = extra
+        pair = extra.pairs(w_shape, window)
         if not joins_dx(window, extra_window):
             return None
         other_image = None if extra_window.pointwise else image
         other = _term(taps, width, other_image, flip=1)
         more = taps * _ceil(width, ROW)
-    tile = _choose(False, positions, columns, steps, more, count, _ALL)
+    tile = _choose(False, positions, columns, steps, more, count, _ALL, pair)
     assert tile is not None  # any serves where there are no blocks
     return Plan(
         tile.launch(0), tile.grid(positions, columns, count), geometry, own, other,
@@ -192,26 +212,34 @@ def _term(taps: int, width: int, image, block: int = _ALL, flip: int = 0) -> np.
     return out
 
 
-def _choose(b_rows, positions, columns, own: int, other: int, count, block) -> Tile | None:
+def _choose(
+    b_rows, positions, columns, own: int, other: int, count, block, pair=False
+) -> Tile | None:
     """The tile with the least time on the busiest multiprocessor; None if the blocks fit none. own,
-    other: steps of the two sums, of the second for one block.
+    other: steps of the two sums, of the second for one block. pair: whether both can be done at
+    once.
     """
-    choices = [(m, n, n) for m, n in TILES[b_rows] if block == _ALL or block % n == 0]
+    choices = [(m, n, n, False) for m, n in TILES[b_rows] if block == _ALL or block % n == 0]
     if block in _NARROW_BLOCKS:
-        choices = [(256, 160, block)]
+        choices = [(256, 160, block, False)]
+    choices += [(m, n, n, True) for m, n in PAIRS if pair]
 
-    def step(rows, width):
+    def step(rows, width, weights=1):
         wide = _ceil(width, ROW) * ROW if b_rows else width  # columns that are fetched
         waste = 1 + _WASTE * (wide / width - 1)
-        products, copies = rows * width / 32, (rows + wide) * ROW * 2 / _L2_BYTES
+        products = weights * rows * width / 32
+        copies = (rows + weights * wide) * ROW * 2 / _L2_BYTES
         return max(_STEP, max(products, copies) * waste)
 
-    def cycles(rows, tile, ext):
+    def cycles(rows, tile, ext, pair):
         waves = _ceil(_ceil(positions, rows) * _ceil(columns, tile), count)
-        steps = own * step(rows, tile) + tile // ext * other * step(rows, ext)
+        if pair:
+            steps = own * step(rows, tile, 2)
+        else:
+            steps = own * step(rows, tile) + tile // ext * other * step(rows, ext)
         return waves * (steps + rows * tile * _END)
 
-    timed = (Tile(*choice, cycles(*choice)) for choice in choices)
+    timed = (Tile(*choice[:3], cycles(*choice), choice[3]) for choice in choices)
     return min(timed, key=lambda tile: tile.cycles, default=None)
 
 

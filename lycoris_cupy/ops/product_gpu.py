@@ -34,7 +34,7 @@ __all__ = ["Extra", "dw", "dx", "forward", "scaled_forward"]
 def forward(x, w, window: Window, *, scale, add, bias, extra: Extra | None = None) -> Array:
     """add + scale * (x * w) + bias + extra.  Both a scale and an extra are never there."""
     second = () if extra is None else (extra.x, extra.w, extra.bias)
-    sizes = None if extra is None else (tuple(extra.w.shape), extra.window)
+    sizes = None if extra is None else extra.beside(x)
     hopper = scale is None and x.size > 0 and takes(x, w, add, bias, *second)
     ways = _forward_ways(
         tuple(x.shape), tuple(w.shape), window, sizes, hopper, x.dtype, processors()
@@ -56,7 +56,7 @@ def scaled_forward(x, w, window: Window, c, *, add, bias, extra: Extra, keep: bo
     """(c * (x * w) + extra + add + bias, x * w rounded if keep); extra has no scale and no bias."""
     second = (extra.x, extra.w)
     hopper = x.size > 0 and takes(x, w, add, bias, *second)
-    sizes = (tuple(extra.w.shape), extra.window)
+    sizes = extra.beside(x)
     ways = _scaled_ways(
         tuple(x.shape), tuple(w.shape), window, sizes, hopper, x.dtype, processors()
     )
@@ -75,7 +75,7 @@ def dx(g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None
     if extra is not None and not joins_dx(window, extra.window):
         add, extra = dx(extra.x, extra.w, extra.window, in_space, scale=extra.scale, add=add), None
     second = () if extra is None else (extra.x, extra.w)
-    sizes = None if extra is None else (tuple(extra.w.shape), extra.window)
+    sizes = None if extra is None else extra.beside(g)
     hopper = g.size > 0 and takes(g, w, add, *second)
     ways = _dx_ways(
         tuple(g.shape), tuple(w.shape), window, tuple(in_space), sizes, hopper, scale is None,
