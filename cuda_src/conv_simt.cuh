@@ -32,8 +32,10 @@ INLINE void multiply(Sums& sums, const Tile& a, const Tile& b) {
 
 // The axes of the arguments as in conv_mma.cuh.
 template <bool BACK>
-INLINE void gather_product(const T* in, const T* w, const A* scale, const T* add, const T* bias, T* out,
-                           const Geometry& g, int positions, int inner, int outer, int groups, int shared) {
+INLINE void gather_product(const Sources& from, const A* scale, const T* add, const T* bias, const T*, T* out,
+                           const Geometry& g, int positions) {
+  const auto [inner, outer, groups, shared, single] = from.own;
+  const T *in = from.in, *w = from.w;
   __shared__ Tile a_tile, b_tile;
   const int m_tiles = (positions - 1) / TILE_M + 1, n_tiles = (outer - 1) / TILE_N + 1;
   const int n0 = blockIdx.x % n_tiles * TILE_N, m0 = blockIdx.x / n_tiles % m_tiles * TILE_M;
