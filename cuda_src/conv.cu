@@ -4,8 +4,6 @@
 // conv_dx  dx[n, p, q*I + i] = scale * sum over t, j of dy[n, (p + padding - t * dilation) / stride, q*O + j] * w[t, i, q*O + j]
 // conv_dw  dw[t, i, q*O + j] = scale * sum over n, o of x[n, o * stride - padding + t * dilation, q*I + i] * dy[n, o, q*O + j]
 //
-// conv_extended and conv_extended_dx: the same, unscaled, plus scale * (another such sum + bias2), in one accumulator.
-//
 // Group q has I channels in and O out. shared: all groups use one w (taps, I, O), and dw is summed over q as well.
 // positions: N * OD * OH * OW of y (conv, conv_dw) or N * D * H * W of x (conv_dx); positions and pixels are below 2^31,
 // offsets are 64 bits wide. scale, add and bias may be null.
@@ -13,9 +11,6 @@
 // variants bf16: TILE_M=128 TILE_N=128 VEC_A=8 VEC_B=8 | TILE_M=64 TILE_N=64 VEC_A=8 VEC_B=8
 // variants bf16: TILE_M=128 TILE_N=32 VEC_A=8 VEC_B=8 | TILE_M=128 TILE_N=32 VEC_A=8 VEC_B=1
 // variants bf16: TILE_M=64 TILE_N=64 VEC_A=1 VEC_B=8 | TILE_M=64 TILE_N=64 VEC_A=1 VEC_B=1 | DIRECT=1
-// variants bf16: TILE_M=128 TILE_N=128 VEC_A=8 VEC_B=8 EXTENDED=1 | TILE_M=64 TILE_N=64 VEC_A=8 VEC_B=8 EXTENDED=1
-// variants bf16: TILE_M=128 TILE_N=32 VEC_A=8 VEC_B=8 EXTENDED=1 | TILE_M=128 TILE_N=32 VEC_A=8 VEC_B=1 EXTENDED=1
-// variants bf16: TILE_M=64 TILE_N=64 VEC_A=1 VEC_B=8 EXTENDED=1 | TILE_M=64 TILE_N=64 VEC_A=1 VEC_B=1 EXTENDED=1
 // variants f32 f64: TILE_M=64 TILE_N=64 | DIRECT=1
 #include "types.cuh"
 
@@ -26,36 +21,6 @@
 #include "conv_simt.cuh"
 #endif
 
-#if defined(EXTENDED) && EXTENDED
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-    NAME(conv_extended)(const T* x,      // (N, D, H, W, groups * I)
-                        const T* w,      // (taps, I, groups * O), or (taps, I, O) if shared
-                        const T* x2,     // (N, D, H, W, blocks * inner); (N, OD, OH, OW, blocks * inner) if single
-                        const T* w2,     // (taps, inner, blocks * outer), or (taps, inner, outer) if shared; 1 tap if single
-                        const A* scale,  // (1,)
-                        const T* add,    // (N, OD, OH, OW, groups * O)
-                        const T* bias,   // (groups * O)
-                        const T* bias2,  // (groups * O)
-                        T* y,            // (N, OD, OH, OW, groups * O)
-                        const Geometry g, const Term other, int positions, int I, int O, int groups, int shared) {
-  gather_product<false>({x, w, {I, O, groups, shared}, x2, w2, other}, scale, add, bias, bias2, y, g, positions);
-}
-
-#if VEC_A == VEC_B
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-    NAME(conv_extended_dx)(const T* dy,     // (N, OD, OH, OW, groups * O)
-                           const T* w,      // (taps, I, groups * O), or (taps, I, O) if shared
-                           const T* dy2,    // (N, OD, OH, OW, blocks * inner); (N, D, H, W, blocks * inner) if single
-                           const T* w2,     // (taps, outer, blocks * inner), or (taps, outer, inner) if shared; 1 tap if single
-                           const A* scale,  // (1,)
-                           const T* add,    // (N, D, H, W, groups * I)
-                           T* dx,           // (N, D, H, W, groups * I)
-                           const Geometry g, const Term other, int positions, int I, int O, int groups, int shared) {
-  gather_product<true>({dy, w, {O, I, groups, shared}, dy2, w2, other}, scale, add, nullptr, nullptr, dx, g, positions);
-}
-#endif
-
-#else
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     NAME(conv)(const T* x,      // (N, D, H, W, groups * I)
                const T* w,      // (taps, I, groups * O), or (taps, I, O) if shared
@@ -88,7 +53,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                   int span) {  // positions a split; split s takes those from s * span on
   outer_product(x, dy, scale, dw, g, positions, I, O, groups, shared, span);
 }
-#endif
 
 #else
 #include "conv_direct.cuh"

@@ -3,9 +3,9 @@
 // One block of 4 warps makes a TILE_M x TILE_N tile of sums. Tiles lie in shared memory in rows of 16-byte chunks, each
 // chunk XORed with its row so that neither the copies nor ldmatrix meet a bank twice. VEC_A, VEC_B: 8 if that operand
 // can be copied in aligned chunks, 1 if it has to be read element by element (odd channel counts).
-// EXTENDED=1: another sum over taps and channels is scaled and goes on in the same accumulators.
+// EXTENDED: another sum over taps and channels is scaled and goes on in the same accumulators.
 #pragma once
-#include "conv_walk.cuh"
+#include "conv_term.cuh"
 #include "mma.cuh"
 
 #ifndef EXTENDED

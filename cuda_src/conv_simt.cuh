@@ -3,7 +3,7 @@
 // One block of 16 x 16 threads makes a TILE_M x TILE_N tile, 4 x 4 sums a thread, strided by 16 so that neighbours read
 // neighbouring words. For checking, not for speed.
 #pragma once
-#include "conv_walk.cuh"
+#include "conv_term.cuh"
 
 constexpr int TILE_K = 16, THREADS = 256, SIDE = 16;
 constexpr int PER_M = TILE_M / SIDE, PER_N = TILE_N / SIDE;

@@ -121,22 +121,6 @@ INLINE int pixel_read(const Place& at, const Tap& t, const Geometry& g) {
   return inside ? ((at.n * g.from[0] + z) * g.from[1] + y) * g.from[2] + x : -1;
 }
 
-// A sum over taps and channels but for its arrays: blocks of channels, each read for a block of the result's columns.
-struct Term {
-  int inner, outer;  // channels and columns a block
-  int blocks;
-  int shared;  // all blocks have one w
-  int single;  // one tap, at the position itself
-};
-
-// Its arrays, and the sum that goes before it, if there is one.
-struct Sources {
-  const T *in, *w;
-  Term own;
-  const T *in2, *w2;
-  Term other;
-};
-
 // A column pair of a sum, written with one access where the row allows it (`pair`: an even count of columns).
 template <class O>
 INLINE void put(O* out, A first, A second, bool has_second, bool pair) {

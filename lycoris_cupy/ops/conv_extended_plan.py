@@ -1,5 +1,5 @@
 """Plans of the convolution by mma.sync with a second sum in its accumulators: conv_extended and
-conv_extended_dx of cuda_src/conv.cu.
+conv_extended_dx of cuda_src/conv_extended.cu.
 
 A plan is that of the first sum with another kernel and its own choice of tile. `joins` says which
 second sums the kernel takes: not those of another walk over space, nor beside groups of a few
@@ -24,7 +24,7 @@ _TERM = np.dtype([(name, np.int32) for name in ("inner", "outer", "blocks", "sha
 
 
 class Term(NamedTuple):
-    """struct Term of conv_walk.cuh. inner, outer: channels that are read and columns of the result,
+    """struct Term of conv_term.cuh. inner, outer: channels that are read and columns of the result,
     a block. single: one tap, at the position itself.
     """
 
@@ -126,7 +126,7 @@ def _extended(first: Plan, own: Term, other: Term, taps: int, copies, count: int
     name = first.launch.op.replace("conv", "conv_extended")
     products = 2 * tile[0] * tile[1] * TILE_K * depth(tile[1]) / TILES[tile][1]
     same = {f.name: getattr(first, f.name) for f in fields(first)}
-    same |= {"launch": kernel("conv.cu", name, bf16, EXTENDED=1, **defines), "grid": (blocks,)}
+    same |= {"launch": kernel("conv_extended.cu", name, bf16, **defines), "grid": (blocks,)}
     same |= {"block": (THREADS,), "shared": memory_of(tile)}
     return ExtendedPlan(
         **same,
