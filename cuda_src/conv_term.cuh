@@ -1,4 +1,4 @@
-// What a convolution sums, and for which columns.
+// What a convolution sums, for which columns: a term or, in conv_extended.cu, two.
 #pragma once
 #include "conv_walk.cuh"
 

@@ -214,6 +214,17 @@ def test_wide_products_stay_with_the_library():
     assert plan.choose(*ways) == "library" and "portable" in ways[1]
 
 
+def test_a_term_of_another_walk_is_written_by_itself():
+    """Its own extents, which the first sum's plan does not know."""
+    wide = Second((25, 8, 72), Window.of((5, 5), 1, 0))
+    x, w, g, space = (2, 3, 3, 24), (9, 24, 72), (2, 3, 3, 72), (3, 3)
+    ways = product_gpu._forward_ways(x, w, SAME, wide, True, bf16, 132)
+    assert "portable" not in ways[1] and plan.choose(*ways) == "apart"
+    turned = Second((25, 24, 8), wide.window)
+    ways = product_gpu._dx_ways(g, w, SAME, space, turned, True, True, bf16, 132)
+    assert "portable" not in ways[1] and plan.choose(*ways) == "apart"
+
+
 def test_what_does_not_join():
     shapes = (9, 24, 72), SAME
     assert joins(bf16, *shapes, (1, 16, 72), ONE)

@@ -110,8 +110,11 @@ def dx(g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None
 
 
 def _whole(*arrays) -> bool:
-    """Whether the portable kernel can be told an address and a shape alone."""
-    return all(a is None or (a.size > 0 and a.flags.c_contiguous) for a in arrays)
+    """Whether the portable kernel can be told an address and a shape alone, and reads by these
+    as the plan for shapes says."""
+    return all(
+        a is None or (a.size > 0 and a.flags.c_contiguous and a.data.ptr % 16 == 0) for a in arrays
+    )
 
 
 def _rows_dx(extra: Extra, positions, add) -> Array:
@@ -153,7 +156,7 @@ def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int, 
         ways["extended"] = plan.extended(planned.tile.cycles)
     if extra is not None:
         later = plan.apart(result, more)
-        if not extra.window.pointwise:
+        if not extra.window.pointwise and extra.window.grouped(1) == window.grouped(1):
             channels = extra.shape[1] * extra.window.groups
             own = _forward_ways((*x[:-1], channels), *extra[:2], None, hopper, dtype, count)[1]
             later = max(later, min(own.values()))
@@ -195,7 +198,10 @@ def _dx_ways(
     result = positions * inputs * dtype.itemsize
     operations = 2 * prod(g) * w[0] * w[1]
     term = None if extra is None else term_of(*extra[:2], back=True)
-    more = 2 * positions * extra[0][0] * term.inner * inputs if term else 0
+    more = 0
+    if term is not None:
+        places = positions if term.single else prod(g[:-1])
+        more = 2 * places * extra[0][0] * term.inner * inputs
     moved = prod(g) * dtype.itemsize + prod(w) * dtype.itemsize + result
     ways = _ways(window, operations, inputs, w[2], dtype, moved, positions)
     blocks = plan_blocks_dx(g, w, window, in_space, count) if hopper else None
@@ -206,7 +212,7 @@ def _dx_ways(
         ways["extended"] = plan.extended(planned.tile.cycles)
     if term is not None:
         later = plan.apart(result, more)
-        if not term.single:
+        if not term.single and extra.window.grouped(1) == window.grouped(1):
             columns = term.inner * term.blocks
             own = _dx_ways(
                 (*g[:-1], columns), *extra[:2], in_space, None, hopper, True, dtype, count
