@@ -101,7 +101,7 @@ def dx(g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None
             positions = (g.shape[0], *in_space) if window.axes else g.shape[:-1]
             add = _rows_dx(extra, positions, add)
         else:
-            add = dx(extra.x, extra.w, window, in_space, scale=extra.scale, add=add)
+            add = dx(extra.x, extra.w, extra.window, in_space, scale=extra.scale, add=add)
         return dx(g, w, window, in_space, scale=None, add=add)
     if way == "library":
         return pointwise_dx(g, w, window, scale=scale, add=add)
