@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                const T* bias,   // (groups * O)
                T* y,            // (N, OD, OH, OW, groups * O)
                const Geometry g, int positions, int I, int O, int groups, int shared) {
-  gather_product<false>(x, w, scale, add, bias, y, g, positions, I, O, groups, shared);
+  gather_product<false>({x, w, {I, O, groups, shared}}, scale, add, bias, nullptr, y, g, positions);
 }
 
 #if !defined(T_BF16) || VEC_A == VEC_B  // both operands of conv_dx lie along the same channels
@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                   const T* add,    // (N, D, H, W, groups * I)
                   T* dx,           // (N, D, H, W, groups * I)
                   const Geometry g, int positions, int I, int O, int groups, int shared) {
-  gather_product<true>(dy, w, scale, add, nullptr, dx, g, positions, O, I, groups, shared);
+  gather_product<true>({dy, w, {O, I, groups, shared}}, scale, add, nullptr, nullptr, dx, g, positions);
 }
 #endif
 

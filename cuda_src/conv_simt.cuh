@@ -3,7 +3,7 @@
 // One block of 16 x 16 threads makes a TILE_M x TILE_N tile, 4 x 4 sums a thread, strided by 16 so that neighbours read
 // neighbouring words. For checking, not for speed.
 #pragma once
-#include "conv_walk.cuh"
+#include "conv_term.cuh"
 
 constexpr int TILE_K = 16, THREADS = 256, SIDE = 16;
 constexpr int PER_M = TILE_M / SIDE, PER_N = TILE_N / SIDE;
@@ -32,8 +32,10 @@ INLINE void multiply(Sums& sums, const Tile& a, const Tile& b) {
 
 // The axes of the arguments as in conv_mma.cuh.
 template <bool BACK>
-INLINE void gather_product(const T* in, const T* w, const A* scale, const T* add, const T* bias, T* out,
-                           const Geometry& g, int positions, int inner, int outer, int groups, int shared) {
+INLINE void gather_product(const Sources& from, const A* scale, const T* add, const T* bias, const T*, T* out,
+                           const Geometry& g, int positions) {
+  const auto [inner, outer, groups, shared, single] = from.own;
+  const T *in = from.in, *w = from.w;
   __shared__ Tile a_tile, b_tile;
   const int m_tiles = (positions - 1) / TILE_M + 1, n_tiles = (outer - 1) / TILE_N + 1;
   const int n0 = blockIdx.x % n_tiles * TILE_N, m0 = blockIdx.x / n_tiles % m_tiles * TILE_M;

@@ -126,6 +126,11 @@ def _extended_cases():
         "conv, same walk, odd": (square, (2, 4, 5, 3), (9, 3, 7), square, (2, 4, 5, 5), (9, 5, 7)),
         "conv, stride": (_window((3, 2), stride=2, padding=1), (2, 6, 5, 8), (6, 8, 16), _window((1, 1)), (2, 3, 3, 8), (1, 8, 16)),
         "conv, groups": (_window((3,), padding=1, groups=2), (2, 7, 6), (3, 3, 8), _window((1,), groups=2), (2, 7, 4), (1, 2, 8)),
+        "conv, groups aligned": (_window((3, 3), padding=1, groups=2), (2, 6, 5, 32), (9, 16, 48), _window((1, 1), groups=2), (2, 6, 5, 32), (1, 16, 48)),
+        "conv, groups stride": (_window((3, 3), stride=2, padding=1, groups=2), (2, 7, 6, 32), (9, 16, 48), _window((3, 3), stride=2, padding=1, groups=2), (2, 7, 6, 48), (9, 24, 48)),
+        "conv, groups and a dense term": (_window((3, 2), stride=(1, 2), groups=3), (2, 5, 6, 24), (6, 8, 72), _window((1, 1)), (2, 3, 3, 16), (1, 16, 72)),
+        "conv, blocks stride": (_window((3, 3), stride=2, padding=1), (1, 7, 9, 16), (9, 16, 80), _window((3, 3), stride=2, padding=1, groups=2, shared=True), (1, 7, 9, 16), (9, 8, 40)),
+        "conv, long reach": (_window((3,), padding=300, dilation=300), (2, 70, 24), (3, 24, 40), _window((1,)), (2, 70, 16), (1, 16, 40)),
         "empty": (flat, (0, 8), (1, 8, 16), flat, (0, 8), (1, 8, 16)),
     }  # fmt: skip
 

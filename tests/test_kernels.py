@@ -341,7 +341,7 @@ def test_plans_of_convolutions(dtype):
 
 def test_tiles_follow_the_shape():
     def tile(rows, columns, copies=(8, 8)):
-        return conv_plan._tile(rows, columns, 1, copies, 132)
+        return conv_plan.choose_tile(rows, columns, 1, copies, 132)
 
     assert tile(16384, 640) == (128, 128)
     assert tile(256, 1280) == (64, 64)  # few rows: small tiles fill the device

@@ -1,4 +1,5 @@
-"""The GPU launches of convolution: conv, conv_dx, conv_dw of cuda_src/conv.cu, up to three axes.
+"""The GPU launches of convolution: conv, conv_dx, conv_dw of cuda_src/conv.cu, up to three axes;
+the first two also with a second sum in the same accumulators.
 
 A plan (kernel, grid, numbers) is made once for a shape and cached; a launch allocates, passes the
 arguments and returns.
@@ -7,10 +8,16 @@ arguments and returns.
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 from ..arrays import Array, wide_dtype
+from . import conv_extended_plan
+from .conv_extended_plan import term_of
 from .conv_plan import dw_shape, plan_conv, plan_dw, plan_dx
 from .window import Window
+
+if TYPE_CHECKING:
+    from .extended_gpu import Extra
 
 
 def conv(x, w, window: Window, *, scale=None, add=None, bias=None) -> Array:
@@ -21,14 +28,8 @@ def conv(x, w, window: Window, *, scale=None, add=None, bias=None) -> Array:
     * O) in the dtype of x, rounded once. All arrays C-contiguous. Cross-correlation, as in every
     framework.
     """
-    import cupy
-
     plan = plan_conv(x.dtype, x.shape, w.shape, window, _aligned(x), _aligned(w), processors())
-    y = cupy.empty(plan.shape, x.dtype)
-    if y.size:
-        args = (x, w, scale, add, bias, y, plan.geometry, *plan.numbers)
-        plan.launch(plan.grid, plan.block, *args, shared=plan.shared)
-    return y
+    return _run(plan, x.dtype, (x, w, scale, add, bias))
 
 
 def conv_dx(dy, w, window: Window, in_space: tuple[int, ...], *, scale=None, add=None) -> Array:
@@ -38,17 +39,43 @@ def conv_dx(dy, w, window: Window, in_space: tuple[int, ...], *, scale=None, add
     dy: (N, *out_space, groups * O).  w as in conv.  add: like the result.  Returns (N, *in_space,
     groups * I) in the dtype of dy, rounded once.
     """
+    shapes = (dy.dtype, dy.shape, w.shape, window, tuple(in_space))
+    plan = plan_dx(*shapes, _aligned(dy), _aligned(w), processors())
+    return _run(plan, dy.dtype, (dy, w, scale, add))
+
+
+def conv_extended(x, w, window: Window, extra: Extra, *, add=None, bias=None) -> Array:
+    """conv of bf16 plus extra in one accumulator, rounded once: see `joins` of conv_extended_plan.
+
+    extra.x: (N, *space, blocks * C), or (N, *out_space, blocks * C) where its window is pointwise.
+    """
+    plan = conv_extended_plan.plan_forward(
+        x.shape, w.shape, window, term_of(extra.w.shape, extra.window),
+        _aligned(x, extra.x), _aligned(w, extra.w), processors(),
+    )  # fmt: skip
+    return _run(plan, x.dtype, (x, w, extra.x, extra.w, extra.scale, add, bias, extra.bias))
+
+
+def conv_extended_dx(dy, w, window: Window, in_space, extra: Extra, *, add=None) -> Array:
+    """conv_dx of bf16 plus the gradient of another conv's x. As above; extra.x: (N, *out_space,
+    columns), or (N, *in_space, columns) where its window is pointwise.
+    """
+    plan = conv_extended_plan.plan_dx(
+        dy.shape, w.shape, window, tuple(in_space), term_of(extra.w.shape, extra.window, True),
+        _aligned(dy, extra.x), _aligned(w, extra.w), processors(),
+    )  # fmt: skip
+    return _run(plan, dy.dtype, (dy, w, extra.x, extra.w, extra.scale, add))
+
+
+def _run(plan, dtype, arrays) -> Array:
     import cupy
 
-    space = tuple(in_space)
-    plan = plan_dx(
-        dy.dtype, dy.shape, w.shape, window, space, _aligned(dy), _aligned(w), processors()
-    )
-    dx = cupy.empty(plan.shape, dy.dtype)
-    if dx.size:
-        args = (dy, w, scale, add, dx, plan.geometry, *plan.numbers)
+    out = cupy.empty(plan.shape, dtype)
+    if out.size:
+        terms = (plan.other,) if isinstance(plan, conv_extended_plan.ExtendedPlan) else ()
+        args = (*arrays, out, plan.geometry, *terms, *plan.numbers)
         plan.launch(plan.grid, plan.block, *args, shared=plan.shared)
-    return dx
+    return out
 
 
 def conv_dw(x, dy, window: Window, *, scale=None) -> Array:
@@ -86,8 +113,8 @@ def conv_dw(x, dy, window: Window, *, scale=None) -> Array:
     return dw
 
 
-def _aligned(array: Array) -> bool:
-    return array.data.ptr % 16 == 0
+def _aligned(*arrays: Array) -> bool:
+    return all(array.data.ptr % 16 == 0 for array in arrays)
 
 
 def processors() -> int:

@@ -21,12 +21,12 @@ from .window import Window
 _FIELDS = ("from", "to", "kernel", "stride", "padding", "dilation")
 GEOMETRY = np.dtype([(name, np.int32, 3) for name in _FIELDS])  # struct Geometry of conv_walk.cuh
 
-_STAGES, _TILE_K, _THREADS = 4, 32, 128  # of conv_mma.cuh
+_STAGES, TILE_K, THREADS = 4, 32, 128  # of conv_mma.cuh
 _SIMT_THREADS, _SIMT_TILE = 256, 64
 _DIRECT = 64  # channels in * out of a group up to which a matrix tile would be mostly empty
 # Tile -> (blocks a multiprocessor holds, share of the big tile's speed by operand traffic: each
 # step reads M + N to make M * N)
-_TILES = {(128, 128): (2, 1.0), (64, 64): (4, 0.65), (128, 32): (4, 0.5)}
+TILES = {(128, 128): (2, 1.0), (64, 64): (4, 0.65), (128, 32): (4, 0.5)}
 _LARGEST = 2**31 - 2**16  # 32-bit position and pixel numbers, with room for the last tile
 
 
@@ -61,18 +61,9 @@ def plan_conv(
     geometry = geometry_of(window, space, out_space)
     copies = (8 if x_aligned and inner % 8 == 0 else 1, 8 if w_aligned and outer % 8 == 0 else 1)
     return _plan_gather(
-        "conv",
-        dtype,
-        shape,
-        geometry,
-        window,
-        (pixels, positions),
-        inner,
-        outer,
-        copies,
-        x_aligned and w_aligned,
-        processors,
-    )
+        "conv", dtype, shape, geometry, window, (pixels, positions), inner, outer, copies,
+        x_aligned and w_aligned, processors,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
@@ -98,18 +89,9 @@ def plan_dx(
     geometry = geometry_of(window, out_space, space)
     copies = (8, 8) if dy_aligned and w_aligned and outer % 8 == 0 else (1, 1)
     return _plan_gather(
-        "conv_dx",
-        dtype,
-        shape,
-        geometry,
-        window,
-        (pixels, positions),
-        inner,
-        outer,
-        copies,
-        dy_aligned and w_aligned,
-        processors,
-    )
+        "conv_dx", dtype, shape, geometry, window, (pixels, positions), inner, outer, copies,
+        dy_aligned and w_aligned, processors,
+    )  # fmt: skip
 
 
 def _plan_gather(
@@ -119,13 +101,13 @@ def _plan_gather(
     groups = window.groups
     numbers = (positions, inner, outer, groups, int(window.shared))
     columns = inner if op == "conv_dx" else outer  # of the result, a group
-    if groups > 1 and inner * outer <= _DIRECT:
+    if direct(inner, outer, groups):
         width = 16 // dtype.itemsize
         depthwise = inner == outer == 1 and groups % width == 0 and aligned and not window.shared
         name = ("conv_depthwise" if depthwise else "conv_narrow") + op[len("conv") :]
         chunks = groups * columns // (width if depthwise else 1)
         across = min(32, 1 << (chunks - 1).bit_length())
-        grid = (_ceil(positions, 256 // across), _ceil(chunks, across))
+        grid = (ceil(positions, 256 // across), ceil(chunks, across))
         return Plan(
             shape,
             kernel("conv.cu", name, dtype, DIRECT=1),
@@ -137,8 +119,13 @@ def _plan_gather(
     launch, block, shared, tile, _ = _tiled(
         op, dtype, copies, positions, columns, groups, processors
     )
-    grid = (_ceil(positions, tile[0]) * _ceil(columns, tile[1]) * groups,)
+    grid = (ceil(positions, tile[0]) * ceil(columns, tile[1]) * groups,)
     return Plan(shape, launch, grid, block, geometry, numbers, shared)
+
+
+def direct(inner: int, outer: int, groups: int) -> bool:
+    """Whether the groups are too narrow for tiles."""
+    return groups > 1 and inner * outer <= _DIRECT
 
 
 @functools.lru_cache(maxsize=4096)
@@ -155,8 +142,8 @@ def plan_dw(
     positions = _countable(n * prod(space), n * prod(out_space))
     geometry = geometry_of(window, space, out_space)
     rows = window.taps * inner
-    if groups > 1 and inner * outer <= _DIRECT and rows < 65536:
-        blocks = _ceil(groups * outer, 32)
+    if direct(inner, outer, groups) and rows < 65536:
+        blocks = ceil(groups * outer, 32)
         span, splits = _spans(positions, 16 * processors // (blocks * rows), least=64)
         total = sum_of_splits(dtype, splits, rows, groups if window.shared else 1, shape[2])
         launch = kernel("conv.cu", "conv_narrow_dw", dtype, DIRECT=1)
@@ -170,9 +157,9 @@ def plan_dw(
     launch, block, shared, tile, slots = _tiled(
         "conv_dw", dtype, copies, rows, outer, own, processors
     )
-    tiles = _ceil(rows, tile[0]) * _ceil(outer, tile[1]) * own
+    tiles = ceil(rows, tile[0]) * ceil(outer, tile[1]) * own
     span, splits = _spans(
-        positions, slots // tiles, least=8 * _TILE_K
+        positions, slots // tiles, least=8 * TILE_K
     )  # 8 steps a split pay for the sum of the partials
     numbers = (positions, inner, outer, groups, int(window.shared), span)
     total = sum_of_splits(dtype, splits, rows, 1, shape[2]) if splits > 1 else ()
@@ -188,28 +175,33 @@ def _tiled(op, dtype, copies, rows, columns, groups, processors):
         tile = (_SIMT_TILE, _SIMT_TILE)
         launch = kernel("conv.cu", op, dtype, TILE_M=tile[0], TILE_N=tile[1])
         return launch, (_SIMT_THREADS,), 0, tile, 2 * processors
-    tile = _tile(rows, columns, groups, copies, processors)
+    tile = choose_tile(rows, columns, groups, copies, processors)
     launch = kernel(
         "conv.cu", op, dtype, TILE_M=tile[0], TILE_N=tile[1], VEC_A=copies[0], VEC_B=copies[1]
     )
-    shared = _STAGES * (tile[0] + tile[1]) * _TILE_K * 2
-    return launch, (_THREADS,), shared, tile, _TILES[tile][0] * processors
+    return launch, (THREADS,), memory_of(tile), tile, TILES[tile][0] * processors
 
 
-def _tile(
-    rows: int, columns: int, groups: int, copies: tuple[int, int], processors: int
+def memory_of(tile: tuple[int, int]) -> int:
+    """Bytes of shared memory a block."""
+    return _STAGES * (tile[0] + tile[1]) * TILE_K * 2
+
+
+def choose_tile(
+    rows: int, columns: int, groups: int, copies: tuple[int, int], processors: int, depth=None
 ) -> tuple[int, int]:
     """The tile with the least time on the busiest multiprocessor; one that reads elements has a
-    single tile.
+    single tile. depth: the steps of a tile, from its columns, where that makes a difference.
     """
     if copies != (8, 8):
         return (128, 32) if copies == (8, 1) else (64, 64)
 
     def time(tile):
-        blocks = _ceil(rows, tile[0]) * _ceil(columns, tile[1]) * groups
-        return _ceil(blocks, processors) * tile[0] * tile[1] / _TILES[tile][1]
+        blocks = ceil(rows, tile[0]) * ceil(columns, tile[1]) * groups
+        steps = depth(tile[1]) if depth else 1
+        return ceil(blocks, processors) * tile[0] * tile[1] * steps / TILES[tile][1]
 
-    return min(_TILES, key=time)
+    return min(TILES, key=time)
 
 
 def _spans(positions: int, splits: int, least: int) -> tuple[int, int]:
@@ -217,8 +209,8 @@ def _spans(positions: int, splits: int, least: int) -> tuple[int, int]:
     positions, none empty.
     """
     splits = max(1, min(splits, positions // least, 65535))
-    span = _ceil(_ceil(positions, splits), _TILE_K) * _TILE_K
-    return span, _ceil(positions, span)
+    span = ceil(ceil(positions, splits), TILE_K) * TILE_K
+    return span, ceil(positions, span)
 
 
 def sum_of_splits(dtype, splits: int, rows: int, repeats: int, columns: int) -> tuple:
@@ -229,7 +221,7 @@ def sum_of_splits(dtype, splits: int, rows: int, repeats: int, columns: int) -> 
     # not fill a device of some 2^18 threads.
     shares = next((s for s in (32, 8) if terms >= 2 * s and size * s <= 1 << 19), 1)
     block = (256, 1) if shares == 1 else (32, shares)
-    return launch, (_ceil(size, block[0]),), block, (splits, rows, repeats, columns)
+    return launch, (ceil(size, block[0]),), block, (splits, rows, repeats, columns)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -297,5 +289,5 @@ def _countable(pixels: int, positions: int) -> int:
     return positions
 
 
-def _ceil(a: int, b: int) -> int:
+def ceil(a: int, b: int) -> int:
     return -(-a // b)

@@ -200,7 +200,7 @@ def deferred_dx(g, w, scale, window, in_space) -> Deferred:
         )
         return finished(total + _dx_wide(g, w, window, in_space), None, add, None, g)
 
-    return Deferred(run, term=(g, w, window, scale), extends=scale is None and window.groups == 1)
+    return Deferred(run, term=(g, w, window, scale), extends=scale is None)
 
 
 def _dx_wide(g, w, window, in_space):

@@ -3,12 +3,15 @@ gradient.
 
     library    cuBLASLt, where each output position reads one input position
     extended   one kernel for both sums, linear or convolution; on Hopper
-    portable   a convolution by mma.sync or, for groups of a few channels, a thread an output
+    portable   a convolution by mma.sync or, for groups of a few channels, a thread an output; of
+               both sums where `joins` says so, and `extended` does not take them
     narrow     a convolution to a few columns, which reads x once: see `narrow_gpu`
     blocks     the extended product's second sum alone, for an input gradient of shared groups
 
-All but `extended` write x2 * w2 by itself first and add it. `plan` estimates the time of each way
-that is possible.
+    apart      portable or extended for the first sum, where neither takes both
+
+All but `extended` and `portable` write x2 * w2 by itself first and add it. `plan` estimates the
+time of each way that is possible.
 """
 
 from __future__ import annotations
@@ -18,11 +21,13 @@ from math import prod
 
 from .. import plan
 from ..arrays import Array
-from . import outer_gpu
-from .conv_gpu import conv, conv_dw, conv_dx, processors
+from . import conv_extended_plan, outer_gpu
+from .columns import rows_of
+from .conv_extended_plan import joins, term_of
+from .conv_gpu import conv, conv_dw, conv_dx, conv_extended, conv_extended_dx, processors
 from .elementwise import scale as scaled
 from .extended_gpu import Extra, blocks_dx, extended_dx, extended_forward, takes
-from .extended_plan import joins_dx, plan_blocks_dx, plan_dx, plan_forward
+from .extended_plan import plan_blocks_dx, plan_dx, plan_forward
 from .narrow_gpu import narrow_conv, narrow_dw, narrow_dx, narrow_extra, suits
 from .pointwise_gpu import pointwise, pointwise_dw, pointwise_dx
 from .scale_columns import scale_columns_gpu
@@ -36,12 +41,17 @@ def forward(x, w, window: Window, *, scale, add, bias, extra: Extra | None = Non
     second = () if extra is None else (extra.x, extra.w, extra.bias)
     sizes = None if extra is None else extra.beside(x)
     hopper = scale is None and x.size > 0 and takes(x, w, add, bias, *second)
+    whole = extra is not None and _whole(x, w, add, bias, *second)
     ways = _forward_ways(
-        tuple(x.shape), tuple(w.shape), window, sizes, hopper, x.dtype, processors()
+        tuple(x.shape), tuple(w.shape), window, sizes, hopper, x.dtype, processors(), whole
     )
     way = plan.choose(*ways)
     if way == "extended":
         return extended_forward(x, w, window, extra=extra, add=add, bias=bias)[0]
+    if extra is not None and way == "portable":
+        rows = x if window.axes else rows_of(x)
+        y = conv_extended(rows, w, window, extra, add=add, bias=bias)
+        return y if window.axes else y.reshape(*x.shape[:-1], y.shape[-1])
     if extra is not None:
         own = extra.bias
         if own is not None and extra.scale is not None:
@@ -72,29 +82,39 @@ def dx(g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None
     there."""
     if extra is not None and suits(extra.w.shape[1], extra.w.shape[2], extra.window, extra.x.dtype):
         extra = narrow_extra(extra, in_space)
-    if extra is not None and not joins_dx(window, extra.window):
-        add, extra = dx(extra.x, extra.w, extra.window, in_space, scale=extra.scale, add=add), None
     second = () if extra is None else (extra.x, extra.w)
     sizes = None if extra is None else extra.beside(g)
     hopper = g.size > 0 and takes(g, w, add, *second)
     ways = _dx_ways(
         tuple(g.shape), tuple(w.shape), window, tuple(in_space), sizes, hopper, scale is None,
-        g.dtype, processors(),
+        g.dtype, processors(), extra is not None and _whole(g, w, add, *second),
     )  # fmt: skip
     way = plan.choose(*ways)
     if way == "extended":
         return extended_dx(g, w, window, in_space, extra=extra, add=add)
+    if extra is not None and way == "portable":
+        rows, space = (g, in_space) if window.axes else (rows_of(g), ())
+        out = conv_extended_dx(rows, w, window, space, extra, add=add)
+        return out if window.axes else out.reshape(*g.shape[:-1], out.shape[-1])
     if extra is not None:
-        if extra.window.pointwise:
+        if extra.window.pointwise and extra.window.groups == 1:
             positions = (g.shape[0], *in_space) if window.axes else g.shape[:-1]
             add = _rows_dx(extra, positions, add)
         else:
-            add = dx(extra.x, extra.w, window, in_space, scale=extra.scale, add=add)
+            add = dx(extra.x, extra.w, extra.window, in_space, scale=extra.scale, add=add)
         return dx(g, w, window, in_space, scale=None, add=add)
     if way == "library":
         return pointwise_dx(g, w, window, scale=scale, add=add)
     run = {"portable": conv_dx, "narrow": narrow_dx, "blocks": blocks_dx}[way]
     return run(g, w, window, in_space, scale=scale, add=add)
+
+
+def _whole(*arrays) -> bool:
+    """Whether the portable kernel can be told an address and a shape alone, and reads by these
+    as the plan for shapes says."""
+    return all(
+        a is None or (a.size > 0 and a.flags.c_contiguous and a.data.ptr % 16 == 0) for a in arrays
+    )
 
 
 def _rows_dx(extra: Extra, positions, add) -> Array:
@@ -118,8 +138,10 @@ def dw(x, g, window: Window, *, scale) -> Array:
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int):
-    """(what, seconds of each way, operations, bytes) of a forward product, from shapes alone."""
+def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int, whole: bool = True):
+    """(what, seconds of each way, operations, bytes) of a forward product, from shapes alone.
+    whole: the portable kernel may take both sums.
+    """
     space = window.out_space(x[1:-1]) if window.axes else x[1:-1]
     positions = prod((x[0], *space)) if len(x) > 1 else 1
     columns = w[2] * (window.groups if window.shared else 1)
@@ -127,13 +149,29 @@ def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int):
     operations = 2 * positions * w[0] * w[1] * columns
     more = 2 * positions * extra[0][0] * extra[0][1] * columns if extra else 0
     moved = prod(x) * dtype.itemsize + prod(w) * dtype.itemsize + result
-    beside = positions * extra[0][1] * extra[1].groups * dtype.itemsize if extra else 0
-    later = plan.apart(result, beside, more) if extra else 0.0
-    ways = _ways(window, operations, x[-1], w[2], dtype, moved, positions, prod(x[:-1]))
-    ways = {name: seconds + later for name, seconds in ways.items()}
+    pixels = prod(x[:-1])
+    ways = _ways(window, operations, x[-1], w[2], dtype, moved, pixels)
     planned = plan_forward(x, w, window, extra, count) if hopper else None
     if planned is not None:
         ways["extended"] = plan.extended(planned.tile.cycles)
+    if extra is not None:
+        beside = positions * extra[0][1] * extra[1].groups * dtype.itemsize
+        later = plan.apart(result, beside, more)
+        if not extra.window.pointwise and extra.window.grouped(1) == window.grouped(1):
+            channels = extra.shape[1] * extra.window.groups
+            own = _forward_ways((*x[:-1], channels), *extra[:2], None, hopper, dtype, count)[1]
+            later = max(later, min(own.values()))
+        alone = plan_forward(x, w, window, None, count) if hopper else None
+        ways = _apart(ways, later, alone)
+        if whole and planned is None and joins(dtype, w, window, *extra[:2]):
+            rows = x if window.axes else (pixels, x[-1])
+            both = conv_extended_plan.plan_forward(
+                rows, w, window, term_of(*extra[:2]), True, True, count
+            )
+            total = operations + more * both.repeats
+            ways["portable"] = _portable(
+                window, total, x[-1], w[2], dtype, moved, pixels, both.busiest
+            )
     what = f"x {x} * w {w}" + (f" + x2 * w2 {extra[0]}" if extra else "")
     return what, ways, operations + more, moved
 
@@ -141,7 +179,7 @@ def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int):
 @functools.lru_cache(maxsize=4096)
 def _scaled_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int):
     """As `_forward_ways`, for a product with scaled columns, which else is one more pass."""
-    what, ways, operations, moved = _forward_ways(x, w, window, extra, False, dtype, count)
+    what, ways, operations, moved = _forward_ways(x, w, window, extra, False, dtype, count, False)
     result = moved - (prod(x) + prod(w)) * dtype.itemsize
     ways = {name: seconds + plan.moving(3 * result) for name, seconds in ways.items()}
     planned = plan_forward(x, w, window, extra, count, True) if hopper else None
@@ -151,37 +189,85 @@ def _scaled_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int):
 
 
 @functools.lru_cache(maxsize=4096)
-def _dx_ways(g, w, window: Window, in_space, extra, hopper: bool, plain: bool, dtype, count: int):
+def _dx_ways(
+    g, w, window: Window, in_space, extra, hopper: bool, plain: bool, dtype, count: int,
+    whole: bool = True,
+):  # fmt: skip
     """As `_forward_ways`, for the gradient of the input."""
     positions = g[0] * prod(in_space) if window.axes else prod(g[:-1])
     inputs = w[1] * window.groups
     result = positions * inputs * dtype.itemsize
     operations = 2 * prod(g) * w[0] * w[1]
-    more = 2 * positions * extra[0][0] * extra[0][2] * inputs if extra else 0
+    term, places, more = None, 0, 0
+    if extra is not None:
+        term = term_of(*extra[:2], back=True)
+        places = positions if term.single else prod(g[:-1])
+        more = 2 * places * extra[0][0] * term.inner * inputs
     moved = prod(g) * dtype.itemsize + prod(w) * dtype.itemsize + result
-    beside = positions * extra[0][2] * dtype.itemsize if extra else 0
-    later = plan.apart(result, beside, more) if extra else 0.0
-    ways = _ways(window, operations, inputs, w[2], dtype, moved, prod(g[:-1]), positions)
-    ways = {name: seconds + later for name, seconds in ways.items()}
+    ways = _ways(window, operations, inputs, w[2], dtype, moved, positions)
+    blocks = plan_blocks_dx(g, w, window, in_space, count) if hopper else None
+    if blocks is not None:
+        ways["blocks"] = plan.extended(blocks.tile.cycles)
     planned = plan_dx(g, w, window, in_space, extra, count) if hopper and plain else None
     if planned is not None:
         ways["extended"] = plan.extended(planned.tile.cycles)
-    planned = plan_blocks_dx(g, w, window, in_space, count) if hopper and extra is None else None
-    if planned is not None:
-        ways["blocks"] = plan.extended(planned.tile.cycles)
+    if term is not None:
+        beside = places * term.inner * term.blocks * dtype.itemsize
+        later = plan.apart(result, beside, more)
+        if not term.single and extra.window.grouped(1) == window.grouped(1):
+            columns = term.inner * term.blocks
+            own = _dx_ways(
+                (*g[:-1], columns), *extra[:2], in_space, None, hopper, True, dtype, count
+            )[1]
+            later = max(later, min(own.values()))
+        alone = plan_dx(g, w, window, in_space, None, count) if hopper else None
+        ways = _apart(ways, later, alone)
+        if whole and planned is None and joins(dtype, w, window, *extra[:2], back=True):
+            rows, space = (g, in_space) if window.axes else ((positions, g[-1]), ())
+            both = conv_extended_plan.plan_dx(rows, w, window, space, term, True, True, count)
+            total = operations + more * both.repeats
+            ways["portable"] = _portable(
+                window, total, inputs, w[2], dtype, moved, positions, both.busiest
+            )
     what = f"g {g} * w {w} turned" + (f" + g2 * w2 {extra[0]} turned" if extra else "")
     return what, ways, operations + more, moved
 
 
-def _ways(window: Window, operations, channels, columns, dtype, moved, positions, pixels):
+def _ways(window: Window, operations, channels, columns, dtype, moved, pixels):
     """Seconds of the ways that are not for Hopper alone."""
     if window.pointwise:
         return {"library": max(plan.library(operations), plan.moving(moved))}
-    reads = window.taps * pixels * channels * dtype.itemsize * -(-columns // 128)
-    # Tiles of 64 or 128 columns fit the columns of many groups badly.
-    portable = plan.portable(operations * (2 if window.groups > 1 else 1))
-    ways = {"portable": max(portable, plan.moving(moved), plan.rereading(reads))}
+    ways = {"portable": _portable(window, operations, channels, columns, dtype, moved, pixels)}
     if suits(channels, columns, window, dtype):
         parts = 2 * pixels * window.taps * columns * 4
         ways["narrow"] = plan.moving(moved) + plan.moving(parts)
+    return ways
+
+
+def _portable(
+    window: Window, operations, channels, columns, dtype, moved, pixels, busiest=0.0
+) -> float:
+    """busiest: see `ExtendedPlan`. It counts beside cuBLASLt, which cuts a product with few rows
+    into pieces enough.
+    """
+    reads = window.taps * pixels * channels * dtype.itemsize * -(-columns // 128)
+    # Tiles of 64 or 128 columns fit the columns of many groups badly.
+    products = operations * (2 if window.groups > 1 else 1)
+    products = plan.portable(max(products, busiest) if window.pointwise else products)
+    return max(products, plan.moving(moved), plan.rereading(reads))
+
+
+def _apart(ways: dict[str, float], later: float, alone) -> dict[str, float]:
+    """The ways where there is a second sum: `later` seconds more for all but `extended`, which
+    takes it in. alone: the extended plan of the first sum by itself, or None.
+    """
+    both, first = ways.get("extended"), ways.pop("portable", None)
+    ways = {name: seconds + later for name, seconds in ways.items()}
+    if both is not None:
+        ways["extended"] = both
+    elif alone is not None:
+        own = plan.extended(alone.tile.cycles)
+        first = own if first is None else min(first, own)
+    if first is not None:
+        ways["apart"] = first + later
     return ways
