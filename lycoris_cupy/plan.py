@@ -77,7 +77,7 @@ def library(operations: int) -> float:
     return operations / LIBRARY + LAUNCH
 
 
-def portable(operations: int) -> float:
+def portable(operations: float) -> float:
     """Seconds of a convolution by mma.sync."""
     return operations / PORTABLE + BEGIN
 

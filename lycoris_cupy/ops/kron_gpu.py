@@ -46,8 +46,8 @@ class _Walk(NamedTuple):
 
     window: Window
     images: int
-    space: tuple[int, int]
-    to: tuple[int, int]
+    space: tuple[int, ...]  # two extents
+    to: tuple[int, ...]
     pixels: int
     positions: int
     blocks: int

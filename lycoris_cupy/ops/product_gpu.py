@@ -211,7 +211,7 @@ def _dx_ways(
     planned = plan_dx(g, w, window, in_space, extra, count) if hopper and plain else None
     if planned is not None:
         ways["extended"] = plan.extended(planned.tile.cycles)
-    if term is not None:
+    if extra is not None and term is not None:
         beside = places * term.inner * term.blocks * dtype.itemsize
         later = plan.apart(result, beside, more)
         if not term.single and extra.window.grouped(1) == window.grouped(1):
