@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,6 +282,31 @@ def test_killed_at_any_moment(tmp_path):
         for run in ("whole", "broken")
     ]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("killed", ["before the last checkpoint", "before the oldest was gone"])
+def test_killed_between_the_last_checkpoints(killed, tmp_path):
+    """Behind the best one of the last step, or in the deletion of one too many: the same stay."""
+
+    def run():
+        engine = student()
+        train(
+            engine,
+            AdamW(engine.parameters("a")),
+            tmp_path / "run",
+            resume=True,
+            validate=lambda engine: -float(abs(engine.parameters("a")["head"]["up"]).sum()),
+        )
+        return sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+
+    whole = run()
+    assert whole == ["best-00000012", "step-00000009", "step-00000012"]
+    last, old = (tmp_path / "run/checkpoints" / f"step-000000{n}" for n in ("12", "06"))
+    if killed == "before the last checkpoint":
+        last.rename(old)
+    else:
+        shutil.copytree(last, old)
+    assert run() == whole
 
 
 def start(out):

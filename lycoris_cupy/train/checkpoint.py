@@ -57,13 +57,12 @@ class Checkpoints:
         """Write a checkpoint, then delete what is one too many of its kind."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{kind}-{step:08}"
-        if path.exists():  # from before a resume: it holds the same
-            return path
-        with new_folder(path) as beside:
-            save_adapter(beside / ADAPTER)
-            arrays: dict = {}
-            skeleton = packed(state, arrays, "state")
-            write(beside / STATE, arrays, {"version": VERSION, "state": json.dumps(skeleton)})
+        if not path.exists():  # else it is from before a resume, and holds the same
+            with new_folder(path) as beside:
+                save_adapter(beside / ADAPTER)
+                arrays: dict = {}
+                skeleton = packed(state, arrays, "state")
+                write(beside / STATE, arrays, {"version": VERSION, "state": json.dumps(skeleton)})
         for old in self.list(kind)[: -self.keep if kind == "step" else -1]:
             shutil.rmtree(old)
         return path

@@ -103,9 +103,12 @@ class Run:
         self._checkpoints.save(done, state, lambda path: self._save(path, done, course), kind)
 
     def finish(self, done: int, course: Course) -> Path | None:
-        """Write the adapter's own file."""
+        """Write the adapter's own file, and the last checkpoint where a kill came before it: behind
+        the best one of the same step, or before the one that is too many was gone.
+        """
         if self.out is None or not self.first:
             return None
+        self.save(done, course)
         path = self.out / f"{self.step.name}.safetensors"
         self._save(path, done, course)
         return path
