@@ -53,7 +53,8 @@ def table(data: dict) -> str:
     shapes = list(dict.fromkeys(row["shape"] for row in data["rows"]))
     by_cell = {(row["shape"], row["adapter"]): row for row in data["rows"]}
     columns = [c for c in COLUMNS if any(row["adapter"] == c for row in data["rows"])]
-    compared = {c for c in columns if any(r["adapter"] == c for r in data.get("peers", []))}
+    measured = {r["adapter"] for r in data.get("peers", []) if "forward_us" in r}
+    compared = measured.intersection(columns)
     head = ["layer", "bare, us: forward; step"]
     for column in columns:
         head += [column, "peers"] if column in compared else [column]

@@ -22,10 +22,21 @@ WARM_SHARE = 0.4  # of the peers' time, in which their kernels are compiled side
 
 
 class Clock:
-    """Hands out what is left of the peers' time, in equal parts to the shapes to come."""
+    """Hands out what is left of the peers' time, in equal parts to the shapes to come. It stands
+    from `stop` to `go_on`: what the project takes for itself between two shapes does not count.
+    """
 
     def __init__(self, seconds: float, shapes: int):
         self._end, self._shapes = time.monotonic() + seconds, shapes
+        self._stopped: float | None = None
+
+    def stop(self) -> None:
+        self._stopped = time.monotonic()
+
+    def go_on(self) -> None:
+        if self._stopped is not None:
+            self._end += time.monotonic() - self._stopped
+        self._stopped = None
 
     def part(self) -> float:
         left, self._shapes = self._end - time.monotonic(), self._shapes - 1
@@ -47,7 +58,23 @@ def clock(pytestconfig, results):
         start = time.monotonic()
         warmed = run.warm(SHAPES, "cuda:0", WARM_SHARE * seconds)
         results.put("peers_warmed", {"processes": warmed, "seconds": time.monotonic() - start})
+    clock.stop()
     return clock
+
+
+def test_the_clock_stands_while_others_measure(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    clock = Clock(90.0, 3)
+    clock.stop()
+    now[0] += 1000
+    clock.go_on()
+    assert clock.part() == 30.0
+    now[0] += 10
+    clock.stop()
+    now[0] += 50
+    clock.go_on()
+    assert clock.part() == 40.0
 
 
 @pytest.mark.parametrize("shape", MEASURED, ids=[s.name for s in MEASURED])
@@ -57,6 +84,8 @@ def test_peers(shape, clock, cases, results):
         import cupy
 
         cupy.get_default_memory_pool().free_all_blocks()
+    clock.go_on()
     rows = run.measure(case, clock.part())
+    clock.stop()
     results.add("peers", *rows)
     assert any("forward_us" in row for row in rows), f"no peer ran: {rows[-1]}"
