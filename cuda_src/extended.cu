@@ -58,7 +58,19 @@ INLINE void fetch(const TensorMap* x, const TensorMap* w, const TensorMap* pair,
         copy_pixels(a_to, x, done, first + k, tile.at.x, tile.at.y, tile.at.n, dx, dy);
       else
         copy_voxels(a_to, x, done, first + k, tile.at.x, tile.at.y, tile.at.z, tile.at.n, dx, dy, dz);
-      if (B_ROWS) {
+      if (CLUSTER > 1) {
+        const int rank = cluster_rank();
+        constexpr unsigned short ALL = (1 << CLUSTER) - 1;
+        if (B_ROWS) {
+          constexpr int SHARE = TILE_K / CLUSTER;
+#pragma unroll
+          for (int box = 0; box < (COLUMNS + 63) / 64; ++box)
+            copy_box_to(ALL, b_to + box * B_BOX + rank * SHARE * ROW_BYTES, w, done, n + 64 * box, k + rank * SHARE, w_tap);
+        } else {
+          constexpr int SHARE = COLUMNS / CLUSTER;
+          copy_box_to(ALL, b_to + rank * SHARE * ROW_BYTES, w, done, k, n + rank * SHARE, w_tap);
+        }
+      } else if (B_ROWS) {
 #pragma unroll
         for (int box = 0; box < (COLUMNS + 63) / 64; ++box) {
           copy_box(b_to + box * B_BOX, w, done, n + 64 * box, k, w_tap);
@@ -83,6 +95,14 @@ INLINE void settle(float (&sum)[ROWS][TILE_N / 2]) {
   for (int r = 0; r < ROWS; ++r)
 #pragma unroll
     for (int i = 0; i < TILE_N / 2; ++i) asm volatile("" : "+f"(sum[r][i])::"memory");
+}
+
+// A stage may be written again, by every block that copies into it.
+INLINE void give_back(unsigned empty) {
+  if (CLUSTER == 1) barrier_arrive(empty);
+  else
+#pragma unroll
+    for (int rank = 0; rank < CLUSTER; ++rank) barrier_arrive_at(empty, rank);
 }
 
 // sum += the products of `steps` stages in a row, each of SLICES slices of 16 channels; with PAIR, more += those with the
@@ -111,14 +131,14 @@ INLINE void multiply(float (&sum)[ROWS][TILE_N / 2], float (&more)[ROWS][TILE_N 
       }
     products_commit();
     products_wait<1>();
-    if (before && chief) barrier_arrive(before);
+    if (before && chief) give_back(before);
     before = ring.empty + 8 * stage.index;
     stage.next();
   }
   products_wait<0>();
   settle(sum);
   if (PAIR) settle(more);
-  if (chief) barrier_arrive(before);
+  if (chief) give_back(before);
 }
 
 // sum += a term for COLUMNS columns, held from sum[.][FIRST] on. Of a tap's last step only the slices that hold channels
@@ -161,9 +181,10 @@ INLINE void accumulate_other(float (&sum)[ROWS][TILE_N / 2], const Term& term, c
   }
 }
 
-extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__((WORKERS + 1) * GROUP, 1)
     NAME(extended)(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
                    const __grid_constant__ TensorMap x2, const __grid_constant__ TensorMap w2,
+                   const __grid_constant__ TensorMap kept_map, const __grid_constant__ TensorMap y_map,
                    const float* scale,  // (1,), or null for 1
                    const float* c,      // (columns), with SCALED
                    const bf16* add,     // (positions, columns), or null
@@ -177,37 +198,40 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
   __shared__ unsigned long long barriers[2 * STAGES];
   const Ring ring = {(shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers),
                      shared_address(barriers) + 8 * STAGES};
-  const int tiles_m = (positions + TILE_M - 1) / TILE_M, tiles_n = (columns + TILE_N - 1) / TILE_N;
+  const unsigned out = ring.memory + STAGES * STAGE;
+  const int first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER, rank = CLUSTER > 1 ? cluster_rank() : 0;
+  const int tiles_m = (positions + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M), tiles_n = (columns + TILE_N - 1) / TILE_N;
   const bool image = own.axes || other.axes;
   const int group = __shfl_sync(~0u, threadIdx.x / GROUP, 0);  // one for a warp, as the compiler shall see
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; ++i) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.empty + 8 * i, WORKERS);
+    for (int i = 0; i < STAGES; ++i) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.empty + 8 * i, CLUSTER * WORKERS);
     barrier_init_done();
   }
   __syncthreads();
+  if (CLUSTER > 1) cluster_meets();
   Stage stage;
   if (group == WORKERS) {
-    registers_fewer<WORKERS == 2 ? 40 : 32>();
+    registers_fewer<WORKERS == 2 ? 40 : 56>();
     if (threadIdx.x == WORKERS * GROUP) {
       prefetch_map(&x), prefetch_map(&w), prefetch_map(&x2), prefetch_map(&w2);
-      for (int t = blockIdx.x; t < tiles_m * tiles_n; t += gridDim.x) {
-        const Tile tile(t, tiles_m, tiles_n, band, g, image);
+      for (int t = first; t < tiles_m * tiles_n; t += stride) {
+        const Tile tile(t, rank, tiles_m, tiles_n, band, g, image);
         if (!SCALED && !PAIR) fetch_other(&x2, &w2, other, tile, columns, g, ring, stage);
         fetch<TILE_N>(&x, &w, &w2, own, tile, tile.column, g, ring, stage);
         if (SCALED) fetch_other(&x2, &w2, other, tile, columns, g, ring, stage);
       }
     }
   } else {
-    registers_more<WORKERS == 2 ? 232 : 160>();
+    registers_more<WORKERS == 2 ? 232 : 152>();
     const bool chief = threadIdx.x % GROUP == 0;
     const float factor = scale ? *scale : 1.0f;
-    for (int t = blockIdx.x; t < tiles_m * tiles_n; t += gridDim.x) {
-      const Tile tile(t, tiles_m, tiles_n, band, g, false);
+    for (int t = first; t < tiles_m * tiles_n; t += stride) {
+      const Tile tile(t, rank, tiles_m, tiles_n, band, g, false);
       float sum[ROWS][TILE_N / 2];
       if constexpr (SCALED) {
         begin<true>(sum, 0, nullptr, nullptr, tile, columns);
         accumulate<TILE_N, 0>(sum, sum, own, group, chief, ring, stage);
-        if (kept) finish<false>(sum, tile, group, nullptr, kept, positions, columns);
+        if (kept) finish<false>(sum, tile, group, nullptr, kept, &kept_map, out, positions, columns);
         begin<false>(sum, 0, c, bias, tile, columns);
         accumulate_other(sum, other, tile, columns, group, chief, ring, stage);
       } else if constexpr (PAIR) {
@@ -230,9 +254,14 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
         accumulate<TILE_N, 0>(sum, sum, own, group, chief, ring, stage);
       }
       if (add)
-        finish<true>(sum, tile, group, add, y, positions, columns);
+        finish<true>(sum, tile, group, add, y, &y_map, out, positions, columns);
       else
-        finish<false>(sum, tile, group, add, y, positions, columns);
+        finish<false>(sum, tile, group, add, y, &y_map, out, positions, columns);
     }
+    if (STAGED && threadIdx.x % 32 == 0) stores_read();  // shared memory ends with the block
+  }
+  if (CLUSTER > 1) {
+    __syncwarp();
+    cluster_meets();  // the other block may still copy into this one, or give stages back to it
   }
 }

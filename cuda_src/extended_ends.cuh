@@ -27,12 +27,27 @@ INLINE void begin(float (&sum)[ROWS][TILE_N / 2], float factor, const float* fac
   }
 }
 
-// Adds `add` (ADD), rounds, and writes: 16 bytes a lane. What is added to a row is read while the row before is written, where
-// there are registers for it.
+// Where a warp's 16 rows of slab r wait for the copy engine: boxes of OUT_BOX columns, swizzled as the map of y says.
+INLINE unsigned waiting(unsigned out, int worker, int warp, int r, int box) {
+  return out + ((((worker * 4 + warp) * ROWS + r) * (TILE_N / OUT_BOX) + box) * 16) * OUT_BOX * 2;
+}
+
+INLINE void put(unsigned out, int worker, int warp, int r, int half, int four, const unsigned (&v)[4]) {
+  const int lane = threadIdx.x % 32, piece = four * 4 + lane / 8, row = half * 8 + lane % 8;
+  const int chunk = piece % (OUT_BOX / 8) ^ (OUT_BOX == 64 ? row % 8 : row / 2 % 4);
+  store_matrices(waiting(out, worker, warp, r, piece / (OUT_BOX / 8)) + row * OUT_BOX * 2 + chunk * 16, v);
+}
+
+// Adds `add` (ADD), rounds, and writes: STAGED through shared memory `out` and the copy engine, else 16 bytes a lane. What is
+// added to a row is read while the row before is written, where there are registers for it.
 template <bool ADD>
 INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int worker, const bf16* add, bf16* y,
-                   int positions, int columns) {
+                   const TensorMap* map, unsigned out, int positions, int columns) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  if (STAGED) {
+    if (lane == 0) stores_read();
+    __syncwarp();
+  }
   constexpr int FOURS = TILE_N / 32, AHEAD = ADD && WORKERS == 2 && TILE_N < 160;
   const int first = tile.row + worker * (TILE_M / WORKERS) + warp * 16 + lane / 4;
   uint4 rows[AHEAD + 1][ADD ? FOURS : 1];
@@ -68,6 +83,10 @@ INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int w
         const int at = (four * 4 + i) * 4;
         v[i] = round_pair(values[at] + (ADD ? low_half(added[i]) : 0), values[at + 1] + (ADD ? high_half(added[i]) : 0));
       }
+      if (STAGED) {
+        put(out, worker, warp, q / 2, q % 2, four, v);
+        continue;
+      }
       exchange(v);
       if (n < left) *reinterpret_cast<uint4*>(y + start + n) = make_uint4(v[0], v[1], v[2], v[3]);
     }
@@ -78,6 +97,17 @@ INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int w
       const unsigned v = round_pair(values[piece * 4] + (ADD ? low_half(added) : 0),
                                     values[piece * 4 + 1] + (ADD ? high_half(added) : 0));
       if (n < left) *reinterpret_cast<unsigned*>(y + start + n) = v;
+    }
+  }  if (STAGED) {
+    fence_copies();
+    __syncwarp();
+    if (lane == 0) {
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+        for (int box = 0; box < TILE_N / OUT_BOX; ++box)
+          store_box(map, waiting(out, worker, warp, r, box), tile.column + box * OUT_BOX, first + r * 64);
+      stores_commit();
     }
   }
 }

@@ -27,6 +27,27 @@ INLINE void barrier_arrive(unsigned barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Arrives at the barrier that stands at this address in block `rank` of the cluster. Without a release over the cluster, which
+// is a fence of the whole GPU: it says that products have read their operands, and orders no writes.
+INLINE void barrier_arrive_at(unsigned barrier, unsigned rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+INLINE unsigned cluster_rank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of the cluster's blocks meet; what they wrote before need not be visible, but for barriers initialised.
+INLINE void cluster_meets() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 // Arrives, and lets the phase end only after `bytes` have been copied in.
 INLINE void barrier_expect(unsigned barrier, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -84,6 +105,42 @@ INLINE void copy_voxels(unsigned to, const TensorMap* map, unsigned barrier, int
       "l"(map), "r"(barrier), "r"(c), "r"(x), "r"(y), "r"(z), "r"(n), "h"((unsigned short)tap_x),
       "h"((unsigned short)tap_y), "h"((unsigned short)tap_z)
       : "memory");
+}
+
+// The same box into the shared memory of every block of the cluster that `blocks` has a bit of, at the same address; each
+// one's own barrier counts what reached it.
+INLINE void copy_box_to(unsigned short blocks, unsigned to, const TensorMap* map, unsigned barrier, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, "
+      "%5}], [%2], %6;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "h"(blocks)
+      : "memory");
+}
+
+// The box at (c0, c1) of a matrix from shared memory; what lies outside is left out. Of the stores that a thread asked for,
+// `stores_read` waits until their shared memory may be written again.
+INLINE void store_box(const TensorMap* map, unsigned from, int c0, int c1) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from), "r"(c0),
+               "r"(c1)
+               : "memory");
+}
+INLINE void stores_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+INLINE void stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// What this thread wrote to shared memory becomes visible to the copy engine.
+INLINE void fence_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Four 8x8 matrices of pairs of bf16, as the pieces of a product lie; lane l gives the address of row l % 8 of matrix l / 8.
+INLINE void store_matrices(unsigned address, const unsigned (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
+               : "memory");
 }
 
 // The descriptor of an operand in shared memory: 128-byte swizzle, groups of 8 rows 1024 bytes apart, and, where the

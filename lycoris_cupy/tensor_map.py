@@ -18,7 +18,8 @@ from .errors import KernelError
 
 TENSOR_MAP = np.dtype([("words", np.uint64, 16)])  # struct TensorMap of hopper.cuh
 ROW = 64  # bf16 values of a swizzled row
-_BF16, _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_256, _ZEROS = 9, 0, 3, 3, 0  # of the driver's enums
+_BF16, _NO_INTERLEAVE, _PROMOTE_256, _ZEROS = 9, 0, 3, 0  # of the driver's enums
+_SWIZZLE = {32: 2, 64: 3}  # by the values of a row: over 64 bytes, over 128
 NOTHING = np.zeros((), TENSOR_MAP)  # for a term that is not there
 
 
@@ -27,8 +28,8 @@ def matrix_map(address: int, shape: tuple[int, ...], box: tuple[int, ...]) -> np
     """Boxes of a C-contiguous bf16 array (stack, rows, columns) or (rows, columns) at a device
     address.
 
-    shape, box: slowest axis first; a box is (1, rows, 64) or (rows, 64) with at most 256 rows. A
-    row is a multiple of 16 bytes and the address too. Raises KernelError with what the driver was
+    shape, box: slowest axis first; a box is (1, rows, 64) or (rows, 64) with at most 256 rows, or
+    has 32 values in a row, then swizzled over 64 bytes. A row of the array is a multiple of 16 bytes and the address too. Raises KernelError with what the driver was
     told.
     """
     dims = shape[::-1]
@@ -39,7 +40,7 @@ def matrix_map(address: int, shape: tuple[int, ...], box: tuple[int, ...]) -> np
         place, _BF16, len(dims), ctypes.c_void_p(address),
         _array(ctypes.c_uint64, dims), _array(ctypes.c_uint64, strides),
         _array(ctypes.c_uint32, box[::-1]), _array(ctypes.c_uint32, [1] * len(dims)),
-        _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_256, _ZEROS,
+        _NO_INTERLEAVE, _SWIZZLE[box[-1]], _PROMOTE_256, _ZEROS,
     )  # fmt: skip
     _require(status, "matrix", address, shape, box)
     out["words"] = aligned
@@ -70,7 +71,7 @@ def pixel_map(
         _array(ctypes.c_uint64, dims), _array(ctypes.c_uint64, strides),
         _array(ctypes.c_int, lower[::-1]), _array(ctypes.c_int, upper[::-1]),
         ROW, pixels, _array(ctypes.c_uint32, (1, *stride[::-1], 1)),
-        _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_256, _ZEROS,
+        _NO_INTERLEAVE, _SWIZZLE[ROW], _PROMOTE_256, _ZEROS,
     )  # fmt: skip
     _require(status, "pixel", address, shape, (pixels, lower, upper, stride))
     out["words"] = aligned

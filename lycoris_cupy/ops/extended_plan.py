@@ -62,20 +62,31 @@ class Tile(NamedTuple):
     ext: int
     cycles: float
     pair: bool = False
+    cluster: int = 1
 
     def launch(self, b_rows: int, **more: int) -> Kernel:
         defines = {"TILE_N": self.columns, "B_ROWS": b_rows, **more}
         defines |= {"TILE_M": self.rows} if self.rows != 256 else {}
         defines |= {"EXT_N": self.ext} if self.ext != self.columns else {}
         defines |= {"PAIR": 1} if self.pair else {}
+        defines |= {"CLUSTER": self.cluster} if self.cluster != 1 else {}
         return kernel("extended.cu", "extended", bf16, **defines)
 
     def grid(self, positions: int, columns: int, count: int) -> tuple[int]:
-        return (min(_ceil(positions, self.rows) * _ceil(columns, self.columns), count),)
+        tiles = _ceil(positions, self.rows * self.cluster) * _ceil(columns, self.columns)
+        return (min(tiles, count // self.cluster) * self.cluster,)
 
     def band(self, count: int) -> int:
         """As many rows as columns of operands are then in use at a time."""
-        return max(1, isqrt(count * self.columns // self.rows))
+        clusters, rows = count // self.cluster, self.rows * self.cluster
+        return max(1, isqrt(clusters * self.columns // rows))
+
+    def boxes(self, b_rows: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """What a block copies of w and w2 at a time: all, or its share for the cluster."""
+        if b_rows:
+            box = (1, ROW // self.cluster, ROW)
+            return box, box
+        return (1, self.columns // self.cluster, ROW), (1, self.ext // self.cluster, ROW)
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,11 @@ class Plan:
     other_image: tuple | None
     boxes: tuple[tuple[int, int, int], tuple[int, int, int]]  # of w and w2
     tile: Tile
+
+    @property
+    def out_box(self) -> tuple[int, int]:
+        """What a warp of the kernel writes at a time."""
+        return 16, 32 if self.tile.columns % ROW else ROW
 
 
 @functools.lru_cache(maxsize=4096)
@@ -131,7 +147,7 @@ def plan_forward(
         tile.launch(1, **({"SCALED": 1} if scaled else {})),
         tile.grid(positions, columns, count), geometry, own, other,
         (positions, columns, tile.band(count)), image, other_image,
-        ((1, ROW, ROW), (1, ROW, ROW)), tile,
+        tile.boxes(1), tile,
     )  # fmt: skip
 
 
@@ -168,7 +184,7 @@ def plan_dx(
     return Plan(
         tile.launch(0), tile.grid(positions, columns, count), geometry, own, other,
         (positions, columns, tile.band(count)), image, other_image,
-        ((1, tile.columns, ROW), (1, tile.columns, ROW)), tile,
+        tile.boxes(0), tile,
     )  # fmt: skip
 
 
@@ -267,5 +283,5 @@ def plan_blocks_dx(g_shape, w_shape, window: Window, in_space, count: int) -> Pl
         tile.launch(0), tile.grid(positions, columns, count), geometry,
         _term(0, 0, None), _term(taps, outer, image, inner, flip=1),
         (positions, columns, tile.band(count)), None, image,
-        ((1, tile.columns, ROW), (1, tile.ext, ROW)), tile,
+        tile.boxes(0), tile,
     )  # fmt: skip
