@@ -17,17 +17,17 @@
 // fit a wide tile.
 //
 // only sm_90a
-// variants bf16: TILE_N=64 B_ROWS=0 | TILE_N=96 B_ROWS=0 | TILE_N=128 B_ROWS=0 | TILE_N=144 B_ROWS=0
-// variants bf16: TILE_N=160 B_ROWS=0
-// variants bf16: TILE_N=64 B_ROWS=1 | TILE_N=96 B_ROWS=1 | TILE_N=128 B_ROWS=1 | TILE_N=160 B_ROWS=1
-// variants bf16: TILE_N=64 B_ROWS=1 SCALED=1 | TILE_N=96 B_ROWS=1 SCALED=1 | TILE_N=128 B_ROWS=1 SCALED=1
+// variants bf16: TILE_N=64 B_ROWS=0 | TILE_N=96 B_ROWS=0 | TILE_N=128 B_ROWS=0 CLUSTER=2 | TILE_N=144 B_ROWS=0 CLUSTER=2
+// variants bf16: TILE_N=160 B_ROWS=0 CLUSTER=2
+// variants bf16: TILE_N=64 B_ROWS=1 | TILE_N=96 B_ROWS=1 | TILE_N=128 B_ROWS=1 CLUSTER=2 | TILE_N=160 B_ROWS=1 CLUSTER=2
+// variants bf16: TILE_N=64 B_ROWS=1 SCALED=1 | TILE_N=96 B_ROWS=1 SCALED=1 | TILE_N=128 B_ROWS=1 SCALED=1 CLUSTER=2
 // variants bf16: TILE_N=160 B_ROWS=1 SCALED=1
 // variants bf16: TILE_M=192 TILE_N=192 B_ROWS=0 | TILE_M=192 TILE_N=192 B_ROWS=1
 // variants bf16: TILE_M=192 TILE_N=192 B_ROWS=1 SCALED=1
-// variants bf16: TILE_M=128 TILE_N=64 B_ROWS=0 | TILE_M=128 TILE_N=128 B_ROWS=0 | TILE_M=128 TILE_N=160 B_ROWS=0
-// variants bf16: TILE_M=128 TILE_N=64 B_ROWS=1 | TILE_M=128 TILE_N=128 B_ROWS=1 | TILE_M=128 TILE_N=160 B_ROWS=1
-// variants bf16: TILE_M=128 TILE_N=64 B_ROWS=1 SCALED=1 | TILE_M=128 TILE_N=128 B_ROWS=1 SCALED=1
-// variants bf16: TILE_M=128 TILE_N=160 B_ROWS=1 SCALED=1
+// variants bf16: TILE_M=128 TILE_N=64 B_ROWS=0 | TILE_M=128 TILE_N=128 B_ROWS=0 CLUSTER=2 | TILE_M=128 TILE_N=160 B_ROWS=0 CLUSTER=2
+// variants bf16: TILE_M=128 TILE_N=64 B_ROWS=1 | TILE_M=128 TILE_N=128 B_ROWS=1 CLUSTER=2 | TILE_M=128 TILE_N=160 B_ROWS=1 CLUSTER=2
+// variants bf16: TILE_M=128 TILE_N=64 B_ROWS=1 SCALED=1 | TILE_M=128 TILE_N=128 B_ROWS=1 SCALED=1 CLUSTER=2
+// variants bf16: TILE_M=128 TILE_N=160 B_ROWS=1 SCALED=1 CLUSTER=2
 // variants bf16: TILE_N=64 B_ROWS=0 PAIR=1 | TILE_M=128 TILE_N=64 B_ROWS=0 PAIR=1
 // variants bf16: TILE_M=128 TILE_N=128 B_ROWS=0 PAIR=1
 // variants bf16: TILE_N=64 B_ROWS=1 PAIR=1 | TILE_M=128 TILE_N=64 B_ROWS=1 PAIR=1
@@ -35,6 +35,23 @@
 // variants bf16: TILE_N=160 B_ROWS=1 EXT_N=40 | TILE_N=160 B_ROWS=1 EXT_N=80
 // variants bf16: TILE_N=160 B_ROWS=0 EXT_N=40 | TILE_N=160 B_ROWS=0 EXT_N=80
 #include "extended_ends.cuh"
+
+// Copies this block's share of a stage's weights, to every block of the cluster: rows of a box, or columns.
+template <int COLUMNS>
+INLINE void share(unsigned to, const TensorMap* w, unsigned done, int n, int k, int tap) {
+  const int rank = cluster_rank();  // read anew: registers are scarce
+  constexpr int COUNT = (B_ROWS ? TILE_K : COLUMNS) / CLUSTER;
+  static_assert(CLUSTER == 1 || COUNT % 8 == 0, "the swizzle goes by groups of 8 rows");
+#pragma unroll
+  for (int box = 0; box < (B_ROWS ? (COLUMNS + 63) / 64 : 1); ++box) {
+    const unsigned at = to + box * B_BOX + rank * COUNT * ROW_BYTES;
+    const int inner = B_ROWS ? n + 64 * box : k, outer = (B_ROWS ? k : n) + rank * COUNT;
+    if (CLUSTER == 1)
+      copy_box(at, w, done, inner, outer, tap);
+    else
+      copy_box_to((1 << CLUSTER) - 1, at, w, done, inner, outer, tap);
+  }
+}
 
 // Copies the operands of a term for COLUMNS columns from `column` on, all taps and channels; with PAIR those of `pair`, the
 // other weight, beside them.
@@ -47,10 +64,11 @@ INLINE void fetch(const TensorMap* x, const TensorMap* w, const TensorMap* pair,
   for (int tap = 0; tap < term.taps; ++tap) {
     const int w_tap = term.flip ? term.taps - 1 - tap : tap;
     const int dx = tx * g.dilation[2], dy = ty * g.dilation[1], dz = tz * g.dilation[0];
+#pragma unroll 1
     for (int k = 0; k < term.width; k += TILE_K) {
-      const unsigned done = ring.full + 8 * stage.index;
+      const unsigned done = ring.full(stage.index);
       const unsigned a_to = ring.memory + stage.index * STAGE, b_to = a_to + A_BYTES;
-      barrier_wait(ring.empty + 8 * stage.index, stage.parity ^ 1);
+      barrier_wait(ring.empty(stage.index), stage.parity ^ 1);
       barrier_expect(done, A_BYTES + (PAIR ? 2 : 1) * box_bytes(COLUMNS));
       if (term.axes == 0)
         copy_box(a_to, x, done, first + k, tile.row);
@@ -58,28 +76,8 @@ INLINE void fetch(const TensorMap* x, const TensorMap* w, const TensorMap* pair,
         copy_pixels(a_to, x, done, first + k, tile.at.x, tile.at.y, tile.at.n, dx, dy);
       else
         copy_voxels(a_to, x, done, first + k, tile.at.x, tile.at.y, tile.at.z, tile.at.n, dx, dy, dz);
-      if (CLUSTER > 1) {
-        const int rank = cluster_rank();
-        constexpr unsigned short ALL = (1 << CLUSTER) - 1;
-        if (B_ROWS) {
-          constexpr int SHARE = TILE_K / CLUSTER;
-#pragma unroll
-          for (int box = 0; box < (COLUMNS + 63) / 64; ++box)
-            copy_box_to(ALL, b_to + box * B_BOX + rank * SHARE * ROW_BYTES, w, done, n + 64 * box, k + rank * SHARE, w_tap);
-        } else {
-          constexpr int SHARE = COLUMNS / CLUSTER;
-          copy_box_to(ALL, b_to + rank * SHARE * ROW_BYTES, w, done, k, n + rank * SHARE, w_tap);
-        }
-      } else if (B_ROWS) {
-#pragma unroll
-        for (int box = 0; box < (COLUMNS + 63) / 64; ++box) {
-          copy_box(b_to + box * B_BOX, w, done, n + 64 * box, k, w_tap);
-          if (PAIR) copy_box(b_to + B_BYTES + box * B_BOX, pair, done, n + 64 * box, k, w_tap);
-        }
-      } else {
-        copy_box(b_to, w, done, k, n, w_tap);
-        if (PAIR) copy_box(b_to + B_BYTES, pair, done, k, n, w_tap);
-      }
+      share<COLUMNS>(b_to, w, done, n, k, w_tap);
+      if (PAIR) share<COLUMNS>(b_to + B_BYTES, pair, done, n, k, w_tap);
       stage.next();
     }
     if (++tx == g.kernel[2]) {
@@ -99,25 +97,26 @@ INLINE void settle(float (&sum)[ROWS][TILE_N / 2]) {
 
 // A stage may be written again, by every block that copies into it.
 INLINE void give_back(unsigned empty) {
-  if (CLUSTER == 1) barrier_arrive(empty);
-  else
 #pragma unroll
-    for (int rank = 0; rank < CLUSTER; ++rank) barrier_arrive_at(empty, rank);
+  for (int rank = 0; rank < CLUSTER; ++rank)
+    if (CLUSTER == 1)
+      barrier_arrive(empty);
+    else
+      barrier_arrive_at(empty, rank);
 }
 
 // sum += the products of `steps` stages in a row, each of SLICES slices of 16 channels; with PAIR, more += those with the
-// other weight. A stage is given back when the products of the next one have been started.
+// other weight.
 template <int COLUMNS, int FIRST, int SLICES>
 INLINE void multiply(float (&sum)[ROWS][TILE_N / 2], float (&more)[ROWS][TILE_N / 2], int steps, int worker, bool chief, const Ring& ring,
                      Stage& stage) {
   constexpr unsigned leading = B_ROWS ? B_BOX : 16, b_step = B_ROWS ? 16 * ROW_BYTES : 32;
   if (steps <= 0) return;
-  unsigned before = 0;
   settle(sum);
   if (PAIR) settle(more);
 #pragma unroll 1
   for (; steps > 0; --steps) {
-    barrier_wait(ring.full + 8 * stage.index, stage.parity);
+    barrier_wait(ring.full(stage.index), stage.parity);
     const unsigned a_at = ring.memory + stage.index * STAGE + worker * (TILE_M / WORKERS) * ROW_BYTES;
     const unsigned b_at = ring.memory + stage.index * STAGE + A_BYTES;
     products_begin();
@@ -130,15 +129,12 @@ INLINE void multiply(float (&sum)[ROWS][TILE_N / 2], float (&more)[ROWS][TILE_N 
         if (PAIR) wgmma<COLUMNS, B_ROWS>(more[r] + FIRST, a, operand(b_at + B_BYTES + s * b_step, leading));
       }
     products_commit();
-    products_wait<1>();
-    if (before && chief) give_back(before);
-    before = ring.empty + 8 * stage.index;
+    products_wait<0>();  // the other workers multiply meanwhile
+    if (chief) give_back(ring.empty(stage.index));
     stage.next();
   }
-  products_wait<0>();
   settle(sum);
   if (PAIR) settle(more);
-  if (chief) give_back(before);
 }
 
 // sum += a term for COLUMNS columns, held from sum[.][FIRST] on. Of a tap's last step only the slices that hold channels
@@ -196,37 +192,35 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__((WO
                    int band) {
   extern __shared__ char memory[];
   __shared__ unsigned long long barriers[2 * STAGES];
-  const Ring ring = {(shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers),
-                     shared_address(barriers) + 8 * STAGES};
+  const Ring ring = {(shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers)};
   const unsigned out = ring.memory + STAGES * STAGE;
-  const int first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER, rank = CLUSTER > 1 ? cluster_rank() : 0;
   const int tiles_m = (positions + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M), tiles_n = (columns + TILE_N - 1) / TILE_N;
   const bool image = own.axes || other.axes;
   const int group = __shfl_sync(~0u, threadIdx.x / GROUP, 0);  // one for a warp, as the compiler shall see
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; ++i) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.empty + 8 * i, CLUSTER * WORKERS);
+    for (int i = 0; i < STAGES; ++i) barrier_init(ring.full(i), 1), barrier_init(ring.empty(i), CLUSTER * WORKERS);
     barrier_init_done();
   }
   __syncthreads();
   if (CLUSTER > 1) cluster_meets();
   Stage stage;
   if (group == WORKERS) {
-    registers_fewer<WORKERS == 2 ? 40 : 56>();
+    registers_fewer<WORKERS == 2 ? 40 : 32>();
     if (threadIdx.x == WORKERS * GROUP) {
       prefetch_map(&x), prefetch_map(&w), prefetch_map(&x2), prefetch_map(&w2);
-      for (int t = first; t < tiles_m * tiles_n; t += stride) {
-        const Tile tile(t, rank, tiles_m, tiles_n, band, g, image);
+      for (int t = blockIdx.x / CLUSTER; t < tiles_m * tiles_n; t += gridDim.x / CLUSTER) {
+        const Tile tile(t, tiles_m, tiles_n, band, g, image);
         if (!SCALED && !PAIR) fetch_other(&x2, &w2, other, tile, columns, g, ring, stage);
         fetch<TILE_N>(&x, &w, &w2, own, tile, tile.column, g, ring, stage);
         if (SCALED) fetch_other(&x2, &w2, other, tile, columns, g, ring, stage);
       }
     }
   } else {
-    registers_more<WORKERS == 2 ? 232 : 152>();
+    registers_more<WORKERS == 2 ? 232 : 160>();
     const bool chief = threadIdx.x % GROUP == 0;
     const float factor = scale ? *scale : 1.0f;
-    for (int t = first; t < tiles_m * tiles_n; t += stride) {
-      const Tile tile(t, rank, tiles_m, tiles_n, band, g, false);
+    for (int t = blockIdx.x / CLUSTER; t < tiles_m * tiles_n; t += gridDim.x / CLUSTER) {
+      const Tile tile(t, tiles_m, tiles_n, band, g, false);
       float sum[ROWS][TILE_N / 2];
       if constexpr (SCALED) {
         begin<true>(sum, 0, nullptr, nullptr, tile, columns);

@@ -44,8 +44,8 @@ template <bool ADD>
 INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int worker, const bf16* add, bf16* y,
                    const TensorMap* map, unsigned out, int positions, int columns) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  if (STAGED) {
-    if (lane == 0) stores_read();
+  if constexpr (STAGED) {
+    if (lane == 0) stores_read();  // of the tile before
     __syncwarp();
   }
   constexpr int FOURS = TILE_N / 32, AHEAD = ADD && WORKERS == 2 && TILE_N < 160;
@@ -83,7 +83,7 @@ INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int w
         const int at = (four * 4 + i) * 4;
         v[i] = round_pair(values[at] + (ADD ? low_half(added[i]) : 0), values[at + 1] + (ADD ? high_half(added[i]) : 0));
       }
-      if (STAGED) {
+      if constexpr (STAGED) {
         put(out, worker, warp, q / 2, q % 2, four, v);
         continue;
       }
@@ -98,7 +98,7 @@ INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int w
                                     values[piece * 4 + 1] + (ADD ? high_half(added) : 0));
       if (n < left) *reinterpret_cast<unsigned*>(y + start + n) = v;
     }
-  }  if (STAGED) {
+  }  if constexpr (STAGED) {
     fence_copies();
     __syncwarp();
     if (lane == 0) {

@@ -18,9 +18,6 @@
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
-#ifndef STAGE_OUT
-#define STAGE_OUT 1
-#endif
 
 constexpr int TILE_K = 64, WORKERS = TILE_M == 192 ? 3 : 2;  // warpgroups that multiply, each an equal share of the rows
 constexpr int ROWS = TILE_M / WORKERS / 64;  // products of 64 rows a worker
@@ -33,10 +30,10 @@ constexpr int B_BOX = TILE_K * ROW_BYTES;
 constexpr int B_BYTES = (box_bytes(TILE_N) + 1023) / 1024 * 1024;
 constexpr int STAGE = A_BYTES + (PAIR ? 2 : 1) * B_BYTES;
 constexpr int MEMORY = 227 * 1024 - 2048;  // 2048: the barriers, and what the alignment may cost
-// A finished tile waits in shared memory for the copy engine, where at least three stages stand beside it: its stores then
-// run beside the next tile's products.
+// Where three stages stand beside it, a finished tile waits in shared memory for the copy engine, which writes it while the
+// next one is multiplied.
 constexpr int OUT_BYTES = TILE_M * TILE_N * 2;
-constexpr bool STAGED = STAGE_OUT && TILE_N % 32 == 0 && MEMORY - OUT_BYTES >= 3 * STAGE;
+constexpr bool STAGED = TILE_N % 32 == 0 && MEMORY - OUT_BYTES >= 3 * STAGE;
 constexpr int STAGES = (STAGED ? MEMORY - OUT_BYTES : MEMORY) / STAGE;
 constexpr int OUT_BOX = TILE_N % 64 ? 32 : 64;  // columns of a box of y
 
@@ -52,11 +49,11 @@ struct Tile {
   int row, column;
   Place at;  // of the first row, as the start of its window
 
-  // rank: of the block in its cluster, whose blocks have rows one after the other. tiles_m counts clusters.
-  INLINE Tile(int tile, int rank, int tiles_m, int tiles_n, int band, const Geometry& g, bool image) {
+  // tile, tiles_m: count clusters, whose blocks have rows one after the other.
+  INLINE Tile(int tile, int tiles_m, int tiles_n, int band, const Geometry& g, bool image) {
     const int size = band * tiles_n, first = tile / size * band;
     const int height = min(tiles_m - first, band), inside = tile % size;
-    row = ((first + inside % height) * CLUSTER + rank) * TILE_M;
+    row = ((first + inside % height) * CLUSTER + cluster_rank()) * TILE_M;
     column = inside / height * TILE_N;
     if (image) {
       at = Place::of(row, g);
@@ -77,6 +74,14 @@ struct Stage {
   }
 };
 
+// The stages in shared memory, and their barriers: the stage is full, and may be written again.
 struct Ring {
-  unsigned memory, full, empty;
+  unsigned memory, barriers;
+
+  INLINE unsigned full(int stage) const {
+    return barriers + 8 * stage;
+  }
+  INLINE unsigned empty(int stage) const {
+    return barriers + 8 * (STAGES + stage);
+  }
 };

@@ -37,9 +37,9 @@ INLINE void barrier_arrive_at(unsigned barrier, unsigned rank) {
       : "memory");
 }
 
-INLINE unsigned cluster_rank() {
-  unsigned rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+INLINE int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 

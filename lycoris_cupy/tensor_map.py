@@ -29,8 +29,8 @@ def matrix_map(address: int, shape: tuple[int, ...], box: tuple[int, ...]) -> np
     address.
 
     shape, box: slowest axis first; a box is (1, rows, 64) or (rows, 64) with at most 256 rows, or
-    has 32 values in a row, then swizzled over 64 bytes. A row of the array is a multiple of 16 bytes and the address too. Raises KernelError with what the driver was
-    told.
+    has 32 values in a row, then swizzled over 64 bytes. A row of the array is a multiple of 16
+    bytes and the address too. Raises KernelError with what the driver was told.
     """
     dims = shape[::-1]
     strides = [2 * int(np.prod(dims[: i + 1], dtype=np.int64)) for i in range(len(dims) - 1)]

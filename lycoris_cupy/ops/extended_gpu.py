@@ -50,8 +50,11 @@ def run(plan: Plan, x, w, out, *, extra: Extra | None, add, bias, c=None, kept=N
         NOTHING if x2 is None else _map_x(x2, plan.other_image, plan.tile.rows),
         NOTHING if w2 is None else matrix_map(w2.data.ptr, w2.shape, plan.boxes[1]),
     )
-    rows = plan.numbers[:2]
-    to = [NOTHING if y is None else matrix_map(y.data.ptr, rows, plan.out_box) for y in (kept, out)]
+    written = (kept, out) if plan.tile.staged else (None, None)
+    to = [
+        NOTHING if y is None else matrix_map(y.data.ptr, plan.numbers[:2], plan.out_box)
+        for y in written
+    ]
     args = (*maps, *to, scale, c, add, bias, bias2, kept, out, plan.geometry, plan.own, plan.other)
     plan.launch(plan.grid, (_THREADS[plan.tile.rows],), *args, *plan.numbers, shared=_SHARED)
     return out

@@ -35,7 +35,8 @@ _NARROW_BLOCKS = (40, 80)  # EXT_N of the variants whose tile of 160 holds sever
 _STEP = 300
 _L2_BYTES = 52  # a multiprocessor's share of L2 a cycle; 64 is the port's width
 _WASTE = 0.3  # of the columns that are fetched and not read, as time
-_END = 30 / 256  # cycles a value of a tile, to hand it over and to begin the next
+# Cycles a value of a tile, to write it, or to hand it to the copy engine, and to begin the next.
+_END, _STAGED_END = 30 / 256, 16 / 256
 _ALL = 1 << 30  # columns of a block where all columns share one
 
 
@@ -54,7 +55,7 @@ class Second(NamedTuple):
 
 class Tile(NamedTuple):
     """A variant of the kernel, and the cycles that it was estimated to take. ext: columns that the
-    second sum does at a time. pair: both sums are done at once.
+    second sum does at a time. pair: both sums are done at once. scaled: the first has factors.
     """
 
     rows: int
@@ -62,19 +63,39 @@ class Tile(NamedTuple):
     ext: int
     cycles: float
     pair: bool = False
-    cluster: int = 1
+    scaled: bool = False
 
-    def launch(self, b_rows: int, **more: int) -> Kernel:
-        defines = {"TILE_N": self.columns, "B_ROWS": b_rows, **more}
+    @property
+    def cluster(self) -> int:
+        """Blocks that copy the weights of the same columns together.
+
+        As measured: 256 x 128 and 256 x 160 are 4 to 10 % faster in pairs, 192 x 192 is not. The
+        scaled variant of 256 x 160 has no registers left for it.
+        """
+        if self.pair or (self.scaled and self.rows * self.columns == 256 * 160):
+            return 1
+        return 2 if 128 <= self.columns == self.ext < 192 else 1
+
+    @property
+    def staged(self) -> bool:
+        """Whether a finished tile is written by the copy engine: STAGED of extended_tile.cuh."""
+        return (self.rows, self.columns) not in [(256, 144), (256, 160)]
+
+    def launch(self, b_rows: int) -> Kernel:
+        defines = {"TILE_N": self.columns, "B_ROWS": b_rows}
         defines |= {"TILE_M": self.rows} if self.rows != 256 else {}
         defines |= {"EXT_N": self.ext} if self.ext != self.columns else {}
         defines |= {"PAIR": 1} if self.pair else {}
+        defines |= {"SCALED": 1} if self.scaled else {}
         defines |= {"CLUSTER": self.cluster} if self.cluster != 1 else {}
         return kernel("extended.cu", "extended", bf16, **defines)
 
     def grid(self, positions: int, columns: int, count: int) -> tuple[int]:
-        tiles = _ceil(positions, self.rows * self.cluster) * _ceil(columns, self.columns)
-        return (min(tiles, count // self.cluster) * self.cluster,)
+        return (min(self.clusters(positions, columns), count // self.cluster) * self.cluster,)
+
+    def clusters(self, positions: int, columns: int) -> int:
+        """Tiles, each as many rows as a cluster's blocks have together."""
+        return _ceil(positions, self.rows * self.cluster) * _ceil(columns, self.columns)
 
     def band(self, count: int) -> int:
         """As many rows as columns of operands are then in use at a time."""
@@ -143,8 +164,9 @@ def plan_forward(
     tile = _choose(True, positions, columns, steps, more, count, block, pair)
     if tile is None or (scaled and tile.ext != tile.columns):
         return None
+    tile = tile._replace(scaled=scaled)
     return Plan(
-        tile.launch(1, **({"SCALED": 1} if scaled else {})),
+        tile.launch(1),
         tile.grid(positions, columns, count), geometry, own, other,
         (positions, columns, tile.band(count)), image, other_image,
         tile.boxes(1), tile,
@@ -240,23 +262,25 @@ def _choose(
         choices = [(256, 160, block, False)]
     choices += [(m, n, n, True) for m, n in PAIRS if pair]
 
-    def step(rows, width, weights=1):
+    def step(tile, width, weights=1):
         wide = _ceil(width, ROW) * ROW if b_rows else width  # columns that are fetched
         waste = 1 + _WASTE * (wide / width - 1)
-        products = weights * rows * width / 32
-        copies = (rows + weights * wide) * ROW * 2 / _L2_BYTES
+        products = weights * tile.rows * width / 32
+        copies = (tile.rows + weights * wide / tile.cluster) * ROW * 2 / _L2_BYTES
         return max(_STEP, max(products, copies) * waste)
 
-    def cycles(rows, tile, ext, pair):
-        waves = _ceil(_ceil(positions, rows) * _ceil(columns, tile), count)
-        if pair:
-            steps = own * step(rows, tile, 2)
+    def timed(tile):
+        rounds = _ceil(tile.clusters(positions, columns), count // tile.cluster)
+        if tile.pair:
+            steps = own * step(tile, tile.columns, 2)
         else:
-            steps = own * step(rows, tile) + tile // ext * other * step(rows, ext)
-        return waves * (steps + rows * tile * _END)
+            more = tile.columns // tile.ext * other * step(tile, tile.ext)
+            steps = own * step(tile, tile.columns) + more
+        end = tile.rows * tile.columns * (_STAGED_END if tile.staged else _END)
+        return tile._replace(cycles=rounds * (steps + end))
 
-    timed = (Tile(*choice[:3], cycles(*choice), choice[3]) for choice in choices)
-    return min(timed, key=lambda tile: tile.cycles, default=None)
+    tiles = (timed(Tile(*choice[:3], 0.0, choice[3])) for choice in choices)
+    return min(tiles, key=lambda tile: tile.cycles, default=None)
 
 
 def _ceil(a: int, b: int) -> int:
