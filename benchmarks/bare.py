@@ -38,21 +38,14 @@ class Bare:
             label: min(libraries, key=lambda name: self.times[name][f"{label}_us"])
             for label in ("forward", "step")
         }
-        self._yardstick = {label: self._runs[name][label] for label, name in self.by.items()}
+        # What a layer with adapters is timed in turns with.
+        self.yardstick = {label: self._runs[name][label] for label, name in self.by.items()}
         if case.gpu:
-            self._yardstick = {k: timing.captured(run) for k, run in self._yardstick.items()}
+            self.yardstick = {k: timing.captured(run) for k, run in self.yardstick.items()}
 
     def _check(self, y, dx, right) -> None:
         """Every library's result is the layer's."""
         self.case.errors({"y": right, "dx": self.case.base_dx}, y, dx, None)
-
-    def measure(self) -> dict[str, float]:
-        """The yardstick's times once more, to stand in the row of a measurement made beside it."""
-        gpu = self.case.gpu
-        return {
-            f"bare_{label}_us": timing.device_us(run) if gpu else timing.wall_us(run, False)
-            for label, run in self._yardstick.items()
-        }
 
     def row(self) -> dict:
         return {

@@ -4,6 +4,8 @@ and how a call of them is timed.
 
 from __future__ import annotations
 
+from statistics import median
+
 import numpy as np
 
 from lycoris_cupy import Engine, bf16, to_device
@@ -19,6 +21,7 @@ SAMPLES = 64  # positions at which outputs and input gradients are compared with
 # A result further off than this is wrong: one rounding is half a unit, and the few on the way (x2,
 # dh, and for a composition the base) are of the result's size, two or three deviations out.
 MOST_ULP = 8.0
+ROUNDS = 4  # of a measurement
 
 
 class Case:
@@ -117,18 +120,26 @@ class Case:
 
         return {"forward": lambda: engine.forward(self.x), "step": step}
 
-    def measure(self, runs: dict) -> dict[str, float]:
+    def measure(self, runs: dict, yardstick: dict | None = None) -> dict[str, float]:
         """Microseconds of each run: on a GPU captured (device, device with a warm cache, wall) and
-        eager wall; on the CPU wall.
+        eager wall; on the CPU wall. yardstick: by label a call (captured, on a GPU) that is timed
+        in turns with the run, as 'bare_...'.
         """
         out = {}
         for label, run in runs.items():
+            beside = [] if yardstick is None else [yardstick[label]]
             if not self.gpu:
                 out[f"{label}_us"] = out[f"{label}_eager_wall_us"] = timing.wall_us(run, False)
-                continue
-            replay = timing.captured(run)
-            out[f"{label}_us"] = timing.device_us(replay)
-            out[f"{label}_warm_us"] = timing.device_us(replay, flush=False)
-            out[f"{label}_wall_us"] = timing.wall_us(replay, True)
-            out[f"{label}_eager_wall_us"] = timing.wall_us(run, True)
+                found = [timing.wall_us(other, False) for other in beside]
+            else:
+                replay = timing.captured(run)
+                rounds, walls = [], []
+                for _ in range(ROUNDS):  # device and wall in turns too
+                    rounds.append(timing.in_turns_us([replay, *beside], 20 // ROUNDS))
+                    walls.append(timing.wall_us(replay, True, 0.01))
+                out[f"{label}_us"], *found = map(median, zip(*rounds, strict=True))
+                out[f"{label}_wall_us"] = median(walls)
+                out[f"{label}_warm_us"] = timing.device_us(replay, flush=False)
+                out[f"{label}_eager_wall_us"] = timing.wall_us(run, True)
+            out.update({f"bare_{label}_us": us for us in found})
         return out

@@ -32,8 +32,7 @@ def test_layer(shape, name, cases, results, benchmark):
     row = {"shape": shape.name, "adapter": name, "route": ", ".join(a.route for a in group)}
     row.update(_errors(case, expected, runs, "ulp"))
     row["ulp_composed"] = expected["composed"]
-    row.update(bare.measure())
-    row.update(case.measure(runs))
+    row.update(case.measure(runs, bare.yardstick))
     if GPU:  # as people call it: the input is checked and copied into the graph's
         call = engine.capture(case.x)
         row["capture_wall_us"] = timing.wall_us(lambda: call(case.x), True)

@@ -8,7 +8,7 @@ import functools
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -57,25 +57,49 @@ def device_us(run: Run, repeats: int = 20, *, flush: bool = True) -> float:
     flush: empty the L2 cache before each. The host runs ahead: the fills before each call, or one
     long one before all of them, take longer than it takes to launch a graph.
     """
-    import cupy
-
+    if flush:
+        return in_turns_us([run], repeats)[0]
     buffer = _flush_buffer()
-    starts, stops = ([cupy.cuda.Event() for _ in range(repeats)] for _ in range(2))
     for _ in range(3):
         run()
-    if not flush:
-        for _ in range(20):
+    for _ in range(20):
+        buffer.fill(0)
+    run()  # what it reads is in the cache again
+    return _median_us([_span(run) for _ in range(repeats)])
+
+
+def in_turns_us(runs: Sequence[Run], repeats: int = 20) -> list[float]:
+    """device_us of each, one call of each after another: a card that is out of power lowers its
+    clock by a tenth, for all of them alike.
+    """
+    buffer = _flush_buffer()
+    spans: list[list] = [[] for _ in runs]
+    for run in runs:
+        for _ in range(3):
+            run()
+    for _ in range(repeats):
+        for run, of in zip(runs, spans, strict=True):
             buffer.fill(0)
-        run()  # what it reads is in the cache again
-    for start, stop in zip(starts, stops, strict=True):
-        if flush:
-            buffer.fill(0)
-        start.record()
-        run()
-        stop.record()
+            of.append(_span(run))
+    return [_median_us(of) for of in spans]
+
+
+def _span(run: Run) -> tuple:
+    """The events around a call."""
+    import cupy
+
+    start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+    start.record()
+    run()
+    stop.record()
+    return start, stop
+
+
+def _median_us(spans) -> float:
+    import cupy
+
     cupy.cuda.get_current_stream().synchronize()
-    spans = (cupy.cuda.get_elapsed_time(a, b) for a, b in zip(starts, stops, strict=True))
-    return statistics.median(spans) * 1e3
+    return statistics.median(cupy.cuda.get_elapsed_time(*span) for span in spans) * 1e3
 
 
 @functools.cache
