@@ -18,6 +18,7 @@ from ..adapters.oft import READINGS
 from ..errors import FileFormatError, LycorisError
 from ..ops.squares import AXES
 from .alpha import CONFIGURATION, Alphas, Configuration
+from .checkpoint import open_checkpoint
 from .dialects import Dialect
 from .keys import Key, parse_key, unread
 from .peft_options import check_options
@@ -101,6 +102,18 @@ def open_source(
             check_options(configuration)
         alphas = Alphas(file.metadata, configuration, alpha_from)
         yield Source(file, tuple(modules), tuple(unread_keys), alphas, dora, rule, dialect)
+
+
+def files_read(
+    adapter: str | os.PathLike, base: str | os.PathLike | None = None
+) -> list[str | os.PathLike]:
+    """The files that an adapter, and the checkpoint it is for, are read from."""
+    path = Path(adapter)
+    files: list[str | os.PathLike] = [_in_folder(path) if path.is_dir() else path]
+    if base is not None:
+        with open_checkpoint(base) as file:
+            files += file.paths
+    return files
 
 
 def _modules(file: TensorFile) -> tuple[list[Module], list[Unmatched]]:
