@@ -305,6 +305,7 @@ def test_inputs_are_not_changed():
             "layer 'in'.*expected \\(N, 2 spatial axes, C\\)",
         ),
         (lambda e: e.vjp(X)[1](exact(1, 2)), LycorisError, "dy has shape \\(1, 2\\)"),
+        (lambda e: e.vjp(X)[1](np.ones(3, int)), DtypeError, "dy has dtype int64.*cast it first"),
     ],
 )
 def test_errors(act, error, message):
