@@ -16,7 +16,8 @@
 
 #ifndef DIRECT
 #ifdef T_BF16
-#include "conv_mma.cuh"
+#include "conv_gather.cuh"
+#include "conv_outer.cuh"
 #else
 #include "conv_simt.cuh"
 #endif

@@ -11,7 +11,7 @@
 // variants bf16: TILE_M=64 TILE_N=64 VEC_A=1 VEC_B=8 | TILE_M=64 TILE_N=64 VEC_A=1 VEC_B=1
 #define EXTENDED 1
 #include "types.cuh"
-#include "conv_mma.cuh"
+#include "conv_gather.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     NAME(conv_extended)(const T* x,      // (N, D, H, W, groups * I)
