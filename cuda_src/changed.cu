@@ -3,9 +3,9 @@
 //   out = weight + scale * (a1 @ b1)                      HADAMARD=0: LoCon with a Tucker core, folded into a1
 //   out = weight + scale * (a1 @ b1) * (a2 @ b2)          HADAMARD=1: LoHa
 //
-// In the `wide` kernel a1 and a2 are f32 and multiplied as two bf16 each, high and low, which keeps 16 of their 24
-// bits. A block makes 128 rows of 256 columns: a lies in shared memory, the b of a warp's 32 columns in registers, the
-// weight passes through.
+// In the `wide` kernel a1 and a2 are f32 and multiplied as two bf16 each, high and low, which keeps 16 of their 24 bits. A
+// block makes 128 rows of 256 columns: a lies in shared memory, the b of a warp's 32 columns in registers, the weight passes
+// through.
 //
 // variants bf16: RANKS=16 HADAMARD=0 | RANKS=32 HADAMARD=0 | RANKS=64 HADAMARD=0
 // variants bf16: RANKS=16 HADAMARD=1 | RANKS=32 HADAMARD=1 | RANKS=64 HADAMARD=1
@@ -39,9 +39,9 @@ __device__ __forceinline__ unsigned load_right(const bf16* b, int k, int n, int 
 }
 
 template <class Left>
-__device__ __forceinline__ void add_change(const bf16* __restrict__ weight, const Left* a1, const bf16* b1,
-                                           const Left* a2, const bf16* b2, const float* scale, bf16* __restrict__ out,
-                                           long long rows, int columns, int ranks) {
+__device__ __forceinline__ void add_change(const bf16* __restrict__ weight, const Left* a1, const bf16* b1, const Left* a2,
+                                           const bf16* b2, const float* scale, bf16* __restrict__ out, long long rows,
+                                           int columns, int ranks) {
   constexpr bool WIDE = sizeof(Left) == 4;
   constexpr int PARTS = WIDE ? 2 : 1;
   extern __shared__ char memory[];
@@ -60,8 +60,7 @@ __device__ __forceinline__ void add_change(const bf16* __restrict__ weight, cons
       for (int n = 0; n < 4; ++n)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          right[p][k][n][half] =
-              load_right(p ? b2 : b1, k * 16 + half * 8 + lane % 4 * 2, column + n * 8 + lane / 4, ranks, columns);
+          right[p][k][n][half] = load_right(p ? b2 : b1, k * 16 + half * 8 + lane % 4 * 2, column + n * 8 + lane / 4, ranks, columns);
   const float factor = *scale;
   __syncthreads();
 

@@ -12,11 +12,18 @@ from lycoris_cupy.ops.changed import (
     kron_changed,
     low_rank_changed,
 )
-from tests.arrays import drawn, host
 from tests.bounds import assert_within, bound
 
 SCALE = 0.703125
 DTYPES = (bf16, np.dtype(np.float32), np.dtype(np.float64))
+
+
+def draw(rng, *shape):
+    return rng.standard_normal(shape).astype(bf16).astype(np.float64)
+
+
+def host(array):
+    return np.asarray(to_device(array, "cpu"), np.float64)
 
 
 def scale_on(device, dtype):
@@ -31,7 +38,7 @@ def put(device, dtype, *arrays):
 @pytest.mark.parametrize("shape", [(1, 5, 7), (9, 24, 40), (1, 0, 3)])
 def test_a_change_is_added(shape, dtype, device):
     rng = np.random.default_rng(0)
-    w, d = drawn(rng, *shape), drawn(rng, *shape) / 8
+    w, d = draw(rng, *shape), draw(rng, *shape) / 8
     (weight,), (delta,) = put(device, dtype, w), put(device, wide_dtype(dtype), d)
     out = changed(weight, delta)
     assert out.dtype == dtype and (host(weight) == w).all()
@@ -45,7 +52,7 @@ def test_a_change_is_added(shape, dtype, device):
 def test_low_rank(taps, inputs, rank, outputs, dtype, device):
     rng = np.random.default_rng(1)
     w, down, up = (
-        drawn(rng, *s) for s in ((taps, inputs, outputs), (taps, inputs, rank), (1, rank, outputs))
+        draw(rng, *s) for s in ((taps, inputs, outputs), (taps, inputs, rank), (1, rank, outputs))
     )
     out = low_rank_changed(*put(device, dtype, w, down, up), scale_on(device, dtype))
     expected = w + SCALE * down @ up
@@ -70,8 +77,8 @@ def test_low_rank(taps, inputs, rank, outputs, dtype, device):
 def test_hadamard(taps, inputs, rank, outputs, dtype, wide, device):
     """Tails in rows, columns and ranks; more ranks than the kernel takes."""
     rng = np.random.default_rng(3)
-    w, down1, down2 = (drawn(rng, taps, inputs, n) for n in (outputs, rank, rank))
-    up1, up2 = drawn(rng, 1, rank, outputs), drawn(rng, 1, rank, outputs)
+    w, down1, down2 = (draw(rng, taps, inputs, n) for n in (outputs, rank, rank))
+    up1, up2 = draw(rng, 1, rank, outputs), draw(rng, 1, rank, outputs)
     if wide:  # values that bf16 does not hold
         down1, down2 = (d.astype(np.float32) * np.float32(1.001) for d in (down1, down2))
         down1, down2 = (d.astype(np.float64) for d in (down1, down2))
@@ -94,9 +101,9 @@ def test_low_rank_with_a_wide_down(taps, inputs, rank, outputs, dtype, device):
     """A down that a core was folded into."""
     rng = np.random.default_rng(4)
     w, down, up = (
-        drawn(rng, taps, inputs, outputs),
-        drawn(rng, taps, inputs, rank),
-        drawn(rng, 1, rank, outputs),
+        draw(rng, taps, inputs, outputs),
+        draw(rng, taps, inputs, rank),
+        draw(rng, 1, rank, outputs),
     )
     down = (down.astype(np.float32) * np.float32(1.001)).astype(np.float64)
     (weight, up_on), (down_on,) = put(device, dtype, w, up), put(device, wide_dtype(dtype), down)
@@ -111,8 +118,8 @@ def test_low_rank_with_a_wide_down(taps, inputs, rank, outputs, dtype, device):
 def test_kron(sizes, dtype, wide, device):
     rows, columns, taps, n, k = sizes
     rng = np.random.default_rng(2)
-    w1, w2 = drawn(rng, rows, columns), drawn(rng, taps, n, k)
-    w = drawn(rng, taps, columns * n, rows * k)
+    w1, w2 = draw(rng, rows, columns), draw(rng, taps, n, k)
+    w = draw(rng, taps, columns * n, rows * k)
     delta = SCALE * np.stack([np.kron(w1.T, w2[t]) for t in range(taps)])
     (weight,) = put(device, dtype, w)
     factors = put(device, wide_dtype(dtype) if wide else dtype, w1, w2)
