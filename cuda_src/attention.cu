@@ -1,6 +1,6 @@
-// softmax(scale q k^T + mask) v without an array of queries by keys, and its gradients; bf16, widths up to 128 (a multiple
-// of 8), sums and softmax in f32. Dao et al. 2022, arXiv 2205.14135; the gradients of queries and of keys are two kernels,
-// so that every sum has a fixed order. Grid (samples * heads, tiles of ROWS).
+// softmax(scale q k^T + mask) v without an array of queries by keys, and its gradients; bf16, widths up to 128 (a
+// multiple of 8), sums and softmax in f32. Dao et al. 2022, arXiv 2205.14135; the gradients of queries and of keys are
+// two kernels, so that every sum has a fixed order. Grid (samples * heads, tiles of ROWS).
 // variants bf16: WIDTH=64 | WIDTH=128
 #include "attention.cuh"
 
@@ -17,8 +17,8 @@ __device__ __forceinline__ float quad_sum(float v) {
   return v + __shfl_xor_sync(~0u, v, 2);
 }
 
-// out, and of each query log2 of the sum of 2^score: infinity where no key takes part (its row is 0). Keys come a tile at a
-// time; what is summed so far is scaled down whenever a larger score appears. Shared: the tiles of q, k and v.
+// out, and of each query log2 of the sum of 2^score: infinity where no key takes part (its row is 0). Keys come a tile
+// at a time; what is summed so far is scaled down whenever a larger score appears. Shared: the tiles of q, k and v.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     NAME(attention)(const T* q,  // (samples * heads, queries, width)
                     const T* k,  // (samples * heads, keys, width)
@@ -121,8 +121,9 @@ extern "C" __global__ void __launch_bounds__(256) NAME(attention_along)(const T*
   if (threadIdx.x % 32 == 0) along[row] = sum;
 }
 
-// With p = 2^(score - powers) and h = p (g v^T - along): dq = scale h k, dk = scale h^T q, dv = p^T g. A block owns ROWS
-// queries (or keys) and walks over tiles of the other; the transposed products are those of the transposed operands:
+// With p = 2^(score - powers) and h = p (g v^T - along): dq = scale h k, dk = scale h^T q, dv = p^T g. A block owns
+// ROWS queries (or keys) and walks over tiles of the other; the transposed products are those of the transposed
+// operands:
 //   OF_KEYS 0   rows x = q, y = g; columns c = k, e = v: h = p (y e^T - along), dx = scale h c
 //   OF_KEYS 1   rows x = k, y = v; columns c = q, e = g: the same h and p transposed, and dy = p e as well
 template <int OF_KEYS>

@@ -1,7 +1,7 @@
 // What the kernels of attention.cu share: tiles in shared memory, products of tiles by fragments, and masks.
 //
-// A tile is rows of WIDTH values, each row 16 bytes longer than that: eight rows that ldmatrix reads then start in eight
-// different groups of banks, because WIDTH / 8 + 1 is odd. Values past the arrays' width or length are zeros.
+// A tile is rows of WIDTH values, each row 16 bytes longer than that: eight rows that ldmatrix reads then start in
+// eight different groups of banks, because WIDTH / 8 + 1 is odd. Values past the arrays' width or length are zeros.
 #pragma once
 #include "mma.cuh"
 
@@ -32,7 +32,8 @@ __device__ __forceinline__ void rows_fragment(unsigned (&f)[4], const bf16* tile
   load_matrices<false>(f, shared_address(tile + (row + matrix % 2 * 8 + lane % 8) * STRIDE + d + matrix / 2 * 8));
 }
 
-// c[j] += the 16 rows in `a`, for a width that a whole tile has, against rows 8 j to 8 j + 7 of `tile`: sums over the width.
+// c[j] += the 16 rows in `a`, for a width that a whole tile has, against rows 8 j to 8 j + 7 of `tile`: sums over the
+// width.
 template <int COLUMNS>
 __device__ __forceinline__ void times_rows(float (&c)[COLUMNS / 8][4], const unsigned (&a)[4], const bf16* tile,
                                            int d) {
@@ -80,8 +81,8 @@ __device__ __forceinline__ void store_rows(bf16* to, const float (&sum)[WIDTH / 
   }
 }
 
-// Which keys a query attends to, and what is added to its scores. The strides are in elements, 0 along an axis that the mask
-// does not have; its last axis is that of the keys.
+// Which keys a query attends to, and what is added to its scores. The strides are in elements, 0 along an axis that the
+// mask does not have; its last axis is that of the keys.
 struct Mask {
   const float* added;            // or null
   const unsigned char* allowed;  // or null

@@ -1,8 +1,9 @@
-// The Cayley transform of a batch of small skew blocks, forward and gradient, and the block weights that rotate columns.
+// The Cayley transform of a batch of small skew blocks, forward and gradient, and the block weights that rotate
+// columns.
 //
-// Everything is computed in the accumulator type. A thread block owns one block of the batch. I - Q is inverted in place by
-// Gauss-Jordan elimination without pivoting: Q is skew, so every Schur complement of I - Q has a symmetric part of at least I,
-// and every pivot is at least 1.
+// Everything is computed in the accumulator type. A thread block owns one block of the batch. I - Q is inverted in
+// place by Gauss-Jordan elimination without pivoting: Q is skew, so every Schur complement of I - Q has a symmetric
+// part of at least I, and every pivot is at least 1.
 #include "types.cuh"
 
 constexpr int THREADS = 256, WIDE = 1024;
@@ -50,8 +51,8 @@ extern "C" __global__ void __launch_bounds__(WIDE) NAME(skew_norm)(const T* a,  
   }
 }
 
-// e = (I + Q) (I - Q)^-1 - I = 2 (I - Q)^-1 Q, Q = norm[0] * factor * (a - a^T). Grid (batch). Dynamic shared memory: two rows,
-// and the matrix unless there is a `scratch` for it.
+// e = (I + Q) (I - Q)^-1 - I = 2 (I - Q)^-1 Q, Q = norm[0] * factor * (a - a^T). Grid (batch). Dynamic shared memory:
+// two rows, and the matrix unless there is a `scratch` for it.
 extern "C" __global__ void __launch_bounds__(THREADS) NAME(cayley)(const T* a,     // (batch, B, B)
                                                                    const A* norm,  // (2) or null
                                                                    A* e,           // (batch, B, B)
@@ -125,8 +126,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) NAME(cayley_d)(const A* g,
   }
 }
 
-// The gradient through Q -> f Q, f = limit / (|Q| + 1e-8), where it is active, in place: da = f (da - Q <da, Q> / (|Q| (|Q| +
-// 1e-8))). One block.
+// The gradient through Q -> f Q, f = limit / (|Q| + 1e-8), where it is active, in place:
+// da = f (da - Q <da, Q> / (|Q| (|Q| + 1e-8))). One block.
 extern "C" __global__ void __launch_bounds__(WIDE) NAME(skew_norm_d)(const T* a,     // (batch, B, B)
                                                                      const A* norm,  // (2)
                                                                      A* da,          // (batch, B, B)
@@ -171,8 +172,8 @@ extern "C" __global__ void NAME(skew_blocks_d)(const A* g,  // (batch, B, B)
   dv[block * (B * (B - 1) / 2) + i * (2 * B - i - 1) / 2 + j - i - 1] = mine[i * B + j] - mine[j * B + i];
 }
 
-// out[n][k * B + m] = s c e[k][n][m] + (n == m) (c - 1), c = rescale[k * B + m] or 1, s = scale[0] or 1; with e[k][m][n] when
-// turned. One element a thread.
+// out[n][k * B + m] = s c e[k][n][m] + (n == m) (c - 1), c = rescale[k * B + m] or 1, s = scale[0] or 1; with
+// e[k][m][n] when turned. One element a thread.
 extern "C" __global__ void NAME(rotation_columns)(const A* e,        // (batch, B, B)
                                                   const A* rescale,  // (batch * B) or null
                                                   const A* scale,    // (1) or null

@@ -1,12 +1,13 @@
 // Convolution over channels-last arrays: forward, gradient of the input, gradient of the weight. Gathered, no atomics.
 //
-// conv     y[n, o, q*O + j]  = scale * sum over t, i of x[n, o * stride - padding + t * dilation, q*I + i] * w[t, i, q*O + j]
-// conv_dx  dx[n, p, q*I + i] = scale * sum over t, j of dy[n, (p + padding - t * dilation) / stride, q*O + j] * w[t, i, q*O + j]
-// conv_dw  dw[t, i, q*O + j] = scale * sum over n, o of x[n, o * stride - padding + t * dilation, q*I + i] * dy[n, o, q*O + j]
+// conv     y[n, o, q*O + j]  = scale * sum over t, i of x[n, seen(o, t), q*I + i] * w[t, i, q*O + j]
+// conv_dx  dx[n, p, q*I + i] = scale * sum over t, j of dy[n, o, q*O + j] * w[t, i, q*O + j] where seen(o, t) = p
+// conv_dw  dw[t, i, q*O + j] = scale * sum over n, o of x[n, seen(o, t), q*I + i] * dy[n, o, q*O + j]
 //
-// Group q has I channels in and O out. shared: all groups use one w (taps, I, O), and dw is summed over q as well.
-// positions: N * OD * OH * OW of y (conv, conv_dw) or N * D * H * W of x (conv_dx); positions and pixels are below 2^31,
-// offsets are 64 bits wide. scale, add and bias may be null.
+// seen(o, t) = o * stride - padding + t * dilation, with zeros outside of x. Group q has I channels in and O out.
+// shared: all groups use one w (taps, I, O), and dw is summed over q as well. positions: N * OD * OH * OW of y (conv,
+// conv_dw) or N * D * H * W of x (conv_dx); positions and pixels are below 2^31, offsets are 64 bits wide. scale, add
+// and bias may be null.
 //
 // variants bf16: TILE_M=128 TILE_N=128 VEC_A=8 VEC_B=8 | TILE_M=64 TILE_N=64 VEC_A=8 VEC_B=8
 // variants bf16: TILE_M=128 TILE_N=32 VEC_A=8 VEC_B=8 | TILE_M=128 TILE_N=32 VEC_A=8 VEC_B=1
@@ -16,7 +17,8 @@
 
 #ifndef DIRECT
 #ifdef T_BF16
-#include "conv_mma.cuh"
+#include "conv_gather.cuh"
+#include "conv_outer.cuh"
 #else
 #include "conv_simt.cuh"
 #endif
@@ -110,8 +112,8 @@ extern "C" __global__ void __launch_bounds__(256)
   direct_outer(x, dy, partials, g, positions, I, O, groups, span);
 }
 
-// dw = scale * the sum over splits, and over the groups of a shared weight, in an order that depends on the sizes alone. The
-// terms of an element are shared by blockDim.y threads, a power of two; each has eight loads under way.
+// dw = scale * the sum over splits, and over the groups of a shared weight, in an order that depends on the sizes
+// alone. The terms of an element are shared by blockDim.y threads, a power of two; each has eight loads under way.
 extern "C" __global__ void __launch_bounds__(1024)
     NAME(conv_dw_sum)(const A* partials,  // (splits, rows, repeats * columns)
                       const A* scale,     // (1,)

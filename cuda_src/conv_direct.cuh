@@ -1,6 +1,8 @@
-// Convolutions whose groups are a few channels wide (depthwise first of all), where a matrix tile would be mostly empty.
+// Convolutions whose groups are a few channels wide (depthwise first of all), where a matrix tile would be mostly
+// empty.
 //
-// A block is blockDim.x column chunks x blockDim.y positions, columns fastest, so that neighbours read neighbouring words.
+// A block is blockDim.x column chunks x blockDim.y positions, columns fastest, so that neighbours read neighbouring
+// words.
 #pragma once
 #include "conv_walk.cuh"
 

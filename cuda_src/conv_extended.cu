@@ -3,21 +3,21 @@
 // conv_extended     y  = x * w + scale * (x2 * w2 + bias2) + add + bias, with x * w as conv.cu's conv
 // conv_extended_dx  dx = dy * w^T + scale * dy2 * w2^T + add, as its conv_dx
 //
-// The second sum takes the same walk over space, or, if other.single, has one tap at the position itself. It has its own
-// blocks of channels and columns, in any relation to the groups of the first.
+// The second sum takes the same walk over space, or, if other.single, has one tap at the position itself. It has its
+// own blocks of channels and columns, in any relation to the groups of the first.
 //
 // variants bf16: TILE_M=128 TILE_N=128 VEC_A=8 VEC_B=8 | TILE_M=64 TILE_N=64 VEC_A=8 VEC_B=8
 // variants bf16: TILE_M=128 TILE_N=32 VEC_A=8 VEC_B=8 | TILE_M=128 TILE_N=32 VEC_A=8 VEC_B=1
 // variants bf16: TILE_M=64 TILE_N=64 VEC_A=1 VEC_B=8 | TILE_M=64 TILE_N=64 VEC_A=1 VEC_B=1
 #define EXTENDED 1
 #include "types.cuh"
-#include "conv_mma.cuh"
+#include "conv_gather.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     NAME(conv_extended)(const T* x,      // (N, D, H, W, groups * I)
                         const T* w,      // (taps, I, groups * O), or (taps, I, O) if shared
                         const T* x2,     // (N, D, H, W, blocks * inner); (N, OD, OH, OW, blocks * inner) if single
-                        const T* w2,     // (taps, inner, blocks * outer), or (taps, inner, outer) if shared; 1 tap if single
+                        const T* w2,     // (taps, inner, blocks * outer), or (taps, inner, outer) if shared
                         const A* scale,  // (1,)
                         const T* add,    // (N, OD, OH, OW, groups * O)
                         const T* bias,   // (groups * O)
@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     NAME(conv_extended_dx)(const T* dy,     // (N, OD, OH, OW, groups * O)
                            const T* w,      // (taps, I, groups * O), or (taps, I, O) if shared
                            const T* dy2,    // (N, OD, OH, OW, blocks * inner); (N, D, H, W, blocks * inner) if single
-                           const T* w2,     // (taps, outer, blocks * inner), or (taps, outer, inner) if shared; 1 tap if single
+                           const T* w2,     // (taps, outer, blocks * inner), or (taps, outer, inner) if shared
                            const A* scale,  // (1,)
                            const T* add,    // (N, D, H, W, groups * I)
                            T* dx,           // (N, D, H, W, groups * I)

@@ -30,7 +30,7 @@ INLINE void multiply(Sums& sums, const Tile& a, const Tile& b) {
       for (int j = 0; j < PER_N; ++j) sums[i][j] += a[k][m + i * SIDE] * b[k][n + j * SIDE];
 }
 
-// The axes of the arguments as in conv_mma.cuh.
+// The axes of the arguments as in conv_gather.cuh.
 template <bool BACK>
 INLINE void gather_product(const Sources& from, const A* scale, const T* add, const T* bias, const T*, T* out,
                            const Geometry& g, int positions) {

@@ -1,7 +1,7 @@
 // How a convolution walks: from a position and a tap to the element that is read there. No divisions after the start.
 //
-// Space is (D, H, W) with leading ones. The reduction axis is flat, k = tap * channels + channel, so that a narrow layer
-// wastes no part of a tile: a chunk of 8 lies in one tap whenever channels % 8 == 0.
+// Space is (D, H, W) with leading ones. The reduction axis is flat, k = tap * channels + channel, so that a narrow
+// layer wastes no part of a tile: a chunk of 8 lies in one tap whenever channels % 8 == 0.
 #pragma once
 #define INLINE __device__ __forceinline__
 

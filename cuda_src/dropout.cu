@@ -1,6 +1,7 @@
 // Dropout in one pass: nothing of the mask is stored, the gradient draws it again from the same numbers.
 //
-// Mask entry m is word m % 4 of the Philox counter (m / 4, tensor, step, kind); it is 1 where that word is `threshold` or more.
+// Mask entry m is word m % 4 of the Philox counter (m / 4, tensor, step, kind); it is 1 where that word is `threshold`
+// or more.
 #include "types.cuh"
 #include "philox.cuh"
 
@@ -9,16 +10,15 @@ __device__ __forceinline__ Words drawn(long long entry, unsigned tensor, unsigne
   return philox4x32({{unsigned(entry / 4), tensor, step, kind}}, key_low, key_high);
 }
 
-// out = add + keep * factor * x, the elements seen as (outer, entries, inner) with one mask entry for each of the middle axis.
-// A thread takes four elements in a row: with inner = 1 one counter serves them all, and `packed` (aligned, n % 4 == 0) moves
-// them as one.
-extern "C" __global__ void __launch_bounds__(256) NAME(dropout)(const T* x, const T* add,    // (n); add may be null
-                                                                const unsigned int* step,    // (1)
-                                                                const A* gain,               // (1), or null for `factor`
-                                                                T* out, long long n, long long entries, long long inner,
-                                                                unsigned int threshold, unsigned int key_low,
-                                                                unsigned int key_high, unsigned int tensor,
-                                                                unsigned int kind, const A factor, int packed) {
+// out = add + keep * factor * x, the elements seen as (outer, entries, inner) with one mask entry for each of the
+// middle axis. A thread takes four elements in a row: with inner = 1 one counter serves them all, and `packed`
+// (aligned, n % 4 == 0) moves them as one.
+extern "C" __global__ void __launch_bounds__(256)
+    NAME(dropout)(const T* x, const T* add,  // (n); add may be null
+                  const unsigned int* step,  // (1)
+                  const A* gain,             // (1), or null for `factor`
+                  T* out, long long n, long long entries, long long inner, unsigned int threshold, unsigned int key_low,
+                  unsigned int key_high, unsigned int tensor, unsigned int kind, const A factor, int packed) {
   const unsigned now = step[0];
   const A by = gain ? gain[0] : factor;
   const long long stride = gridDim.x * 1024LL;
@@ -68,11 +68,11 @@ extern "C" __global__ void __launch_bounds__(256) NAME(dropout)(const T* x, cons
 }
 
 // gain = entries / how many of them the same numbers keep; 0 where they keep none. One block.
-extern "C" __global__ void __launch_bounds__(256) NAME(kept_gain)(const unsigned int* step,  // (1)
-                                                                  A* gain,                   // (1)
-                                                                  long long entries, unsigned int threshold,
-                                                                  unsigned int key_low, unsigned int key_high,
-                                                                  unsigned int tensor, unsigned int kind) {
+extern "C" __global__ void __launch_bounds__(256)
+    NAME(kept_gain)(const unsigned int* step,  // (1)
+                    A* gain,                   // (1)
+                    long long entries, unsigned int threshold, unsigned int key_low, unsigned int key_high,
+                    unsigned int tensor, unsigned int kind) {
   __shared__ int kept[256];
   int mine = 0;
   for (long long block = threadIdx.x; block * 4 < entries; block += 256) {

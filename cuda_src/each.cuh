@@ -1,4 +1,5 @@
-// Elementwise work that moves 16 bytes at a time where every array is aligned to that, and one value at a time elsewhere.
+// Elementwise work that moves 16 bytes at a time where every array is aligned to that, and one value at a time
+// elsewhere.
 #pragma once
 #include "types.cuh"
 
@@ -37,8 +38,9 @@ __device__ __forceinline__ void each(const T* a, const T* b, T* y, long long n, 
   for (long long i = packs * PACK + first; i < n; i += step) y[i] = narrow(f(widen(a[i]), widen(b[i])));
 }
 
-// y[i] = f(x[i], c[i % columns]): a row c for all rows of n / columns. The first element of a thread, and its step, are below
-// 2^32 (the grid has at most 65535 blocks); the column is counted on, since a 64-bit remainder takes longer than the rest.
+// y[i] = f(x[i], c[i % columns]): a row c for all rows of n / columns. The first element of a thread, and its step, are
+// below 2^32 (the grid has at most 65535 blocks); the column is counted on, since a 64-bit remainder takes longer than
+// the rest.
 template <class F>
 __device__ __forceinline__ void each_row(const T* x, const T* c, T* y, long long n, int columns, F f) {
   const unsigned first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;

@@ -51,8 +51,8 @@ extern "C" __global__ void NAME(prelu_terms)(const T* x, const T* g, A* terms, l
   }
 }
 
-// partial[part, c] = scale * the sum of x[r, c] over the rows r of one part. Block (32, 32): 32 columns, 32 rows at a time; the order of
-// the sum depends on the sizes alone.
+// partial[part, c] = scale * the sum of x[r, c] over the rows r of one part. Block (32, 32): 32 columns, 32 rows at a
+// time; the order of the sum depends on the sizes alone.
 extern "C" __global__ void __launch_bounds__(1024) NAME(column_sum)(const T* x,      // (rows, columns)
                                                                     const A* scale,  // (1,), or null for 1
                                                                     A* partial,      // (gridDim.y, columns)

@@ -1,5 +1,6 @@
-// Rows of a table by index, and the table's gradient: positions are sorted by index, so that equal ones are added in order
-// and without atomics. A key is index * 2^32 + position: no two are equal, and their order is the order of the sum.
+// Rows of a table by index, and the table's gradient: positions are sorted by index, so that equal ones are added in
+// order and without atomics. A key is index * 2^32 + position: no two are equal, and their order is the order of the
+// sum.
 #include "types.cuh"
 
 constexpr int TILE = 1024;  // keys of a block of the sort; as in embedding.py
@@ -22,7 +23,8 @@ extern "C" __global__ void __launch_bounds__(128) NAME(embedding)(const T* table
   for (int c = threadIdx.x; c < columns; c += 128) to[c] = known ? from[c] : narrow(no_number());
 }
 
-// keys: of each tile of positions, sorted (a bitonic network). An index outside 0 to rows - 1 is sorted behind all others.
+// keys: of each tile of positions, sorted (a bitonic network). An index outside 0 to rows - 1 is sorted behind all
+// others.
 extern "C" __global__ void __launch_bounds__(TILE) NAME(sort_tiles)(const int* indices,  // (count)
                                                                     long long* keys,     // (count)
                                                                     int count, int rows) {
@@ -50,7 +52,8 @@ extern "C" __global__ void __launch_bounds__(TILE) NAME(sort_tiles)(const int* i
   if (position < count) keys[position] = key[at];
 }
 
-// sorted: all keys in order. A key's place is the number of smaller ones, found in each tile by halving. Grid as sort_tiles.
+// sorted: all keys in order. A key's place is the number of smaller ones, found in each tile by halving. Grid as
+// sort_tiles.
 extern "C" __global__ void __launch_bounds__(TILE)
     NAME(merge_tiles)(const long long* keys, long long* sorted, int count) {
   const int position = blockIdx.x * TILE + threadIdx.x;

@@ -20,7 +20,8 @@ extern "C" __global__ void __launch_bounds__(256) NAME(hadamard_weight)(const T*
                [&](int i, int o, int a, int b) { out[(t * inputs + i) * outputs + o] = s * p[a][b] * q[a][b]; });
 }
 
-// first = scale * g * Q and second = scale * g * P, where P and Q are the two products: what flows back into each of them.
+// first = scale * g * Q and second = scale * g * P, where P and Q are the two products: what flows back into each of
+// them.
 extern "C" __global__ void __launch_bounds__(256)
     NAME(hadamard_terms)(const A* g,  // (taps, inputs, outputs)
                          const T* down1, const T* up1, const T* down2, const T* up2, const A* scale, A* first,
@@ -40,8 +41,8 @@ extern "C" __global__ void __launch_bounds__(256)
   });
 }
 
-// The face-splitting kernels turn one index into four. INDEX is unsigned where the array allows it: a 64-bit division costs
-// as much as the rest of the kernel.
+// The face-splitting kernels turn one index into four. INDEX is unsigned where the array allows it: a 64-bit division
+// costs as much as the rest of the kernel.
 template <typename INDEX>
 __device__ inline void split(const T* a, const T* b, T* out, INDEX n, INDEX P, INDEX Q, INDEX inner) {
   for (INDEX i = blockIdx.x * INDEX(256) + threadIdx.x; i < n; i += gridDim.x * INDEX(256)) {
@@ -77,8 +78,8 @@ __device__ inline void unsplit(const A* g, const T* other, A* out, INDEX n, INDE
   }
 }
 
-// The gradients of both sides at once: blockIdx.y = 0 gives da[u][p][v] = sum over q of g[u][p * Q + q][v] * b[u][q][v],
-// 1 gives db[u][q][v] = sum over p of g[u][p * Q + q][v] * a[u][p][v].
+// The gradients of both sides at once: blockIdx.y = 0 gives da[u][p][v] = sum over q of g[u][p * Q + q][v] * b[u][q][v]
+// and 1 gives db[u][q][v] = sum over p of g[u][p * Q + q][v] * a[u][p][v].
 extern "C" __global__ void __launch_bounds__(256)
     NAME(face_split_d)(const A* g,  // (outer, P * Q, inner)
                        const T* a,  // (outer, P, inner)

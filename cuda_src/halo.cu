@@ -1,8 +1,10 @@
-// A convolution over two axes to a few columns that reads x once: a piece of the image with its halo lies in shared memory.
+// A convolution over two axes to a few columns that reads x once: a piece of the image with its halo lies in shared
+// memory.
 //
 //   y[p, r] = add[p, r] + scale * sum over taps t and channels k of x[p + t, k] * w[t, k, r] + bias[r]      r < R <= 16
 //
-// For a stride of 1. A block makes 8 rows of 32 positions, a warp one row; channels come 32 at a time through a ring of stages.
+// For a stride of 1. A block makes 8 rows of 32 positions, a warp one row; channels come 32 at a time through a ring of
+// stages.
 //
 // variants bf16: none
 #include "types.cuh"

@@ -1,5 +1,6 @@
-// Losses with their gradients: mean squared, absolute and Charbonnier differences, and cross-entropy. Sums are kept in A and
-// added in an order that the sizes alone decide. `target` has the type of y, or is wide: the other pointer is then null.
+// Losses with their gradients: mean squared, absolute and Charbonnier differences, and cross-entropy. Sums are kept in
+// A and added in an order that the sizes alone decide. `target` has the type of y, or is wide: the other pointer is
+// then null.
 #include "real.cuh"
 #include "types.cuh"
 
@@ -86,9 +87,10 @@ extern "C" __global__ void __launch_bounds__(1024)
   share[0] = count ? A(1) / A(count) : A(0);
 }
 
-// With p the softmax of a row, t its target and w its weight: loss = w share (log sum exp(y) - (1 - s) y[t] - s mean(y)) and
-// dy[c] = w share (p[c] - (1 - s) [c = t] - s / classes). 0 for an ignored target, NaN for one that is no class. A block a
-// row: classes are few (a warp would do) or many. Grid (rows).
+// With p the softmax of a row, t its target and w its weight:
+// loss = w share (log sum exp(y) - (1 - s) y[t] - s mean(y)), dy[c] = w share (p[c] - (1 - s) [c = t] - s / classes).
+// 0 for an ignored target, NaN for one that is no class. A block a row: classes are few (a warp would do) or many. Grid
+// (rows).
 extern "C" __global__ void __launch_bounds__(256)
     NAME(cross_entropy)(const T* y,          // (rows, classes)
                         const int* targets,  // (rows)

@@ -1,12 +1,12 @@
-// A 64 x 64 tile of down @ up summed in registers by 256 threads, 4 x 4 elements each. The factors are thin (R up to a few
-// hundred), so their tiles are staged 16 ranks at a time and the tile of the result never leaves the registers.
+// A 64 x 64 tile of down @ up summed in registers by 256 threads, 4 x 4 elements each. The factors are thin (R up to a
+// few hundred), so their tiles are staged 16 ranks at a time and the tile of the result never leaves the registers.
 #pragma once
 #include "types.cuh"
 
 constexpr int TILE = 64, DEPTH = 16;
 
-// Adds to sum[4][4] the product of rows i0.. of down (inputs, R) and columns o0.. of up (R, outputs). Thread (ty, tx) holds
-// rows i0 + ty * 4 + a and columns o0 + tx + 16 * b (strided by 16, so that a warp writes neighbours).
+// Adds to sum[4][4] the product of rows i0.. of down (inputs, R) and columns o0.. of up (R, outputs). Thread (ty, tx)
+// holds rows i0 + ty * 4 + a and columns o0 + tx + 16 * b (strided by 16, so that a warp writes neighbours).
 __device__ inline void low_rank_tile(const T* down, const T* up, int inputs, int R, int outputs, int i0, int o0,
                                      A (*left)[TILE + 1],  // shared (DEPTH, TILE)
                                      A (*right)[TILE],     // shared (DEPTH, TILE)

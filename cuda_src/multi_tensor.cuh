@@ -1,19 +1,20 @@
-// Work on many arrays in one launch. What is kept between steps lies in flat buffers, an array behind the other; what comes
-// new in every step, the sources, lies anywhere. A block takes one chunk of one array, a thread four values at a time.
+// Work on many arrays in one launch. What is kept between steps lies in flat buffers, an array behind the other; what
+// comes new in every step, the sources, lies anywhere. A block takes one chunk of one array, a thread four values at a
+// time.
 #pragma once
 #include "philox.cuh"
 #include "types.cuh"
 
 constexpr int THREADS = 256, CHUNK = 2048, SOURCES = 480;
 
-// What a launch is over. The pointers to the sources are in it, by value: that needs no upload and so no wait, and a captured
-// graph keeps them. 4096 bytes are all that a launch may pass.
+// What a launch is over. The pointers to the sources are in it, by value: that needs no upload and so no wait, and a
+// captured graph keeps them. 4096 bytes are all that a launch may pass.
 struct Work {
-  const long long* tensors;  // (all, 4): first element in the flat buffers, elements, row of the numbers, place of the bits
+  const long long* tensors;  // (all, 4): first element in the flat buffers, elements, row of numbers, place of bits
   const int* chunks;         // (all, 2): array, first element / CHUNK
   const long long* outs;     // (all): pointers as in sources, to where the values go as well; or null
   int first_tensor, first_chunk;
-  long long sources[SOURCES];  // of the arrays from first_tensor on. An odd one is of bf16 and one less, the others of A
+  long long sources[SOURCES];  // of the arrays from first_tensor on. An odd one is of bf16 and one less, others of A
 };
 
 static_assert(sizeof(Work) == 32 + 8 * SOURCES, "the host packs it without gaps");

@@ -1,5 +1,6 @@
-// Group normalization of channels-last activations, forward and gradient; layer normalization is one group and one position
-// a sample. A block owns one group of one sample: it reads its values three times, which stay in a cache, and sums in A.
+// Group normalization of channels-last activations, forward and gradient; layer normalization is one group and one
+// position a sample. A block owns one group of one sample: it reads its values three times, which stay in a cache, and
+// sums in A.
 #include "real.cuh"
 #include "types.cuh"
 
@@ -18,12 +19,13 @@ __device__ A block_sum(A value) {
 }
 
 // out = (x - mean) / sqrt(variance + eps) * weight + bias. Grid (samples, groups).
-extern "C" __global__ void __launch_bounds__(THREADS) NAME(group_norm)(const T* x,       // (samples, positions, channels)
-                                                                       const A* weight,  // (channels)
-                                                                       const A* bias,    // (channels)
-                                                                       T* out,           // like x, or null
-                                                                       A* stats,  // (samples, groups, 2): mean, 1 / deviation
-                                                                       A eps, int positions, int channels, int groups) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    NAME(group_norm)(const T* x,       // (samples, positions, channels)
+                     const A* weight,  // (channels)
+                     const A* bias,    // (channels)
+                     T* out,           // like x, or null
+                     A* stats,         // (samples, groups, 2): mean, 1 / deviation
+                     A eps, int positions, int channels, int groups) {
   const int width = channels / groups, first = blockIdx.y * width, count = positions * width;
   const T* from = x + (long long)blockIdx.x * positions * channels + first;
   A sum = A(0);
@@ -48,14 +50,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) NAME(group_norm)(const T* 
   }
 }
 
-// With n = (x - mean) / deviation and h = g * weight: dx = (h - mean(h) - n * mean(h * n)) / deviation, and the terms g * n
-// whose column sum is the gradient of the weight. Grid (samples, groups).
-extern "C" __global__ void __launch_bounds__(THREADS) NAME(group_norm_d)(const T* g, const T* x,  // (samples, positions, channels)
-                                                                         const A* weight,         // (channels)
-                                                                         const A* stats,          // (samples, groups, 2)
-                                                                         T* dx,
-                                                                         A* terms,  // like x, or null
-                                                                         int positions, int channels, int groups) {
+// With n = (x - mean) / deviation and h = g * weight: dx = (h - mean(h) - n * mean(h * n)) / deviation, and the terms
+// g * n whose column sum is the gradient of the weight. Grid (samples, groups).
+extern "C" __global__ void __launch_bounds__(THREADS)
+    NAME(group_norm_d)(const T* g, const T* x,  // (samples, positions, channels)
+                       const A* weight,         // (channels)
+                       const A* stats,          // (samples, groups, 2)
+                       T* dx, A* terms,         // like x; terms may be null
+                       int positions, int channels, int groups) {
   const int width = channels / groups, first = blockIdx.y * width, count = positions * width;
   const long long start = (long long)blockIdx.x * positions * channels + first;
   const A* mine = stats + 2 * ((long long)blockIdx.x * groups + blockIdx.y);

@@ -1,13 +1,14 @@
-// Group normalization where groups are large: the positions of a sample are cut into parts, a block each, so that a wide
-// image fills the device, and every row of channels is read as it lies. Means and squares of parts are joined as Chan,
-// Golub & LeVeque 1979 do, around each part's own mean, in an order that the sizes alone decide. Grids (samples, parts).
+// Group normalization where groups are large: the positions of a sample are cut into parts, a block each, so that a
+// wide image fills the device, and every row of channels is read as it lies. Means and squares of parts are joined as
+// Chan, Golub & LeVeque 1979 do, around each part's own mean, in an order that the sizes alone decide. Grids (samples,
+// parts).
 #include "each.cuh"
 #include "real.cuh"
 
 constexpr int THREADS = 256;
 
-// The positions of this block, and V channels of each that a thread owns at a time: `columns` threads side by side, `rows`
-// positions at once.
+// The positions of this block, and V channels of each that a thread owns at a time: `columns` threads side by side,
+// `rows` positions at once.
 template <int V>
 struct Walk {
   int channels, first, last, columns, rows, column, row;
@@ -32,8 +33,8 @@ struct Walk {
   }
 };
 
-// sums[c] = the sum over the block's positions of what values(c), made once a channel, adds for each: a function of V sums,
-// those of the channels from c on, and a position. lane: (THREADS * V), shared. All threads call it.
+// sums[c] = the sum over the block's positions of what values(c), made once a channel, adds for each: a function of V
+// sums, those of the channels from c on, and a position. lane: (THREADS * V), shared. All threads call it.
 template <int V, class F>
 __device__ __forceinline__ void column_sums(const Walk<V>& walk, A* lane, A* sums, F values) {
   walk.channels_of([&](int c, bool valid) {
@@ -210,8 +211,9 @@ __device__ __forceinline__ void slopes_of(const T* g, const T* x, const A* weigh
   }
 }
 
-// With n = (x - mean) / deviation, of this block's part: the sums over each group of g * weight and of g * weight * n; and
-// over each channel of g * n, whose sum over parts and samples is the gradient of the weight. Shared: 2 * channels of A.
+// With n = (x - mean) / deviation, of this block's part: the sums over each group of g * weight and of g * weight * n;
+// and over each channel of g * n, whose sum over parts and samples is the gradient of the weight. Shared: 2 * channels
+// of A.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
     NAME(norm_parts_d)(const T* g, const T* x, const A* weight, const A* stats,
                        A* parts,   // (samples, parts, groups, 2)

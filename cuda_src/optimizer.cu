@@ -1,6 +1,6 @@
-// A step of an optimizer over all factors at once: masters T, state A, in flat buffers; gradients where they are. Masters of
-// bf16 have no wide copy: they are rounded stochastically. The sums over all gradients take two launches, the partial sums
-// of the chunks and their sum, in an order that the sizes alone decide.
+// A step of an optimizer over all factors at once: masters T, state A, in flat buffers; gradients where they are.
+// Masters of bf16 have no wide copy: they are rounded stochastically. The sums over all gradients take two launches,
+// the partial sums of the chunks and their sum, in an order that the sizes alone decide.
 #include "multi_tensor.cuh"
 
 constexpr int FINISH = 1024;  // threads of the one block that sums the partial sums
@@ -147,9 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 struct Prodigy {
   A scale;  // d / d0
   AdamW adam;
-  __device__ __forceinline__ void operator()(A& p, A g, A (&state)[2]) const {
-    adam(p, g * scale, state);
-  }
+  __device__ __forceinline__ void operator()(A& p, A g, A (&state)[2]) const { adam(p, g * scale, state); }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS)

@@ -2,11 +2,11 @@
 //
 //   dw[t, i, o] = scale * sum over positions p and blocks b of x[pixel(p, t), b * I + i] * g[p, b * O + o]
 //
-// Both operands lie with their channels in a row, which is along the sides of the product, not along its inner axis; the
-// warpgroup products take them so. Positions are split over blocks, whose sums are added afterwards in a fixed order
-// (conv_dw_sum of conv.cu). One warpgroup copies 64 positions at a time into a ring of stages, the others multiply: each
-// has 64 rows of its own, of any tap, so that a few channels fill a tile with the taps side by side, and all of them read
-// the same g.
+// Both operands lie with their channels in a row, which is along the sides of the product, not along its inner axis;
+// the warpgroup products take them so. Positions are split over blocks, whose sums are added afterwards in a fixed
+// order (conv_dw_sum of conv.cu). One warpgroup copies 64 positions at a time into a ring of stages, the others
+// multiply: each has 64 rows of its own, of any tap, so that a few channels fill a tile with the taps side by side, and
+// all of them read the same g.
 //
 // only sm_90a
 // variants bf16: WORKERS=2 TILE_N=40 | WORKERS=2 TILE_N=64 | WORKERS=2 TILE_N=80 | WORKERS=2 TILE_N=128

@@ -1,5 +1,5 @@
-// Bilinear resize of channels-last images and its adjoint. Where an output lies between two inputs is a fraction of whole
-// numbers, so that forward, gradient and NumPy never disagree about its neighbours; a thread owns one value.
+// Bilinear resize of channels-last images and its adjoint. Where an output lies between two inputs is a fraction of
+// whole numbers, so that forward, gradient and NumPy never disagree about its neighbours; a thread owns one value.
 #include "types.cuh"
 
 // One axis: output o lies at max(numerator(o), 0) / denominator inputs.

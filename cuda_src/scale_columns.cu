@@ -1,5 +1,6 @@
 // Columns scaled by a vector: an activation's with what stands beside it in one pass, and a small weight's, repeated.
-// A thread owns VEC columns and walks down the rows, so that what belongs to a column is read once and nothing is divided.
+// A thread owns VEC columns and walks down the rows, so that what belongs to a column is read once and nothing is
+// divided.
 //
 // variants bf16: VEC=8 | VEC=1
 // variants f32: VEC=4 | VEC=1
@@ -37,7 +38,8 @@ extern "C" __global__ void __launch_bounds__(LANES* ROWS) NAME(scale_columns)(co
   }
 }
 
-// dy = c * g, and partial[part][column] = sum over the rows of one part of g * (y - bias). Grid (columns / (32 * VEC), parts).
+// dy = c * g, and partial[part][column] = sum over the rows of one part of g * (y - bias). Grid (columns / (32 * VEC),
+// parts).
 extern "C" __global__ void __launch_bounds__(LANES* ROWS) NAME(scale_columns_d)(const T* g,     // (rows, columns)
                                                                                 const T* y,     // (rows, columns)
                                                                                 const A* c,     // (columns)
@@ -82,8 +84,7 @@ extern "C" __global__ void __launch_bounds__(LANES* ROWS) NAME(scale_columns_d)(
   }
   if (threadIdx.y == 0 && inside)
 #pragma unroll
-    for (int v = 0; v < VEC; v++)
-      partial[(long long)blockIdx.y * columns + first + v] = lane[0][threadIdx.x * VEC + v];
+    for (int v = 0; v < VEC; v++) partial[(long long)blockIdx.y * columns + first + v] = lane[0][threadIdx.x * VEC + v];
 }
 
 // out[r][j] = c[j] * w[r][j % K], j < N = L * K. Grid (N / 256, up to 65535 rows).

@@ -1,5 +1,5 @@
-// Softmax over the last axis, its gradient, and the softmax of attention's scores; sums in A. A team of threads owns a row:
-// blockDim.x of them (a warp, or 256), blockDim.y rows a block. Grid (rows / blockDim.y).
+// Softmax over the last axis, its gradient, and the softmax of attention's scores; sums in A. A team of threads owns a
+// row: blockDim.x of them (a warp, or 256), blockDim.y rows a block. Grid (rows / blockDim.y).
 #include "real.cuh"
 #include "types.cuh"
 

@@ -1,5 +1,5 @@
-// Squared norms of a weight (rows, columns) with a change beside it, per column or per row, their gradient, and what is left of
-// a low-rank norm after its products: a dot product a column or a row.
+// Squared norms of a weight (rows, columns) with a change beside it, per column or per row, their gradient, and what is
+// left of a low-rank norm after its products: a dot product a column or a row.
 #include "types.cuh"
 
 constexpr int LANES = 32, ROWS = 8;
@@ -10,8 +10,8 @@ __device__ __forceinline__ A changed(const T* weight, const A* delta, long long 
 
 // partial[part][c] = sum over the rows of one part of (weight + delta)^2. Grid (columns / 32, parts).
 extern "C" __global__ void __launch_bounds__(LANES* ROWS) NAME(square_columns)(const T* weight,  // (rows, columns)
-                                                                               const A* delta,  // the same, or null
-                                                                               A* partial,  // (gridDim.y, columns)
+                                                                               const A* delta,   // the same, or null
+                                                                               A* partial,       // (gridDim.y, columns)
                                                                                long long rows, int columns) {
   __shared__ A lane[ROWS][LANES];
   const int c = blockIdx.x * LANES + threadIdx.x;
@@ -46,8 +46,8 @@ extern "C" __global__ void __launch_bounds__(LANES* ROWS) NAME(square_rows)(cons
 }
 
 // out = 2 * g * (weight + delta), g by column or, by_row, by row. Grid (columns / 256, up to 65535 rows).
-extern "C" __global__ void __launch_bounds__(256) NAME(square_d)(const A* g, const T* weight, const A* delta, A* out,
-                                                                 long long rows, int columns, int by_row) {
+extern "C" __global__ void __launch_bounds__(256)
+    NAME(square_d)(const A* g, const T* weight, const A* delta, A* out, long long rows, int columns, int by_row) {
   const int c = blockIdx.x * 256 + threadIdx.x;
   if (c >= columns) return;
   for (long long r = blockIdx.y; r < rows; r += gridDim.y)
@@ -76,10 +76,10 @@ extern "C" __global__ void __launch_bounds__(128) NAME(dot_columns)(const T* own
 }
 
 // out[r] = sum of the terms of a row: columns are ranks. Grid (rows / 128).
-extern "C" __global__ void __launch_bounds__(128) NAME(dot_rows)(const T* own, const A* cross, const A* through,
-                                                                 const A* scale,
-                                                                 A* out,  // (rows)
-                                                                 long long rows, int columns) {
+extern "C" __global__ void __launch_bounds__(128)
+    NAME(dot_rows)(const T* own, const A* cross, const A* through, const A* scale,
+                   A* out,  // (rows)
+                   long long rows, int columns) {
   const long long r = blockIdx.x * 128LL + threadIdx.x;
   if (r >= rows) return;
   const A s = scale[0];

@@ -3,9 +3,9 @@
 //   dx[p, r] = sum over n of g[p, n] * w[r, n]        dw[r, n] = sum over p of x[p, r] * g[p, n]
 //   gc[p, n] = c[n] * g[p, n]                         dc[n]    = sum over p of g[p, n] * z[p, n]
 //
-// g and z are as wide as a layer and read from memory once; x and w are RANKS wide. A block owns CHUNK columns and a strip of
-// rows, which it walks down tile by tile through a ring of stages. It keeps its part of dw in registers and adds up its
-// part of dx for each tile; `thin_sum` adds the parts in a fixed order.
+// g and z are as wide as a layer and read from memory once; x and w are RANKS wide. A block owns CHUNK columns and a
+// strip of rows, which it walks down tile by tile through a ring of stages. It keeps its part of dw in registers and
+// adds up its part of dx for each tile; `thin_sum` adds the parts in a fixed order.
 //
 // variants bf16: RANKS=16 SLICES=5 SCALED=0 | RANKS=16 SLICES=6 SCALED=0
 // variants bf16: RANKS=32 SLICES=5 SCALED=0 | RANKS=32 SLICES=6 SCALED=0
@@ -28,9 +28,10 @@ __device__ __forceinline__ unsigned place(int row, int chunk) {
   return (row * ROW_CHUNKS + (chunk ^ (row & 7))) * 16;
 }
 
-// One tile of a (rows, columns) matrix, from `row` and `column` on; zeros outside. Eight threads a row, so that addresses
-// differ by constants.
-__device__ __forceinline__ void copy_tile(unsigned to, const bf16* from, long long row, long long rows, int column, int columns) {
+// One tile of a (rows, columns) matrix, from `row` and `column` on; zeros outside. Eight threads a row, so that
+// addresses differ by constants.
+__device__ __forceinline__ void copy_tile(unsigned to, const bf16* from, long long row, long long rows, int column,
+                                          int columns) {
   constexpr int STEP = THREADS / 8;
   const int r = threadIdx.x / 8, chunk = threadIdx.x % 8, n = column + chunk * 8;
   const bf16* source = from + (row + r) * columns + n;
@@ -83,7 +84,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int r = j * 8 + lane / 4, at = n + half * 8;
-        w_own[q][j][half] = r < ranks && at < columns ? *reinterpret_cast<const unsigned*>(w + (long long)r * columns + at) : 0;
+        w_own[q][j][half] =
+            r < ranks && at < columns ? *reinterpret_cast<const unsigned*>(w + (long long)r * columns + at) : 0;
       }
     if (SCALED)
 #pragma unroll
@@ -199,9 +201,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     }
 }
 
-// The sums of the parts, in a fixed order: dx = scale * sum, rounded; dw = scale * sum; dc = sum. The first `thin_blocks` blocks
-// do dx, an element a thread (none where it has one part: then it is written already); the others dw and dc, whose elements are
-// shared by `shares` threads each, for they may be few and have many parts.
+// The sums of the parts, in a fixed order: dx = scale * sum, rounded; dw = scale * sum; dc = sum. The first
+// `thin_blocks` blocks do dx, an element a thread (none where it has one part: then it is written already); the others
+// dw and dc, whose elements are shared by `shares` threads each, for they may be few and have many parts.
 extern "C" __global__ void __launch_bounds__(256)
     NAME(thin_sum)(const float* dx_parts, const float* dw_parts, const float* dc_parts,  // dc_parts: null without c
                    const float* scale,                                                   // (1,), or null for 1

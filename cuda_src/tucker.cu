@@ -2,8 +2,8 @@
 // written to memory.
 #include "low_rank.cuh"
 
-// Grid (outputs / 64, inputs / 64, taps), 256 threads. The rows of down @ mid[t] that the tile needs are made 16 ranks at a
-// time in shared memory and multiplied at once: Q / 64 of the tile's own work is done again by each tile of a row.
+// Grid (outputs / 64, inputs / 64, taps), 256 threads. The rows of down @ mid[t] that the tile needs are made 16 ranks
+// at a time in shared memory and multiplied at once: Q / 64 of the tile's own work is done again by each tile of a row.
 extern "C" __global__ void __launch_bounds__(256) NAME(tucker_weight)(const T* down,   // (inputs, Q)
                                                                       const T* mid,    // (taps, Q, P)
                                                                       const T* up,     // (P, outputs)

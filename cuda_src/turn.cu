@@ -1,8 +1,8 @@
 // Blocks of columns turned: each row of y, block by block, times a small matrix of that block.
 //
-// A thread owns one column of ROWS rows at a time: an entry of the matrices is read once for all of them, and the rows wait in
-// shared memory. Columns of a thread block are whole blocks (several where they are narrow), or a part of one wide block,
-// whose inputs then pass in chunks.
+// A thread owns one column of ROWS rows at a time: an entry of the matrices is read once for all of them, and the rows
+// wait in shared memory. Columns of a thread block are whole blocks (several where they are narrow), or a part of one
+// wide block, whose inputs then pass in chunks.
 //
 // variants bf16 f32: ROWS=16 NEAR=16
 // variants f64: ROWS=4 NEAR=8
@@ -10,7 +10,8 @@
 
 constexpr int LANES = 256;
 
-// Columns of one thread block: `tile` of them, from `first`. tile is a multiple of B, or less than B and within one block.
+// Columns of one thread block: `tile` of them, from `first`. tile is a multiple of B, or less than B and within one
+// block.
 struct Tile {
   int first, column, start, n;  // start: of the block that `column` lies in; n: B
   bool inside;
@@ -26,15 +27,15 @@ struct Tile {
   }
 };
 
-// out = add + scale * (y - bias) F of each block, F[n][k * B + m] its entry (n, m); or F^T when turned. Grid (tiles, shares of
-// the rows).
-extern "C" __global__ void __launch_bounds__(LANES) NAME(turn_blocks)(const T* y,        // (rows, columns)
-                                                                      const A* matrices,  // (B, columns)
-                                                                      const T* bias,      // (columns) or null
-                                                                      const T* add,       // (rows, columns) or null
-                                                                      const A* scale,     // (1) or null
-                                                                      T* out, long long rows, int columns, int B, int tile,
-                                                                      int turned) {
+// out = add + scale * (y - bias) F of each block, F[n][k * B + m] its entry (n, m); or F^T when turned. Grid (tiles,
+// shares of the rows).
+extern "C" __global__ void __launch_bounds__(LANES)
+    NAME(turn_blocks)(const T* y,         // (rows, columns)
+                      const A* matrices,  // (B, columns)
+                      const T* bias,      // (columns) or null
+                      const T* add,       // (rows, columns) or null
+                      const A* scale,     // (1) or null
+                      T* out, long long rows, int columns, int B, int tile, int turned) {
   __shared__ A seen[ROWS][LANES];
   const Tile at(columns, B, tile);
   const A s = scale ? scale[0] : A(1);
@@ -67,8 +68,8 @@ extern "C" __global__ void __launch_bounds__(LANES) NAME(turn_blocks)(const T* y
   }
 }
 
-// partial[part][n][k * B + m] = sum over the rows r of one part of (y - bias)[r][k * B + n] * g[r][k * B + m], for NEAR rows n
-// of each matrix. Grid (tiles, parts, B / NEAR).
+// partial[part][n][k * B + m] = sum over the rows r of one part of (y - bias)[r][k * B + n] * g[r][k * B + m], for NEAR
+// rows n of each matrix. Grid (tiles, parts, B / NEAR).
 extern "C" __global__ void __launch_bounds__(LANES) NAME(turn_blocks_d)(const T* g, const T* y,  // (rows, columns)
                                                                         const T* bias,           // (columns) or null
                                                                         const A* scale,          // (1) or null

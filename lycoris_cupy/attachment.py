@@ -155,19 +155,41 @@ def _kept_in(adapter: Adapter, name: str, dtype):
     return wide_dtype(dtype) if adapter.factors()[name].wide else dtype
 
 
+class Attachments(dict[str, Attachment]):
+    """engine.attachments: adapter name -> Attachment, in the order they were attached. A name that
+    there is not is a MatchError.
+    """
+
+    def require_new(self, name: str) -> None:
+        if name in self:
+            raise LycorisError(
+                f"an adapter named {name!r} is attached already: detach it, or give another name"
+            )
+
+    def __missing__(self, name: str) -> Attachment:
+        raise MatchError(
+            f"no adapter named {name!r} is attached (attached: {', '.join(self) or 'none'})"
+        )
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            self.__missing__(name)
+        super().__delitem__(name)
+
+
 class Strengths(MutableMapping):
     """engine.strength: adapter name -> float. Setting one writes the device arrays that the routes
     read.
     """
 
-    def __init__(self, attachments: Mapping[str, Attachment]):
+    def __init__(self, attachments: Attachments):
         self._attachments = attachments
 
     def __getitem__(self, name: str) -> float:
-        return self._find(name).strength
+        return self._attachments[name].strength
 
     def __setitem__(self, name: str, value: float) -> None:
-        self._find(name).strength = value
+        self._attachments[name].strength = value
 
     def __delitem__(self, name: str) -> None:
         raise LycorisError(
@@ -182,11 +204,3 @@ class Strengths(MutableMapping):
 
     def __repr__(self) -> str:
         return repr(dict(self))
-
-    def _find(self, name: str) -> Attachment:
-        if name not in self._attachments:
-            raise MatchError(
-                f"no adapter named {name!r} is attached (attached: "
-                f"{', '.join(self._attachments) or 'none'})"
-            )
-        return self._attachments[name]

@@ -8,26 +8,32 @@ step          the number of a training step, a whole number or (1,) uint32: with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from .arrays import Array, to_device
+from .arrays import Array, to_device, wide_dtype
+from .attachment import Attachment
 from .errors import LycorisError, ShapeError
-from .graph import capture
-
-ARRAYS = ("noise_level", "step")  # conditions that are arrays, and so inputs of a captured graph
 
 
 def checked(
-    conditions: Mapping[str, Any], read: Set[str], device: str, dtype: np.dtype
+    conditions: Mapping[str, Any], attachments: Mapping[str, Attachment], device: str, dtype
 ) -> dict[str, Any]:
-    """The conditions as algorithms take them. read: those that the attached algorithms know.
+    """The conditions as the attached algorithms take them, in an engine of this device and dtype.
 
     Raises LycorisError for one that none reads, or that is out of range; values on a GPU are not
     looked at.
     """
+    if not conditions:  # at each replay of a graph
+        return {}
+    read = {
+        name
+        for attached in attachments.values()
+        for kind in set(map(type, attached.adapters.values()))
+        for name in kind.conditions
+    }
     out: dict[str, Any] = {}
     for name, value in conditions.items():
         if name == "step":
@@ -38,8 +44,8 @@ def checked(
                 f"forward was given {name}, which no attached adapter reads "
                 f"(they read: {', '.join(sorted(read)) or 'nothing'})"
             )
-        if name in ARRAYS:
-            out[name] = _levels(value, device, dtype)
+        if name == "noise_level":
+            out[name] = _levels(value, device, wide_dtype(dtype))
         elif len(value) != 2 or not all(isinstance(v, (int, np.integer)) for v in value):
             raise LycorisError(f"{name} is {value!r}, expected two whole numbers (first, last)")
         else:
@@ -74,42 +80,3 @@ def _levels(value: Any, device: str, dtype: np.dtype) -> Array:
                 "1 (pure noise): divide the timestep by the number of timesteps"
             )
     return to_device(value.reshape(-1), device).astype(dtype)
-
-
-class _Conditioned:
-    """An engine whose array conditions are inputs, behind its own: what `graph.capture` takes."""
-
-    def __init__(self, engine, names: Sequence[str], fixed: Mapping[str, Any]):
-        self.engine, self.names, self.fixed = engine, names, fixed
-        self.device = engine.device
-
-    def _inputs(self, given: Sequence[Array]) -> list[Array]:
-        split = len(given) - len(self.names)
-        conditions = self.engine._conditions(dict(zip(self.names, given[split:], strict=True)))
-        return [*self.engine._inputs(given[:split]), *conditions.values()]
-
-    def forward(self, *arrays: Array) -> Any:
-        split = len(arrays) - len(self.names)
-        conditions = dict(zip(self.names, arrays[split:], strict=True))
-        return self.engine.forward(*arrays[:split], **conditions, **self.fixed)
-
-
-def captured(engine, inputs: Sequence[Array], conditions: Mapping[str, Any]) -> Callable[..., Any]:
-    """See Engine.capture."""
-    names = [name for name in conditions if name in ARRAYS]
-    if not conditions:
-        return capture(engine, inputs)
-    fixed = {name: value for name, value in conditions.items() if name not in ARRAYS}
-    step = capture(
-        _Conditioned(engine, names, fixed), [*inputs, *(conditions[name] for name in names)]
-    )
-
-    def run(*given: Array, **levels: Array) -> Any:
-        if set(levels) != set(names):
-            raise LycorisError(
-                f"captured with {', '.join(names) or 'no arrays'}, called with "
-                f"{', '.join(levels) or 'none'}"
-            )
-        return step(*given, *(levels[name] for name in names))
-
-    return run

@@ -13,48 +13,34 @@ gradients are asked for.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 from .adapters import Dropout, truncated
-from .adapters.join import forward
-from .arrays import (
-    Array,
-    bf16,
-    device_context,
-    dtype_of,
-    is_index,
-    require_float,
-    resolve_device,
-    to_device,
-    wide_dtype,
-)
-from .attachment import Attachment, Strengths
-from .conditions import captured, checked
-from .errors import LycorisError, MatchError
-from .explain import explain
+from .arrays import Array, bf16, device_context, dtype_of, resolve_device
+from .attachment import Attachment, Attachments, Strengths
+from .conditions import checked
+from .errors import LycorisError
+from .explain import explain, products
 from .gradients import vjp
-from .graph import capture_step
+from .graph import capture, capture_step
+from .inputs import inputs_of
 from .io.adapter_file import read_adapter, write_adapter
 from .io.report import LoadReport
-from .kernels import asking, load_all
+from .kernels import compile_ahead
 from .layers import Layer, LayerShape
 from .merged import merged_layers
-from .ops.elementwise import cast
-from .plan import recording
 from .recipe import AddReport, Recipe
 from .recipe.adding import new_attachment
-from .tape import Var
-
-Topology = Callable[..., Any]
+from .topology import Topology, caller, chain, in_order
 
 
 def _on_device(method):
     """Runs a method of Engine with the engine's GPU as the current one."""
 
-    @functools.wraps(method)
+    @wraps(method)
     def run(self, *args, **options):
         with device_context(self.device):
             return method(self, *args, **options)
@@ -83,8 +69,8 @@ class Engine:
         self.device = resolve_device(device)
         self.dtype = dtype_of(dtype)
         self.layers = {name: layer.to(self.device, self.dtype) for name, layer in layers.items()}
-        self.topology = topology or _in_order(list(layers))
-        self.attachments: dict[str, Attachment] = {}
+        self.topology = topology or in_order(list(layers))
+        self.attachments = Attachments()
         self.strength = Strengths(self.attachments)
 
     @classmethod
@@ -92,14 +78,7 @@ class Engine:
         """A chain of layers, named '0', '1', ... by their place, and of functions of one array
         between them.
         """
-        layers = {str(i): step for i, step in enumerate(steps) if isinstance(step, Layer)}
-
-        def topology(call, x):
-            for i, step in enumerate(steps):
-                x = call(str(i), x) if isinstance(step, Layer) else step(x)
-            return x
-
-        return cls(layers, topology, **options)
+        return cls(*chain(steps), **options)
 
     @property
     def shapes(self) -> dict[str, LayerShape]:
@@ -134,7 +113,7 @@ class Engine:
         those of Flux and CLIP-G are known.
         """
         name = name if name is not None else Path(path).stem
-        self._require_new(name)
+        self.attachments.require_new(name)
         found, report = read_adapter(
             path,
             self.shapes,
@@ -175,7 +154,7 @@ class Engine:
         sequence of the names of the layers that got an adapter; `text()` has the rest. A pattern
         that brings no layer is an error.
         """
-        self._require_new(name)
+        self.attachments.require_new(name)
         wanted = Recipe.of(recipe, targets, {"rank": rank, "alpha": alpha} | options)
         made = new_attachment(name, wanted, self.layers, self.device, self.dtype, seed, strength)
         self.attachments[name], report = made
@@ -183,11 +162,11 @@ class Engine:
 
     def detach(self, name: str) -> None:
         """Take an adapter off again; the layers were never changed."""
-        del self.attachments[self._known(name)]
+        del self.attachments[name]
 
     def parameters(self, name: str) -> dict[str, dict[str, Array]]:
         """The factors of an adapter: layer -> factor -> the array itself, in Flame layout."""
-        return self.attachments[self._known(name)].parameters
+        return self.attachments[name].parameters
 
     def set_dropout(
         self,
@@ -206,7 +185,7 @@ class Engine:
         layers have different algorithms, each drops what it has; LycorisError for what none has.
         """
         knobs = Dropout(dropout, rank_dropout, rank_dropout_scale, module_dropout, seed)
-        self.attachments[self._known(name)].dropout = knobs
+        self.attachments[name].dropout = knobs
 
     @_on_device
     def set_parameters(self, name: str, values: Mapping[str, Mapping[str, Array]]) -> None:
@@ -214,7 +193,7 @@ class Engine:
 
         The arrays stay the same, so that captured graphs see the values.
         """
-        self.attachments[self._known(name)].set(values)
+        self.attachments[name].set(values)
 
     def save_adapter(
         self,
@@ -230,7 +209,7 @@ class Engine:
         In the engine's dtype unless told otherwise. rank: cut LoCon and DyLoRA to this rank; alpha
         stays. Written beside the target and renamed.
         """
-        adapters = self.attachments[self._known(name)].on_host()
+        adapters = self.attachments[name].on_host()
         if rank is not None:
             adapters = {layer: truncated(*pair, rank) for layer, pair in adapters.items()}
         write_adapter(path, adapters, dtype=dtype, metadata=metadata)
@@ -248,7 +227,7 @@ class Engine:
         arrays = self._inputs(inputs)
         conditions = self._conditions(conditions)
         views = {name: attached.canonical() for name, attached in self.attachments.items()}
-        return self.topology(lambda name, x: self._call(name, x, views, conditions), *arrays)
+        return self._run(arrays, views, conditions)
 
     @_on_device
     def vjp(self, *inputs: Array, **conditions) -> tuple[Any, Callable[[Array], tuple[Any, dict]]]:
@@ -259,16 +238,9 @@ class Engine:
         f32 (f64 in an f64 engine), unscaled by any loss: to sit inside somebody else's backward
         pass. conditions: as for `forward`.
         """
-        conditions = self._conditions(conditions)
-
-        def run(watched, views):
-            return self.topology(lambda name, x: self._call(name, x, views, conditions), *watched)
-
-        def taken(dy, dtype):
-            return self._inputs([dy], dtype)[0]
-
+        run = partial(self._run, conditions=self._conditions(conditions))
         arrays = self._inputs(inputs)
-        return vjp(run, arrays, dict(self.attachments), self.device, self.dtype, taken)
+        return vjp(run, arrays, dict(self.attachments), self.device, self.dtype)
 
     @_on_device
     def merged(self) -> Engine:
@@ -289,7 +261,7 @@ class Engine:
         detaching needs a new capture. On the CPU there is nothing to capture and the callable runs
         `forward`.
         """
-        return captured(self, self._inputs(inputs), self._conditions(conditions))
+        return capture(self, inputs, conditions)
 
     @_on_device
     def capture_step(
@@ -310,11 +282,7 @@ class Engine:
         `lr` needs no new capture. Targets keep their dtype. Capturing takes no step. conditions: as
         for `capture`, but for `step`, which is the optimizer's.
         """
-        self._known(name)
-        if "step" in conditions:
-            raise LycorisError("capture_step: the step is the optimizer's own, leave it out")
-        known = self._conditions(conditions)
-        return capture_step(self, name, loss, optimizer, self._inputs(inputs), targets, known)
+        return capture_step(self, name, loss, optimizer, inputs, targets, conditions)
 
     @_on_device
     def explain(self, *inputs: Array, **conditions) -> str:
@@ -326,11 +294,7 @@ class Engine:
         text = explain(self.layers, self.attachments)
         if not inputs:
             return text
-        with recording() as choices:
-            self.forward(*inputs, **conditions)
-        if self.device == "cpu":
-            return f"{text}\nproducts: by NumPy and its BLAS"
-        return "\n".join([text, "products, in order:", *(f"  {choice}" for choice in choices)])
+        return f"{text}\n{products(partial(self.forward, *inputs, **conditions), self.device)}"
 
     @_on_device
     def warmup(self, *inputs: Array, workers: int | None = None, **conditions) -> int:
@@ -346,65 +310,13 @@ class Engine:
             y, pullback = self.vjp(*inputs, **conditions)
             pullback(y)
 
-        with asking() as asked:
-            run()
-        count = load_all(asked, workers)
-        run()  # what CuPy compiles itself, and cuBLASLt's choices
-        return count
+        return compile_ahead(run, workers)
 
-    def _call(self, name: str, x, views, conditions):
-        if name not in self.layers:
-            raise MatchError(
-                f"the topology calls layer {name!r}, the engine has {', '.join(self.layers)}"
-            )
-        layer = self.layers[name]
-        try:
-            parts = [
-                attached.part(name, views[attached_name][name], conditions)
-                for attached_name, attached in self.attachments.items()
-                if name in attached.adapters
-            ]
-            return forward(layer, x, parts)
-        except LycorisError as error:
-            raise type(error)(f"layer {name!r}, {layer.shape}: {error}") from error
+    def _run(self, arrays: Sequence, views: Mapping[str, Mapping], conditions: Mapping) -> Any:
+        return self.topology(caller(self.layers, self.attachments, views, conditions), *arrays)
 
-    def _conditions(self, conditions: Mapping[str, Any]) -> dict[str, Any]:
-        kinds = {a for at in self.attachments.values() for a in map(type, at.adapters.values())}
-        read = {name for kind in kinds for name in kind.conditions}
-        return checked(conditions, read, self.device, wide_dtype(self.dtype))
+    def _inputs(self, given: Sequence[Array]) -> list[Array]:
+        return inputs_of(given, self.device, self.dtype)
 
-    def _inputs(self, inputs: Sequence[Array], dtype=None) -> list[Array]:
-        out = []
-        for i, x in enumerate(inputs):
-            if isinstance(x, Var):
-                raise LycorisError(
-                    "the engine makes its own tape: give plain arrays, and use vjp for gradients"
-                )
-            x = to_device(x, self.device)
-            if dtype is None and is_index(x):
-                out.append(x)  # tokens, masks
-                continue
-            require_float(x, f"input {i}")
-            out.append(cast(x, dtype or self.dtype))
-        return out
-
-    def _require_new(self, name: str) -> None:
-        if name in self.attachments:
-            raise LycorisError(
-                f"an adapter named {name!r} is attached already: detach it, or give another name"
-            )
-
-    def _known(self, name: str) -> str:
-        if name not in self.attachments:
-            have = ", ".join(self.attachments) or "none"
-            raise MatchError(f"no adapter named {name!r} is attached (attached: {have})")
-        return name
-
-
-def _in_order(names: list[str]) -> Topology:
-    def topology(call, x):
-        for name in names:
-            x = call(name, x)
-        return x
-
-    return topology
+    def _conditions(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        return checked(given, self.attachments, self.device, self.dtype)

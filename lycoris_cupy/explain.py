@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from .adapters import Adapter
 from .attachment import Attachment
 from .layers import Layer
+from .plan import recording
 
 
 def explain(layers: Mapping[str, Layer], attachments: Mapping[str, Attachment]) -> str:
@@ -19,6 +21,15 @@ def explain(layers: Mapping[str, Layer], attachments: Mapping[str, Attachment]) 
             if name in attached.adapters:
                 lines.append(f"  {attached_name}: {describe(attached.adapters[name], own)}")
     return "\n".join(lines)
+
+
+def products(run: Callable[[], Any], device: str) -> str:
+    """The products of run(): the way that the planner chose for each, and by what estimates."""
+    with recording() as choices:
+        run()
+    if device == "cpu":
+        return "products: by NumPy and its BLAS"
+    return "\n".join(["products, in order:", *(f"  {choice}" for choice in choices)])
 
 
 def describe(adapter: Adapter, own: int) -> str:

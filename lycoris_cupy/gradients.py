@@ -8,6 +8,7 @@ from typing import Any
 from .arrays import Array, device_context, is_index, module_of, wide_dtype
 from .attachment import Attachment
 from .errors import LycorisError
+from .inputs import cotangent_of
 from .ops.elementwise import cast
 from .tape import Tape, Var, value_of
 
@@ -18,13 +19,11 @@ def vjp(
     attachments: Mapping[str, Attachment],
     device: str,
     dtype,
-    taken: Callable[[Array, Any], Array],
 ) -> tuple[Any, Callable[[Array], tuple[Any, dict]]]:
     """(y, pullback) of run(inputs, views), see `Engine.vjp`.
 
     run: the forward, on inputs, watched unless they are whole numbers or booleans, and on the
-    watched factors of each attachment, as `Attachment.canonical` lays them out. taken: what makes
-    an array of the device and a dtype of a cotangent.
+    watched factors of each attachment, as `Attachment.canonical` lays them out.
     """
     tape = Tape()
     watched = [x if is_index(x) else tape.watch(x) for x in inputs]
@@ -41,7 +40,7 @@ def vjp(
 
     def pullback(dy: Array):
         with device_context(device):
-            dy = taken(dy, y.dtype)
+            dy = cotangent_of(dy, device, y.dtype)
             if dy.shape != y.shape:
                 raise LycorisError(
                     f"dy has shape {tuple(dy.shape)}, expected that of y, {tuple(y.shape)}"

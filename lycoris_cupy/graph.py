@@ -8,7 +8,7 @@ they are: inputs, factors, strengths, an optimizer's state and its numbers for t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from .arrays import Array, device_context, to_device
@@ -90,36 +90,53 @@ class Captured:
             self.graph = self.stream.end_capture()
 
 
-def capture(engine, inputs: Sequence[Array]) -> Captured:
+def capture(engine, inputs: Sequence, conditions: Mapping[str, Any]) -> Callable[..., Any]:
     """See Engine.capture."""
-    return Captured(engine.forward, inputs, engine.device, engine._inputs)
+    levels, fixed = _split(engine._conditions(conditions))
+
+    def run(*arrays: Array) -> Any:
+        end = len(arrays) - len(levels)
+        return engine.forward(*arrays[:end], **_named(levels, arrays[end:]), **fixed)
+
+    def convert(given: Sequence) -> list[Array]:
+        end = len(given) - len(levels)
+        told = engine._conditions(_named(levels, given[end:]))
+        return [*engine._inputs(given[:end]), *told.values()]
+
+    made = Captured(run, convert([*inputs, *levels.values()]), engine.device, convert)
+    if not conditions:
+        return made
+
+    def replay(*given: Array, **told: Array) -> Any:
+        return made(*given, *_in_order(told, levels))
+
+    return replay
 
 
 def capture_step(
-    engine, name: str, loss, optimizer, inputs, targets, conditions: Mapping[str, Any]
+    engine, name: str, loss, optimizer, inputs: Sequence, targets, conditions: Mapping[str, Any]
 ) -> Callable[..., Array]:
-    """See Engine.capture_step. conditions: checked; their arrays are given anew at every step."""
-    count, factors = len(inputs), engine.parameters(name)
-    levels = [key for key, value in conditions.items() if hasattr(value, "dtype")]
-    fixed = {key: value for key, value in conditions.items() if key not in levels}
-    end = count + len(targets)
+    """See Engine.capture_step. Arrays of conditions are given anew at every step."""
+    count, end, factors = len(inputs), len(inputs) + len(targets), engine.parameters(name)
+    if "step" in conditions:
+        raise LycorisError("capture_step: the step is the optimizer's own, leave it out")
+    levels, fixed = _split(engine._conditions(conditions))
 
     # What is dropped is drawn from the step's number, which stays on the device.
     if any(attached.dropout for attached in engine.attachments.values()):
         fixed["step"] = optimizer.clock()
 
     def run(*arrays: Array) -> Array:
-        given = dict(zip(levels, arrays[end:], strict=True))
-        y, pullback = engine.vjp(*arrays[:count], **given, **fixed)
+        y, pullback = engine.vjp(*arrays[:count], **_named(levels, arrays[end:]), **fixed)
         value, dy = loss(y, *arrays[count:end])
         _, grads = pullback(dy)
         optimizer.apply(grads[name], out=factors)
         return value
 
-    def convert(given):
+    def convert(given: Sequence) -> list[Array]:
         # Targets are the loss's own affair: they keep their dtype.
         rest = (to_device(target, engine.device) for target in given[count:end])
-        told = engine._conditions(dict(zip(levels, given[end:], strict=True)))
+        told = engine._conditions(_named(levels, given[end:]))
         return [*engine._inputs(given[:count]), *rest, *told.values()]
 
     # Warming up takes steps; what they change is put back, also if the capture fails.
@@ -127,21 +144,37 @@ def capture_step(
     kept = optimizer.snapshot()
     try:
         optimizer.prepare()
-        first = [*inputs, *targets, *(conditions[key] for key in levels)]
-        made = Captured(run, convert(first), engine.device, convert)
+        first = convert([*inputs, *targets, *levels.values()])
+        made = Captured(run, first, engine.device, convert)
     finally:
         optimizer.restore(kept)
         engine.set_parameters(name, before)
 
     def step(*given: Array, **told: Array) -> Array:
-        if set(told) != set(levels if given else ()):
-            raise LycorisError(
-                f"captured with {', '.join(levels) or 'no conditions'}, called with "
-                f"{', '.join(told) or 'none'}"
-            )
+        arrays = _in_order(told, levels if given else ())
         with device_context(engine.device):
             optimizer.prepare()
-        return made(*given, *(told[key] for key in levels if given))
+        return made(*given, *arrays)
 
     step.captured = made
     return step
+
+
+def _split(conditions: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
+    """(arrays, which are inputs of the graph; what stays as it is), of checked conditions."""
+    levels = {name: value for name, value in conditions.items() if hasattr(value, "dtype")}
+    return levels, {name: value for name, value in conditions.items() if name not in levels}
+
+
+def _named(names: Iterable[str], arrays: Sequence[Array]) -> dict[str, Array]:
+    return dict(zip(names, arrays, strict=True))
+
+
+def _in_order(told: Mapping[str, Array], names: Collection[str]) -> list[Array]:
+    """Arrays told by name, in the order of the names they were captured with."""
+    if set(told) != set(names):
+        raise LycorisError(
+            f"captured with {', '.join(names) or 'no arrays'}, called with "
+            f"{', '.join(told) or 'none'}"
+        )
+    return [told[name] for name in names]

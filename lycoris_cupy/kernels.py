@@ -11,9 +11,10 @@ import contextlib
 import functools
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 
@@ -129,14 +130,19 @@ def asking() -> Iterator[list[Kernel]]:
         _asked.reset(token)
 
 
-def load_all(kernels: Iterable[Kernel], workers: int | None = None) -> int:
-    """Compile and load on the current device, in threads; how many were not loaded yet."""
+def compile_ahead(run: Callable[[], Any], workers: int | None = None) -> int:
+    """Compile and load what run() calls, on the current device, in threads; how many were not
+    loaded yet.
+    """
+    with asking() as asked:
+        run()
     device = _current_device()
-    needed = [k for k in dict.fromkeys(kernels) if device not in k._loaded]
+    needed = [k for k in dict.fromkeys(asked) if device not in k._loaded]
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda k: k.compile(device), needed))
     for k in needed:
         k.load()
+    run()  # what CuPy compiles itself, and cuBLASLt's choices
     return len(needed)
 
 

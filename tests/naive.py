@@ -23,23 +23,21 @@ def gathered(x, window):
         )
     ]
     seen = np.zeros((window.taps, x.shape[0], *out, x.shape[-1]))
-    for t, tap in enumerate(taps_of(window)):
-        for position in itertools.product(*(range(o) for o in out)):
-            source = [
-                o * s - p + k * d
-                for o, s, p, k, d in zip(
-                    position, window.stride, window.padding, tap, window.dilation, strict=True
-                )
-            ]
-            if all(0 <= c < n for c, n in zip(source, space, strict=True)):
-                seen[(t, slice(None), *position)] = x[(slice(None), *source)]
+    for t, position, source in _walk(window, space, out):
+        seen[(t, slice(None), *position)] = x[(slice(None), *source)]
     return seen
 
 
 def scattered(seen, window, space):
     """The adjoint of gathered: add what each tap holds to the position it saw."""
     x = np.zeros((seen.shape[1], *space, seen.shape[-1]))
-    out = seen.shape[2 : 2 + window.axes]
+    for t, position, source in _walk(window, space, seen.shape[2 : 2 + window.axes]):
+        x[(slice(None), *source)] += seen[(t, slice(None), *position)]
+    return x
+
+
+def _walk(window, space, out):
+    """(tap, position in out, position in space that it sees), where that is inside."""
     for t, tap in enumerate(taps_of(window)):
         for position in itertools.product(*(range(o) for o in out)):
             source = [
@@ -49,8 +47,7 @@ def scattered(seen, window, space):
                 )
             ]
             if all(0 <= c < n for c, n in zip(source, space, strict=True)):
-                x[(slice(None), *source)] += seen[(t, slice(None), *position)]
-    return x
+                yield t, position, source
 
 
 def grouped_weight(w, window):

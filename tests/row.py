@@ -8,6 +8,22 @@ from dataclasses import dataclass
 import numpy as np
 
 FACTOR = np.array([0.703125])  # exact in bf16
+# Of w1 (OL, IM) and w2 (taps, IN, OK); of taps, inputs, rank, outputs.
+KRONECKER = (
+    ("odd", (3, 2), (5, 7, 4)),
+    ("linear", (5, 4), (1, 6, 8)),
+    ("one", (1, 1), (1, 1, 1)),
+    ("tall", (17, 1), (4, 1, 37)),
+    ("empty", (3, 2), (1, 0, 5)),
+    ("large", (8, 6), (9, 40, 48)),
+)
+LOW_RANK = (
+    ("odd", 5, 7, 3, 11),
+    ("linear", 1, 24, 4, 40),
+    ("one", 1, 1, 1, 1),
+    ("rank 0", 2, 3, 0, 5),
+    ("large", 9, 70, 17, 131),
+)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from lycoris_cupy import ops
 from lycoris_cupy.ops.kron_square import _kron_cross
 from lycoris_cupy.ops.squares import _against_weight
 from tests import naive
-from tests.row import FACTOR, Row
+from tests.row import FACTOR, KRONECKER, LOW_RANK, Row
 
 
 def norm_rows():
@@ -20,13 +20,7 @@ def _square_rows():
     """Norms of a changed weight. In bf16 the cotangent that meets the frozen weight is rounded to
     it once: two roundings for its gradients.
     """
-    for name, taps, i, r, o in (
-        ("odd", 5, 7, 3, 11),
-        ("linear", 1, 24, 4, 40),
-        ("one", 1, 1, 1, 1),
-        ("rank 0", 2, 3, 0, 5),
-        ("large", 9, 70, 17, 131),
-    ):
+    for name, taps, i, r, o in LOW_RANK:
         for axis, length in (("output", o), ("input", i)):
             over = (0, 1) if axis == "output" else (0, 2)
             weight = (taps, i, o)
@@ -79,14 +73,7 @@ def _square_rows():
                 fixed=(1,),
                 gradient_roundings=2,
             )
-    for name, w1, w2 in (
-        ("odd", (3, 2), (5, 7, 4)),
-        ("linear", (5, 4), (1, 6, 8)),
-        ("one", (1, 1), (1, 1, 1)),
-        ("tall", (17, 1), (4, 1, 37)),
-        ("empty", (3, 2), (1, 0, 5)),
-        ("large", (8, 6), (9, 40, 48)),
-    ):
+    for name, w1, w2 in KRONECKER:
         (rows, blocks), (taps, n, k) = w1, w2
         weight = (taps, blocks * n, rows * k)
         for axis, over, length in (

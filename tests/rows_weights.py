@@ -7,7 +7,7 @@ import numpy as np
 from lycoris_cupy import ops
 from lycoris_cupy.ops.kron import _mix_blocks, mix_blocks_dw1
 from tests import naive
-from tests.row import FACTOR, Row
+from tests.row import FACTOR, KRONECKER, LOW_RANK, Row
 
 
 def weight_rows():
@@ -16,14 +16,7 @@ def weight_rows():
 
 
 def _kron_rows():
-    for name, w1, w2 in (
-        ("odd", (3, 2), (5, 7, 4)),
-        ("linear", (5, 4), (1, 6, 8)),
-        ("one", (1, 1), (1, 1, 1)),
-        ("tall", (17, 1), (4, 1, 37)),
-        ("empty", (3, 2), (1, 0, 5)),
-        ("large", (8, 6), (9, 40, 48)),
-    ):
+    for name, w1, w2 in KRONECKER:
         yield Row(
             "kron_weight",
             name,
@@ -84,13 +77,7 @@ def _kron_rows():
 
 
 def _weight_rows():
-    for name, taps, i, r, o in (
-        ("odd", 5, 7, 3, 11),
-        ("linear", 1, 24, 4, 40),
-        ("one", 1, 1, 1, 1),
-        ("rank 0", 2, 3, 0, 5),
-        ("large", 9, 70, 17, 131),
-    ):
+    for name, taps, i, r, o in LOW_RANK:
         q = r + 2
         size = taps * max(i, o) * max(r, 1)
         yield Row(

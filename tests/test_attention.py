@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lycoris_cupy import DtypeError, LycorisError, ShapeError, Tape, bf16, ops, to_device
 from lycoris_cupy.tape import value_of
+from tests.arrays import drawn, host
 from tests.bounds import ROUNDING, assert_within
 from tests.rows_network import attend
 
@@ -17,12 +18,7 @@ module = importlib.import_module("lycoris_cupy.ops.attention")  # ops.attention 
 
 
 def exact(*shape, seed=0):
-    rng = np.random.default_rng([seed, *shape])
-    return rng.standard_normal(shape).astype(bf16).astype(np.float64)
-
-
-def host(x):
-    return np.asarray(to_device(x, "cpu"), np.float64)
+    return drawn(np.random.default_rng([seed, *shape]), *shape)
 
 
 def run(arrays, g, device, dtype, **options):

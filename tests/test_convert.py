@@ -381,12 +381,8 @@ def test_what_is_refused(tmp_path, what):
     assert before == sorted(p.name for p in tmp_path.iterdir())
 
 
-def test_the_source_is_not_written_over(tmp_path):
+def test_a_folder_is_new_and_has_a_place(tmp_path):
     write(tmp_path / "a.safetensors", under(Q, LORA))
-    with pytest.raises(
-        FileFormatError, match="the result would overwrite it; choose another output"
-    ):
-        convert_file(tmp_path / "a.safetensors", tmp_path / "a.safetensors", "lycoris")
     with pytest.raises(
         FileFormatError, match="is there already, and peft is a folder: choose another"
     ):

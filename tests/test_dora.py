@@ -12,6 +12,7 @@ from lycoris_cupy.errors import LycorisError
 from lycoris_cupy.ops import conv_cpu, product
 from lycoris_cupy.optim import AdamW
 from tests import magnitudes
+from tests.arrays import drawn
 from tests.bounds import assert_within, bound
 from tests.cases import KINDS, Kind, adapters_for
 from tests.test_law import draw, engine_with
@@ -95,7 +96,7 @@ def test_on_device(kind, name, axis, dtype, device):
     """Output, gradients and merged weight in bf16 and f32 against f64."""
     adapter, layer, x, factors = made(kind, name, axis, seed=2)
     y, pull = engine_with(layer, adapter, factors, strength=0.7).vjp(x)
-    dy = np.random.default_rng(8).standard_normal(y.shape).astype(bf16).astype(np.float64)
+    dy = drawn(np.random.default_rng(8), *y.shape)
     dx, grads = pull(dy)
     size_y, size_x, size_p, size_w = magnitudes.sizes(layer, adapter, factors, x, dy, 0.7)
     engine = engine_with(layer, adapter, factors, device=device, dtype=dtype, strength=0.7)

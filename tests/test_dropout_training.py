@@ -9,7 +9,8 @@ from lycoris_cupy.attachment import Attachment
 from lycoris_cupy.errors import DtypeError, LycorisError, ShapeError
 from lycoris_cupy.optim import AdamW
 from tests import masks
-from tests.test_graph import data, engine_on, host, loss
+from tests.arrays import host
+from tests.test_graph import data, engine_on, loss
 
 ALL = {"dropout": 0.3, "rank_dropout": 0.3, "module_dropout": 0.2}
 

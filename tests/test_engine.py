@@ -2,6 +2,8 @@
 errors.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -21,13 +23,14 @@ from lycoris_cupy import (
     to_device,
 )
 from lycoris_cupy.arrays import dtype_of, gpu_missing
+from tests.arrays import drawn, host
 from tests.bounds import assert_within, bound
 
 RNG = np.random.default_rng(0)
 
 
 def exact(*shape):
-    return RNG.standard_normal(shape).astype(bf16).astype(np.float64)
+    return drawn(RNG, *shape)
 
 
 SLOPE = exact(6)
@@ -36,10 +39,7 @@ SLOPE = exact(6)
 def small(device="cpu", dtype="f64", **options):
     """Two convolutions with a residual, a PReLU and a linear head."""
     rng = np.random.default_rng(3)
-
-    def exact(*shape):
-        return (rng.standard_normal(shape) * 0.5).astype(bf16).astype(np.float64)
-
+    exact = partial(drawn, rng, size=0.5)
     layers = {
         "in": Conv2d(exact(3, 3, 3, 6), exact(6), padding=1),
         "mid.0": Conv2d(exact(3, 3, 2, 6), padding=1, groups=3),
@@ -61,10 +61,7 @@ X = exact(2, 5, 4, 3)
 def randomize(engine, name, seed):
     rng = np.random.default_rng(seed)
     values = {
-        layer: {
-            n: (rng.standard_normal(v.shape) * 0.3).astype(bf16).astype(np.float64)
-            for n, v in p.items()
-        }
+        layer: {n: drawn(rng, *v.shape, size=0.3) for n, v in p.items()}
         for layer, p in engine.parameters(name).items()
     }
     engine.set_parameters(name, values)
@@ -113,7 +110,7 @@ def test_merged_of_several_adapters_is_one_rounding(device):
         weights = to_device(merged.layers[name].weight, "cpu"), expected.layers[name].weight
         size = np.abs(weights[1]) + 8
         assert_within(*weights, bound(weights[1], size, 64, bf16), name)
-    y, live = (np.asarray(to_device(e.forward(X), "cpu"), np.float64) for e in (merged, engine))
+    y, live = (host(e.forward(X)) for e in (merged, engine))
     assert np.linalg.norm(y - live) <= 2.0**-5 * np.linalg.norm(live)
     assert merged.layers["mid.0"].bias is not None  # full brought one
 
@@ -305,6 +302,7 @@ def test_inputs_are_not_changed():
             "layer 'in'.*expected \\(N, 2 spatial axes, C\\)",
         ),
         (lambda e: e.vjp(X)[1](exact(1, 2)), LycorisError, "dy has shape \\(1, 2\\)"),
+        (lambda e: e.vjp(X)[1](np.ones(3, int)), DtypeError, "dy has dtype int64.*cast it first"),
     ],
 )
 def test_errors(act, error, message):

@@ -6,6 +6,7 @@ import pytest
 from lycoris_cupy import Conv2d, Engine, Linear, bf16, graph, kernels, to_device
 from lycoris_cupy.errors import KernelError, LycorisError, ShapeError
 from lycoris_cupy.optim import AdamW
+from tests.arrays import host
 
 
 def engine_on(device, seed=0):
@@ -30,10 +31,6 @@ def data(device):
     x = rng.standard_normal((2, 6, 5, 8), np.float32).astype(bf16)
     target = rng.standard_normal((2, 6, 5, 8), np.float32).astype(bf16)
     return to_device(x, device), to_device(target, device)
-
-
-def host(array):
-    return np.asarray(to_device(array, "cpu"), np.float64)
 
 
 def test_a_captured_step_is_the_step(device):

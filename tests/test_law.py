@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lycoris_cupy import BOFT, Conv1d, Conv2d, Conv3d, DiagOFT, Engine, Linear, bf16, to_device
 from lycoris_cupy.ops import product, ready
 from tests import majorants
+from tests.arrays import drawn, host
 from tests.bounds import assert_within, bound
 from tests.cases import KINDS, PAIRS, Kind, adapters_for, channels_last
 
@@ -21,15 +22,13 @@ IDS = [f"{kind.name}-{name}" for kind, name in PAIRS]
 def draw(kind, adapter, seed=0):
     """Layer, input and factors in f64, exact in bf16."""
     rng = np.random.default_rng([seed, *f"{kind.name}{adapter}".encode()])
-
-    def exact(shape, size=1.0):
-        return (rng.standard_normal(shape) * size).astype(bf16).astype(np.float64)
-
-    layer = kind.build.from_torch(exact(kind.weight), exact(kind.weight[:1]), **kind.options)
-    factors = {n: exact(v.shape, 0.5) for n, v in adapter.start(rng, layer.matrix).items()}
+    weight, bias = drawn(rng, *kind.weight), drawn(rng, kind.weight[0])
+    layer = kind.build.from_torch(weight, bias, **kind.options)
+    start = adapter.start(rng, layer.matrix)
+    factors = {n: drawn(rng, *v.shape, size=0.5) for n, v in start.items()}
     if "rescale" in factors:
         factors["rescale"] = 1 + factors["rescale"] / 2
-    return layer, channels_last(exact(kind.x), kind.build.__name__ == "Linear"), factors
+    return layer, channels_last(drawn(rng, *kind.x), kind.build.__name__ == "Linear"), factors
 
 
 def engine_with(layer, adapter, factors, *, device="cpu", dtype="f64", strength=1.0):
@@ -149,7 +148,7 @@ def test_new_adapters_change_nothing(kind, name, device):
         assert changed.tobytes() == base.tobytes()
     else:  # another route sums in another order
         size = product(np.abs(x), np.abs(layer.matrix), layer.window, bias=np.abs(layer.bias))
-        value, ref = (np.asarray(to_device(a, "cpu"), np.float64) for a in (changed, base))
+        value, ref = map(host, (changed, base))
         # Both are rounded: by half an ulp each, which may differ by one.
         assert_within(value, ref, bound(ref, size, 9 * 30, bf16) + 2.0**-8 * np.abs(ref))
     starts_at_nothing = ("full", "ia3", "diag-oft", "boft", "oft")
@@ -251,7 +250,7 @@ def test_gradients_on_device(kind, device):
     for name, adapter in adapters_for(kind.shape).items():
         layer, x, factors = draw(kind, adapter, 7)
         y, pullback = engine_with(layer, adapter, factors, strength=0.7).vjp(x)
-        dy = np.random.default_rng(8).standard_normal(y.shape).astype(bf16).astype(np.float64)
+        dy = drawn(np.random.default_rng(8), *y.shape)
         dx, grads = pullback(dy)
         size_x, size_p = gradient_sizes(layer, adapter, factors, x, dy)
         _, pull = engine_with(

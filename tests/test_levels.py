@@ -68,8 +68,8 @@ LEVELS = [
     {"io.convert_items", "io.convert", "io.resize", "io.extract"},
     {"io.diff", "io.inspection", "io.charts", "io.page_style"},
     {"io.page"},
-    {"attachment", "explain", "graph", "optim"},
-    {"conditions", "gradients", "merged", "recipe"},
+    {"attachment", "explain", "graph", "inputs", "optim"},
+    {"conditions", "gradients", "merged", "recipe", "topology"},
     {"engine"},
     {""},  # the package itself
     {"train"},

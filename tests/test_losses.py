@@ -12,6 +12,7 @@ from lycoris_cupy import DtypeError, Engine, Linear, LycorisError, ShapeError, b
 from lycoris_cupy.arrays import DTYPES, wide_dtype
 from lycoris_cupy.losses import charbonnier, cross_entropy, l1, mse
 from lycoris_cupy.optim import AdamW
+from tests.arrays import drawn, host
 from tests.bounds import assert_within, bound
 
 DIFFERENCES = {
@@ -25,20 +26,12 @@ DIFFERENCES = {
 }
 
 
-def exact(rng, *shape):
-    return rng.standard_normal(shape).astype(bf16).astype(np.float64)
-
-
-def host(x):
-    return np.asarray(to_device(x, "cpu"), np.float64)
-
-
 def checked_difference(name, shape, weighted, dtype, device, wide_target=False):
     loss, value_of, slope_of = DIFFERENCES[name]
     rng = np.random.default_rng([*shape, weighted])
-    y, target = exact(rng, *shape), exact(rng, *shape)
+    y, target = drawn(rng, *shape), drawn(rng, *shape)
     y.reshape(-1)[:1] = target.reshape(-1)[:1]  # a difference of 0
-    weights = np.abs(exact(rng, shape[0])) if weighted else np.ones(shape[0])
+    weights = np.abs(drawn(rng, shape[0])) if weighted else np.ones(shape[0])
     kept = wide_dtype(DTYPES[dtype])
     value, slope, total = 0.0, np.zeros(shape), max(y.size, 1)
     for at in np.ndindex(*shape):
@@ -104,11 +97,10 @@ def entropy(y, target, weights, ignore, smoothing):
 )
 def test_cross_entropy(shape, kind, ignore, smoothing, weighted, dtype, device):
     rng = np.random.default_rng(shape)
-    y = 3 * exact(rng, *shape).astype(bf16).astype(np.float64)
-    y = y.astype(bf16).astype(np.float64)
+    y = drawn(rng, *shape, size=3)
     target = rng.integers(0, min(shape[-1], 250), shape[:-1]).astype(kind)
     target.reshape(-1)[1::3] = ignore
-    weights = np.abs(exact(rng, shape[0])) if weighted else np.ones(shape[0])
+    weights = np.abs(drawn(rng, shape[0])) if weighted else np.ones(shape[0])
     value, dy = entropy(y, target, weights, ignore, smoothing)
     kept = wide_dtype(DTYPES[dtype])
     found, slope = cross_entropy(
@@ -169,8 +161,8 @@ def test_a_class_that_is_none_is_seen_on_the_gpu():
 def test_a_captured_step_takes_them(device):
     """Cross-entropy and mse as the loss of captured training steps, weights and all."""
     rng = np.random.default_rng(0)
-    x = to_device(exact(rng, 8, 16), device)
-    labels, targets = rng.integers(0, 10, 8), exact(rng, 8, 10).astype(np.float32)
+    x = to_device(drawn(rng, 8, 16), device)
+    labels, targets = rng.integers(0, 10, 8), drawn(rng, 8, 10).astype(np.float32)
     weights = to_device(rng.random(8).astype(np.float32), device)
     for loss, target in ((cross_entropy, labels), (mse, targets), (charbonnier, targets)):
         layer = Linear(rng.standard_normal((16, 10)) / 4)

@@ -390,16 +390,6 @@ def test_a_base_without_layers(tmp_path):
         merge_files(tmp_path / "base.safetensors", [], tmp_path / "out.safetensors")
 
 
-def test_an_adapter_is_not_overwritten(tmp_path):
-    base, style = tmp_path / "base.safetensors", tmp_path / "style.safetensors"
-    write(base, BASE)
-    write(style, diff("a", (2, 3)))
-    with pytest.raises(
-        FileFormatError, match="style.safetensors: the result would overwrite the adapter"
-    ):
-        merge_files(base, [(style, 1)], tmp_path / "." / "style.safetensors")
-
-
 def test_values_that_were_not_finite_pass(tmp_path):
     base, style, out = (tmp_path / f"{n}.safetensors" for n in ("base", "style", "out"))
     write(base, {"a.weight": np.array([[np.nan, np.inf, 1]], np.float16)})

@@ -10,13 +10,10 @@ from hypothesis import strategies as st
 from lycoris_cupy import DtypeError, LycorisError, ShapeError, Tape, bf16, ops, to_device
 from lycoris_cupy.ops.normal import normal_below
 from lycoris_cupy.tape import value_of
+from tests.arrays import host
 from tests.rows_network import between
 
 SIZES = st.integers(1, 13)
-
-
-def host(x):
-    return np.asarray(to_device(x, "cpu"), np.float64)
 
 
 def gradient(run, x, g):

@@ -12,12 +12,9 @@ from lycoris_cupy.arrays import on_gpu
 from lycoris_cupy.losses import charbonnier, cross_entropy
 from lycoris_cupy.optim import AdamW
 from lycoris_cupy.tape import value_of
+from tests.arrays import host
 
 WIDTH, HEADS, WORDS = 16, 2, 11
-
-
-def host(x):
-    return np.asarray(to_device(x, "cpu"), np.float64)
 
 
 def normal(rng, *shape):

@@ -21,12 +21,12 @@ from lycoris_cupy.io.adapter_file import inspect_adapter, read_adapter
 from lycoris_cupy.io.merge import merge_files
 from lycoris_cupy.io.safetensors import open_file, write
 from lycoris_cupy.norms import NormShape
+from tests.arrays import drawn
 from tests.bounds import assert_within, bound
 
 
 def exact(*shape, seed=0):
-    rng = np.random.default_rng([seed, *shape])
-    return rng.standard_normal(shape).astype(bf16).astype(np.float64)
+    return drawn(np.random.default_rng([seed, *shape]), *shape)
 
 
 WEIGHT, BIAS, DW, DB = exact(12), exact(12, seed=1), exact(12, seed=2), exact(12, seed=3)

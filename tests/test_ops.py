@@ -1,5 +1,7 @@
 """What rows cannot say: the Tucker-2 decomposition, casts, and the errors of the public operations."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,6 +20,7 @@ from lycoris_cupy import (
 )
 from lycoris_cupy.ops import Window
 from tests import naive
+from tests.arrays import drawn, host
 from tests.bounds import assert_within, bound
 
 RNG = np.random.default_rng(0)
@@ -125,11 +128,7 @@ def test_product_of_any_geometry_on_the_gpu(geometry):
 def check_geometry(geometry, device, dtype):
     """Value, gradient of the input and gradient of the weight against the definition."""
     window, space, batch, inputs, outputs = geometry
-    rng = np.random.default_rng(0)
-
-    def exact(*shape):
-        return rng.standard_normal(shape).astype(bf16).astype(np.float64)
-
+    exact = partial(drawn, np.random.default_rng(0))
     x = exact(batch, *space, inputs * window.groups)
     w = exact(window.taps, inputs, outputs * (1 if window.shared else window.groups))
     y = naive.product(x, w, window)
@@ -138,7 +137,7 @@ def check_geometry(geometry, device, dtype):
     vx, vw = (tape.watch(to_device(a.astype(dtype), device)) for a in (x, w))
     out = ops.product(vx, vw, window)
     dx, dw = tape.gradients(out, to_device(g.astype(dtype), device), [vx, vw])
-    found = [np.asarray(to_device(a, "cpu"), np.float64) for a in (out.value, dx, dw)]
+    found = [host(a) for a in (out.value, dx, dw)]
     expected = [y, naive.product_dx(g, w, window, space), naive.product_dw(x, g, window)]
     ax, aw, ag = map(np.abs, (x, w, g))
     sizes = [

@@ -19,12 +19,12 @@ from lycoris_cupy.train import (
     LostProcessError,
     NonFiniteError,
     Step,
-    fit,
     launch,
     parallel,
     read_log,
 )
 from lycoris_cupy.train.reducers import require_gpus
+from tests import training
 from tests.training import batch, factors, squared_error, student
 
 
@@ -52,10 +52,9 @@ def train(reducer, out, resume=False, accumulate=1, batches=batch, device=None):
     optimizer = AdamW(engine.parameters("a"), 0.02, clip=0.05)
     # On a GPU f64 would be exact too, but for the order of sums: bounds are those of f64.
     average = Average(optimizer.masters, 0.9)
-    fit(
-        engine, on(device, batches), squared_error, name="a", optimizer=optimizer, steps=STEPS, out=out,
-        resume=resume, log_every=3, checkpoint_every=2, average=average, reducer=reducer,
-        accumulate=accumulate, progress=False,
+    training.train(
+        engine, optimizer, STEPS, on(device, batches), out=out, resume=resume, log_every=3,
+        checkpoint_every=2, average=average, reducer=reducer, accumulate=accumulate,
     )  # fmt: skip
     return factors(engine)
 
@@ -171,10 +170,16 @@ def validating(reducer, out):
 
     engine = student()
     optimizer = AdamW(engine.parameters("a"))
-    result = fit(
-        engine, batch, squared_error, name="a", optimizer=optimizer, steps=40, out=out, reducer=reducer,
-        progress=False, validate=validate, validate_every=2, patience=2,
-    )  # fmt: skip
+    result = training.train(
+        engine,
+        optimizer,
+        40,
+        out=out,
+        reducer=reducer,
+        validate=validate,
+        validate_every=2,
+        patience=2,
+    )
     return result.steps, result.stopped, result.best
 
 

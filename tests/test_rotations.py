@@ -24,6 +24,7 @@ from lycoris_cupy.attachment import Attachment
 from lycoris_cupy.errors import DtypeError, FileFormatError, LycorisError, MatchError, ShapeError
 from lycoris_cupy.io.adapter_file import inspect_adapter, read_adapter, write_adapter
 from lycoris_cupy.io.safetensors import open_file, write
+from tests.arrays import drawn
 from tests.cases import KINDS
 
 RNG = np.random.default_rng(5)
@@ -37,7 +38,7 @@ def blocks(*shape):
 
 
 def exact(*shape):
-    return RNG.standard_normal(shape).astype(bf16).astype(np.float64)
+    return drawn(RNG, *shape)
 
 
 def file_of(folder, prefix, alpha, metadata=None, **more):

@@ -7,6 +7,7 @@ import pytest
 
 from lycoris_cupy.arrays import DTYPES, to_device, wide_dtype
 from lycoris_cupy.tape import PRIMITIVES, Tape, value_of
+from tests.arrays import host
 from tests.bounds import assert_within, bound
 from tests.rows import ROWS
 
@@ -19,10 +20,6 @@ def on(device, row, values, dtype):
         to_device(v.astype(kept if i in row.wide else DTYPES[dtype]), device)
         for i, v in enumerate(values)
     ]
-
-
-def host(array):
-    return np.asarray(to_device(array, "cpu"), np.float64)
 
 
 def magnitude(row, values):

@@ -9,21 +9,8 @@ import pytest
 from lycoris_cupy import LycorisError, ShapeError
 from lycoris_cupy.io.safetensors import open_file
 from lycoris_cupy.optim import SGD, AdamW, Average, Lion, Prodigy, ScheduleFreeAdamW, cosine
-from lycoris_cupy.train import fit, read_log
-from tests.training import TEACHER, batch, factors, squared_error, student
-
-
-def train(engine, optimizer, steps=60, batches=batch, **options):
-    return fit(
-        engine,
-        batches,
-        squared_error,
-        name="a",
-        optimizer=optimizer,
-        steps=steps,
-        **{"progress": False, **options},
-    )
-
+from lycoris_cupy.train import read_log
+from tests.training import TEACHER, batch, factors, squared_error, student, train
 
 OPTIMIZERS = {
     "AdamW": lambda p: AdamW(p, cosine(0.03, 150, warmup=5), weight_decay=0.0),
@@ -193,7 +180,7 @@ def test_bf16_alone_moves_on_average():
     optimizer = SGD(engine.parameters("a"), 0.0, momentum=0.0, seed=3)
     assert optimizer.masters["head"]["diff"].dtype == engine.dtype
     lion = Lion(engine.parameters("a"), 2.0**-12, seed=3)
-    fit(engine, positive, pull, name="a", optimizer=lion, steps=64, progress=False)
+    train(engine, lion, 64, positive, pull)
     moved = before - factors(engine).mean()
     count = factors(engine).size
     # 64 steps of 2^-12, each up or down a bf16 step of at most 2^-8 at random.
@@ -213,7 +200,7 @@ def test_weight_decay_has_its_effect():
     def nothing(y, target):
         return y.mean() * 0, np.zeros_like(y)
 
-    fit(engine, batch, nothing, name="a", optimizer=optimizer, steps=10, progress=False)
+    train(engine, optimizer, 10, loss=nothing)
     np.testing.assert_allclose(factors(engine), (1 - 0.1 * 0.5) ** 10, rtol=1e-5)
 
 
@@ -258,14 +245,5 @@ def test_dropout_draws_anew_at_every_step_and_piece(accumulate):
         return (np.repeat(x, 2, 0),), (np.repeat(target, 2, 0),)
 
     optimizer = SGD(engine.parameters("a"), 0.0)
-    fit(
-        engine,
-        same,
-        loss,
-        name="a",
-        optimizer=optimizer,
-        steps=6,
-        accumulate=accumulate,
-        progress=False,
-    )
+    train(engine, optimizer, 6, same, loss, accumulate=accumulate)
     assert len(set(seen)) == 6 * accumulate

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from lycoris_cupy.optim import SGD, Average
-from lycoris_cupy.train import NonFiniteError, fit, read_log, read_state
-from tests.training import batch, factors, squared_error, student
+from lycoris_cupy.train import NonFiniteError, read_log, read_state
+from tests.training import batch, factors, squared_error, student, train
 
 AT = 13  # the step that goes wrong
 
@@ -67,10 +67,8 @@ def test_the_first_is_named(kind, steps, tmp_path):
             engine.parameters("a"), lr, weight_decay=10.0, clip=1.0 if kind == "loss" else None
         )
         average = Average(optimizer.masters)
-        fit(
-            engine, batches, loss, name="a", optimizer=optimizer, steps=steps, out=out, average=average,
-            log_every=5, checkpoint_every=4, progress=False, **options,
-        )  # fmt: skip
+        options = {"log_every": 5, "checkpoint_every": 4, "average": average, **options}
+        train(engine, optimizer, steps, batches, loss, out=out, **options)
         return engine
 
     with pytest.raises(NonFiniteError, match=rf"^step {AT}: {tensor} is not finite: ") as raised:
@@ -97,17 +95,8 @@ def test_the_engine_stands_before_the_step(kind, accumulate):
         engine = student()
         lr = rate if kind == "factor" else 0.01
         optimizer = SGD(engine.parameters("a"), lr, weight_decay=10.0)
-        options = {"progress": False, "log_every": 9, "accumulate": accumulate}
         try:
-            fit(
-                engine,
-                batches,
-                squared_error,
-                name="a",
-                optimizer=optimizer,
-                steps=steps,
-                **options,
-            )
+            train(engine, optimizer, steps, batches, log_every=9, accumulate=accumulate)
         except NonFiniteError as error:
             assert error.step == AT
         return factors(engine)
@@ -136,4 +125,4 @@ def test_half_precision_targets_and_numbers_are_looked_at():
 
     optimizer = SGD(engine.parameters("a"), 0.01)
     with pytest.raises(NonFiniteError, match="step 2: input 0 of the batch"):
-        fit(engine, classes, cross_entropy, name="a", optimizer=optimizer, steps=9, progress=False)
+        train(engine, optimizer, 9, classes, cross_entropy)

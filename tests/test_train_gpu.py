@@ -9,6 +9,7 @@ from lycoris_cupy import to_device
 from lycoris_cupy.optim import AdamW, Average, Lion, cosine
 from lycoris_cupy.train import NonFiniteError, Step, fit, launch
 from lycoris_cupy.train.reducers import nccl_missing
+from tests import training
 from tests.training import batch, factors, squared_error, student
 
 pytestmark = pytest.mark.gpu
@@ -24,10 +25,7 @@ def train(engine, batches=moved, steps=20, make=AdamW, loss=squared_error, **opt
     optimizer = make(engine.parameters("a"), cosine(0.02, 20, 3), clip=0.5)
     decay = options.pop("decay", None)
     average = None if decay is None else Average(optimizer.masters, decay, warmup=True)
-    return fit(
-        engine, batches, loss, name="a", optimizer=optimizer, steps=steps, average=average,
-        **{"progress": False, **options},
-    )  # fmt: skip
+    return training.train(engine, optimizer, steps, batches, loss, average=average, **options)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
@@ -146,16 +144,7 @@ def test_the_first_value_that_is_not_finite_is_named(tmp_path):
 def alone(reducer):
     engine = student(reducer.device, "f64")
     optimizer = AdamW(engine.parameters("a"), 0.02)
-    fit(
-        engine,
-        moved,
-        squared_error,
-        name="a",
-        optimizer=optimizer,
-        steps=5,
-        reducer=reducer,
-        progress=False,
-    )
+    training.train(engine, optimizer, 5, moved, reducer=reducer)
     return factors(engine)
 
 

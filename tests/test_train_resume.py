@@ -15,8 +15,9 @@ import pytest
 from lycoris_cupy import FileFormatError, LycorisError
 from lycoris_cupy.io.safetensors import open_file
 from lycoris_cupy.optim import SGD, AdamW, Average, Lion, Prodigy, ScheduleFreeAdamW, cosine
-from lycoris_cupy.train import fit, read_log, read_state
-from tests.training import batch, factors, squared_error, student
+from lycoris_cupy.train import read_log, read_state
+from tests import training
+from tests.training import batch, factors, student
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,17 +38,8 @@ def until(step):
 
 
 def train(engine, optimizer, out, batches=batch, steps=12, **options):
-    options = {"log_every": 4, "checkpoint_every": 3, "progress": False, **options}
-    return fit(
-        engine,
-        batches,
-        squared_error,
-        name="a",
-        optimizer=optimizer,
-        steps=steps,
-        out=out,
-        **options,
-    )
+    options = {"log_every": 4, "checkpoint_every": 3, **options}
+    return training.train(engine, optimizer, steps, batches, out=out, **options)
 
 
 def same_files(one, other):

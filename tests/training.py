@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from lycoris_cupy import Conv2d, Engine, Linear
-from lycoris_cupy.arrays import f32, module_of, to_device
+from lycoris_cupy.arrays import f32, module_of
+from lycoris_cupy.train import fit
+from tests.arrays import host
 
 
 def student(device="cpu", dtype="f32", algorithm="locon", **options):
@@ -47,12 +49,14 @@ def squared_error(y, target):
     return module_of(y).mean(difference * difference), difference * (2 / difference.size)
 
 
+def train(engine, optimizer, steps, batches=batch, loss=squared_error, **options):
+    """`fit` of the adapter 'a', in silence."""
+    options = {"progress": False, **options}
+    return fit(engine, batches, loss, name="a", optimizer=optimizer, steps=steps, **options)
+
+
 def factors(engine, name="a"):
     """The factors as one vector on the host."""
     return np.concatenate(
-        [
-            np.asarray(to_device(p, "cpu"), np.float64).ravel()
-            for parts in engine.parameters(name).values()
-            for p in parts.values()
-        ]
+        [host(p).ravel() for parts in engine.parameters(name).values() for p in parts.values()]
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..arrays import Array, wide_dtype
-from ..layers import Layer, LayerShape
+from ..layers import Layer
 from ..ops import elementwise
 from ..ops.columns import expand_rows
 from ..ops.elementwise import add, cast
@@ -102,14 +102,6 @@ class Biased(Stacked):
     def save(self, p: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         factor = self.factors()[BIAS]
         return {**self.on.save(without_bias(p)), factor.key: factor.write(p[BIAS], self.shape)}
-
-    @classmethod
-    def read(cls, shape, tensors, alpha) -> Biased:
-        raise NotImplementedError("made by `over`, of the adapter that the other keys describe")
-
-    @classmethod
-    def guess_shape(cls, tensors) -> LayerShape:
-        raise NotImplementedError("told by the keys of the adapter that it stands on")
 
 
 def without_bias(p: Mapping) -> dict:

@@ -149,14 +149,6 @@ class DoRA(Stacked):
         m = tensors[KEY].reshape(factor.in_file(self.shape))  # `axis_of` has seen its shape
         return {**self.on.load(tensors), KEY: factor.read(m, self.shape)}
 
-    @classmethod
-    def read(cls, shape, tensors, alpha) -> DoRA:
-        raise NotImplementedError("made by `over`, of the adapter that the other keys describe")
-
-    @classmethod
-    def guess_shape(cls, tensors) -> LayerShape:
-        raise NotImplementedError("told by the keys of the adapter that it stands on")
-
 
 def axis_of(given: tuple[int, ...], shape: LayerShape, told: str | None) -> str:
     """The axis that a dora_scale of this shape runs along; told: by metadata or the caller, for

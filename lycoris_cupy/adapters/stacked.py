@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from ..arrays import Array
+from ..layers import LayerShape
 from .base import Adapter, DropRanks, Parameters
 
 
@@ -70,3 +71,11 @@ class Stacked(Adapter):
 
     def costs(self) -> dict[str, int]:
         return self.on.costs()
+
+    @classmethod
+    def read(cls, shape, tensors, alpha) -> Self:
+        raise NotImplementedError("made by `over`, of the adapter that the other keys describe")
+
+    @classmethod
+    def guess_shape(cls, tensors) -> LayerShape:
+        raise NotImplementedError("told by the keys of the adapter that it stands on")

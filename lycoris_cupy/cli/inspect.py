@@ -7,8 +7,10 @@ import json
 
 from ..adapters.oft import READINGS
 from ..io.alpha import SOURCES
+from ..io.atomic import require_other
 from ..io.inspection import inspect_file
 from ..io.page import write_page
+from ..io.source import files_read
 from .progress import Bar
 
 _EXAMPLES = """|dW| is the Frobenius norm of a layer's change at strength 1. The effective rank is
@@ -52,6 +54,8 @@ def add(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0, or 1 if not all of the file is understood."""
+    if args.html:
+        require_other(args.html, files_read(args.file, args.base))
     with Bar("inspecting") as bar:
         found = inspect_file(
             args.file, args.base, alpha_from=args.alpha_from, dialect=args.dialect, progress=bar

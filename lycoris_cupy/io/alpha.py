@@ -122,7 +122,7 @@ class Alphas:
         self, module: str, path: str, rank: int, spatial: bool
     ) -> tuple[float, str] | None:
         if METADATA in self.metadata:
-            values = _object(self.metadata[METADATA], METADATA)
+            values = json_object(self.metadata[METADATA], METADATA)
             component, _, _ = module.partition(".")
             own = {
                 key.removeprefix(f"{component}."): value
@@ -141,7 +141,8 @@ class Alphas:
         return said[1], where
 
 
-def _object(text: str, name: str) -> dict[str, Any]:
+def json_object(text: str | bytes, name: str) -> dict[str, Any]:
+    """The object that this JSON is. Raises FileFormatError, which says what `name` is instead."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:

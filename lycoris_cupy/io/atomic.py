@@ -1,4 +1,6 @@
-"""Files and folders that take their place whole or not at all: written beside, flushed, renamed."""
+"""Files and folders that take their place whole or not at all: written beside, flushed, renamed;
+and never in the place of what they are made of.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,12 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from ..errors import FileFormatError
 
 
 @contextmanager
@@ -82,6 +86,15 @@ def require_place(path: str | os.PathLike) -> None:
     if not parent.is_dir():
         code = errno.ENOTDIR if parent.exists() else errno.ENOENT
         raise OSError(code, f"cannot be written: {os.strerror(code)}", str(path))
+
+
+def require_other(path: str | os.PathLike, sources: Iterable[str | os.PathLike]) -> None:
+    """Raise FileFormatError if `path` is one of the files that are read for it."""
+    if not os.path.exists(path):
+        return
+    for source in sources:
+        if os.path.exists(source) and os.path.samefile(source, path):
+            raise FileFormatError(f"{source}: the result would overwrite it; choose another output")
 
 
 def flush_folder(path: Path) -> None:

@@ -30,7 +30,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
     """An open checkpoint: names to arrays, each read when it is asked for. A context manager.
 
     shards: file name to open file. stem: what the names of the shards and of the index begin with;
-    None for a single file. index_metadata: what the index says beside the names.
+    None for a single file. paths: those of the shards, and of the index. index_metadata: what the
+    index says beside the names.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -54,6 +55,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
             if index is not None:
                 _require_same(index, wanted, self.shards)
             self._opened = opened.pop_all()
+        self.paths = [file.path for file in self.shards.values()]
+        self.paths += [] if index is None else [index]
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -19,6 +19,7 @@ from ..adapters.biased import without_bias
 from ..errors import FileFormatError, MatchError
 from .adapter_file import STALE, about, cast_checked, spoken
 from .alpha import METADATA
+from .atomic import require_other
 from .conversion import Conversion, Converted
 from .convert_items import Item, labels_of, left_out_of, read_items
 from .dialects import Dialect
@@ -26,7 +27,7 @@ from .exact import EXACT, as_lora, cast_params, fold_scale, loss
 from .modules import told
 from .peft_output import write_folder
 from .safetensors import write
-from .source import Source, open_source
+from .source import Source, files_read, open_source
 from .target import dialect_named, module_names, require_expressible, spelled
 
 NOTE = "lycoris_cupy.converted"
@@ -62,7 +63,8 @@ def convert_file(
         raise FileFormatError(f"algorithm {algorithm!r}: a module can be made 'lora', or kept")
     if rank is not None and (rank < 1 or algorithm is None):
         raise FileFormatError(f"rank {rank} must be at least 1, and goes with --algorithm lora")
-    _require_new(dialect, source, out)
+    _require_new(dialect, out)
+    require_other(out, files_read(source, base))
     with open_source(source, alpha_from) as opened, about(opened.path):
         left_out = left_out_of(opened, lossy)
         items = read_items(opened, base, part)
@@ -102,13 +104,11 @@ def convert_file(
         )
 
 
-def _require_new(dialect: Dialect, source, out) -> None:
+def _require_new(dialect: Dialect, out) -> None:
     if dialect.alpha == "configuration" and os.path.lexists(out):
         raise FileFormatError(
             f"{out}: is there already, and {dialect.name} is a folder: choose another"
         )
-    if os.path.exists(out) and os.path.exists(source) and os.path.samefile(source, out):
-        raise FileFormatError(f"{source}: the result would overwrite it; choose another output")
 
 
 def _rewrite(item: Item, dialect: Dialect, algorithm, rank, dtype) -> None:

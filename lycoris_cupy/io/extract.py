@@ -24,7 +24,7 @@ from ..extraction import Form, extract, relative_error
 from ..layers import LayerShape
 from ..norms import NormShape
 from .adapter_file import cast_checked
-from .atomic import require_place
+from .atomic import require_other, require_place
 from .change_report import ChangeReport, LayerChange
 from .checkpoint import Checkpoint, open_checkpoint
 from .merge import layer_shapes
@@ -59,13 +59,15 @@ def extract_files(
     of the weight count as equal. dtype: of the factors; the errors are of what is written.
 
     Raises MatchError if the two share no layer or none differs, FileFormatError for a dialect that
-    cannot say it, and for a value that is not finite.
+    cannot say it, for a value that is not finite, and for an out_path that base or tuned is read
+    from.
     """
     device, dialect = resolve_device(device), dialect_named(to)
     if dialect.alpha != "tensor":
         raise FileFormatError(f"{dialect.name} has no alpha: extract first, and convert the result")
     require_place(out_path)
     with open_checkpoint(base_path) as base, open_checkpoint(tuned_path) as tuned:
+        require_other(out_path, base.paths + tuned.paths)
         shapes, left_out = _common(base, tuned, exclude)
         found: dict[str, tuple[Adapter, Params]] = {}
         layers = []

@@ -24,7 +24,7 @@ from ..errors import DtypeError, FileFormatError, MatchError, ShapeError
 from ..layers import LayerShape
 from ..norms import NormShape
 from .adapter_file import STALE, read_adapter
-from .atomic import new_folder, replacing, require_place
+from .atomic import new_folder, replacing, require_other, require_place
 from .checkpoint import Checkpoint, open_checkpoint
 from .merge_layer import Part, merge_into, merged_bias
 from .merge_report import MergeReport
@@ -34,6 +34,7 @@ from .report import LoadReport
 from .rounding import MERGED_DTYPES, Survival
 from .safetensors import NUMPY, Stored, dump
 from .shards import Shards, split, write_index
+from .source import files_read
 from .strength import LayerStrength, require_used, strength_on
 
 NOTE = "lycoris_cupy.merged"
@@ -76,6 +77,8 @@ def merge_files(
     require_place(out_path)
     _require_adapters(adapters, out_path)
     with open_checkpoint(base_path) as base:
+        if base.stem is not None:  # a file alone may be replaced, one of several may not
+            require_other(out_path, base.paths)
         read = _read_all(base, adapters, partial(read_adapter, strict=strict, **reading))
         require_used(rules, [(path, found) for path, _, found, _ in read])
         parts = _parts(base, read, rules)
@@ -146,10 +149,7 @@ def _require_adapters(adapters: Adapters, out_path: str | os.PathLike) -> None:
     for path, strength in adapters:
         if not math.isfinite(strength):
             raise FileFormatError(f"{path}: strength is {strength}, expected a finite number")
-        if os.path.exists(out_path) and os.path.exists(path) and os.path.samefile(path, out_path):
-            raise FileFormatError(
-                f"{path}: the result would overwrite the adapter; choose another output"
-            )
+        require_other(out_path, files_read(path))
 
 
 def _read_all(base: Checkpoint, adapters: Adapters, read: Callable) -> Read:

@@ -19,13 +19,14 @@ from ..ranks import RankRule
 from ..resize import Resized, cut, resized
 from .adapter_file import STALE, cast_checked
 from .alpha import METADATA
+from .atomic import require_other
 from .change_report import ChangeReport, LayerChange
 from .exact import fold_scale
 from .modules import told
 from .peft_output import write_folder
 from .placing import read_alone
 from .safetensors import NUMPY, Stored, write
-from .source import Module, Source, open_source
+from .source import Module, Source, files_read, open_source
 from .target import spelled
 
 NOTE = "lycoris_cupy.resized"
@@ -53,8 +54,8 @@ def resize_file(
     Raises FileFormatError for a module that cannot be resized, naming it. The scale alpha / rank of
     each module stays, except where ranks are cut: there alpha does.
     """
+    require_other(out, files_read(source))
     with open_source(source, alpha_from) as opened:
-        _require_new(opened, out)
         if opened.unread:
             raise FileFormatError(f"{opened.path}: {opened.unread[0]}")
         tensors: dict[str, np.ndarray | Stored] = {}
@@ -73,11 +74,6 @@ def resize_file(
         else:
             write(out, tensors, metadata)
     return ChangeReport(str(out), tuple(layers))
-
-
-def _require_new(source: Source, out: str | os.PathLike) -> None:
-    if os.path.exists(out) and os.path.samefile(source.file.path, out):
-        raise FileFormatError(f"{out}: the result would overwrite the source: choose another name")
 
 
 def _module(

@@ -6,7 +6,6 @@ A file alone, or a folder of PEFT's: adapter_model.safetensors with its adapter_
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,7 +16,8 @@ from ..adapters import RULES
 from ..adapters.oft import READINGS
 from ..errors import FileFormatError, LycorisError
 from ..ops.squares import AXES
-from .alpha import CONFIGURATION, Alphas, Configuration
+from .alpha import CONFIGURATION, Alphas, Configuration, json_object
+from .checkpoint import open_checkpoint
 from .dialects import Dialect
 from .keys import Key, parse_key, unread
 from .peft_options import check_options
@@ -97,10 +97,23 @@ def open_source(
         # Beside a file of another dialect it is about another file.
         peft = any(module.key.dialect.alpha == "configuration" for module in modules)
         if peft and beside is not None and beside.exists():
-            configuration = _configuration(beside)
+            values = json_object(beside.read_bytes(), f"{beside}:")
+            configuration = Configuration(values, str(beside))
             check_options(configuration)
         alphas = Alphas(file.metadata, configuration, alpha_from)
         yield Source(file, tuple(modules), tuple(unread_keys), alphas, dora, rule, dialect)
+
+
+def files_read(
+    adapter: str | os.PathLike, base: str | os.PathLike | None = None
+) -> list[str | os.PathLike]:
+    """The files that an adapter, and the checkpoint it is for, are read from."""
+    path = Path(adapter)
+    files: list[str | os.PathLike] = [_in_folder(path) if path.is_dir() else path]
+    if base is not None:
+        with open_checkpoint(base) as file:
+            files += file.paths
+    return files
 
 
 def _modules(file: TensorFile) -> tuple[list[Module], list[Unmatched]]:
@@ -135,13 +148,3 @@ def _in_folder(folder: Path) -> Path:
         f"{folder}: is a folder without {PEFT_FILE}, in which PEFT keeps an adapter"
         f"{more if pickled.exists() else ''}"
     )
-
-
-def _configuration(path: Path) -> Configuration:
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise FileFormatError(f"{path}: is {str(values)[:60]!r}, expected a JSON object")
-    return Configuration(values, str(path))

@@ -14,7 +14,7 @@ import numpy as np
 from ..arrays import Array, module_of
 from ..errors import ShapeError
 from ..tape import Primitive, value_of
-from .columns import _column_sum, bits, moved
+from .columns import _column_sum, _run_expand_rows, bits, moved
 
 
 def reshape(x: Array, shape: tuple[int, ...]) -> Array:
@@ -152,10 +152,6 @@ _resize_nearest = Primitive(
 )
 
 
-def _run_expand(x, *, shape):
-    return moved(x, lambda b: module_of(b).broadcast_to(b, shape))
-
-
 def _expand_vjp(needs, out, x, *, shape):
     own = x.shape
     repeated = [i for i, (a, b) in enumerate(zip(own, shape, strict=True)) if a != b]
@@ -170,7 +166,7 @@ def _expand_vjp(needs, out, x, *, shape):
     return pull
 
 
-_expand = Primitive("expand", cpu=_run_expand, gpu=_run_expand, vjp=_expand_vjp)
+_expand = Primitive("expand", cpu=_run_expand_rows, gpu=_run_expand_rows, vjp=_expand_vjp)
 
 
 def _blocks(x, taps):
