@@ -49,10 +49,11 @@ __device__ __forceinline__ unsigned load_right(const bf16* b, int k, int n, int 
   return low | high << 16;
 }
 
-// 16 bytes that are read once, past L1.
+// 16 bytes that are read once, past L1. The 256 of a block's row come from memory together: its warps read 64 each, at
+// times of their own.
 __device__ __forceinline__ uint4 read_once(const bf16* from) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(from));
   return v;

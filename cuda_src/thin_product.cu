@@ -57,12 +57,12 @@ INLINE void multiply(const TensorMap& x, const TensorMap& w, const float* scale,
   const unsigned full = shared_address(barriers), empty = full + 8 * STAGES;
   const int split = blockIdx.x % SPLITS, row = blockIdx.x / SPLITS * TILE_M;
   const int steps = (inner + TILE_K - 1) / TILE_K;
-  const int first = int((long long)steps * split / SPLITS), count = int((long long)steps * (split + 1) / SPLITS) - first;
+  const int count = (steps - split + SPLITS - 1) / SPLITS;  // the blocks' steps alternate: together they read whole rows
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   auto copy = [&](int i) {
     const unsigned done = full + 8 * (i % STAGES), to = ring + i % STAGES * STAGE;
-    const int k = (first + i) * TILE_K;
+    const int k = (split + i * SPLITS) * TILE_K;
     barrier_expect(done, STAGE);
     if (OUTER) {
       copy_box(to, &x, done, row, k);
