@@ -21,6 +21,14 @@ extern "C" __global__ void NAME(add_wide)(const T* a, const A* b, T* out, long l
   EACH(i, n) out[i] = narrow(widen(a[i]) + b[i]);
 }
 
+// a + factor * b
+extern "C" __global__ void NAME(add_scaled)(const T* a, const T* b,
+                                            const A* factor,  // (1,)
+                                            T* out, long long n) {
+  const A s = factor[0];
+  each(a, b, out, n, [s](A v, A w) { return v + s * w; });
+}
+
 extern "C" __global__ void NAME(multiply)(const T* a, const T* b, T* out, long long n) {
   each(a, b, out, n, [](A v, A w) { return v * w; });
 }

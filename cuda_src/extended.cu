@@ -202,7 +202,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__((WO
     barrier_init_done();
   }
   __syncthreads();
-  if (CLUSTER > 1) cluster_meets();
+  if (CLUSTER > 1) meet_relaxed();
   Stage stage;
   if (group == WORKERS) {
     registers_fewer<WORKERS == 2 ? 40 : 32>();
@@ -254,8 +254,5 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__((WO
     }
     if (STAGED && threadIdx.x % 32 == 0) stores_read();  // shared memory ends with the block
   }
-  if (CLUSTER > 1) {
-    __syncwarp();
-    cluster_meets();  // the other block may still copy into this one, or give stages back to it
-  }
+  if (CLUSTER > 1) meet_relaxed();  // the other block may still copy into this one, or give stages back to it
 }

@@ -1,6 +1,7 @@
 // What a block of the extended product works on: its sizes, the tiles it goes through, the ring of stages between those who copy
 // and those who multiply.
 #pragma once
+#include "cluster.cuh"
 #include "hopper.cuh"
 
 #ifndef EXT_N

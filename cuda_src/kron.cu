@@ -22,34 +22,45 @@ extern "C" __global__ void NAME(kron_weight)(const T* w1,     // (L, M)
   }
 }
 
-// The weight with this product added, rounded once. Grid as above; a thread does VEC columns, which lie in one l, and has ROWS
-// rows under way at a time.
-extern "C" __global__ void NAME(kron_changed)(const T* weight,  // (taps, M * N, L * K)
-                                              const A* w1,      // (L, M)
-                                              const A* w2,      // (taps, N, K)
-                                              const A* scale,   // (1,)
-                                              T* out,           // (taps, M * N, L * K)
-                                              int L, int M, int N, int K) {
+// The weight with this product added, rounded once. Of each factor one pointer is null: it is T or wide. A thread does VEC
+// columns, which lie in one l, of ROWS rows that share an n, so that it reads w2 once for all of them; all are under way at a
+// time. Grid (columns / VEC / blockDim, N * (M / ROWS), up to 65535, taps).
+extern "C" __global__ void __launch_bounds__(256, 3)
+    NAME(kron_changed)(const T* weight,                // (taps, M * N, L * K)
+                       const T* w1, const A* w1_wide,  // (L, M)
+                       const T* w2, const A* w2_wide,  // (taps, N, K)
+                       const A* scale,                 // (1,)
+                       T* out,                         // (taps, M * N, L * K)
+                       int L, int M, int N, int K) {
   const int column = (blockIdx.x * blockDim.x + threadIdx.x) * VEC, l = column / K, k = column - l * K;
   const long long t = blockIdx.z;
   if (column >= L * K) return;
   constexpr int ROWS = 4;
-  for (int first = blockIdx.y; first < M * N; first += ROWS * gridDim.y) {
+  const A factor = scale[0];
+  const long long step = (long long)N * L * K;  // from row to row of a thread
+  for (int at = blockIdx.y; at < N * ((M + ROWS - 1) / ROWS); at += gridDim.y) {
+    const int first = at / N * ROWS, n = at % N;  // neighbours in the grid are so in the weight
+    const long long own = (t * M + first) * step + (long long)n * L * K + column, from = (t * N + n) * K + k;
     Pack<T, VEC> v[ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const int row = first + r * gridDim.y;
-      if (row < M * N) v[r] = *reinterpret_cast<const Pack<T, VEC>*>(weight + (t * M * N + row) * L * K + column);
+    for (int r = 0; r < ROWS; ++r)
+      if (first + r < M) v[r] = *reinterpret_cast<const Pack<T, VEC>*>(weight + own + r * step);
+    Pack<A, VEC> right;
+    if (w2) {
+      const auto narrow_right = *reinterpret_cast<const Pack<T, VEC>*>(w2 + from);
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) right.at[j] = widen(narrow_right.at[j]);
+    } else {
+      right = *reinterpret_cast<const Pack<A, VEC>*>(w2_wide + from);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const int row = first + r * gridDim.y, m = row / N, n = row - m * N;
-      if (row >= M * N) break;
-      const A factor = scale[0] * w1[l * M + m];
-      const A* from = w2 + (t * N + n) * K + k;
+      if (first + r >= M) break;
+      const int i = l * M + first + r;
+      const A left = factor * (w1 ? widen(w1[i]) : w1_wide[i]);
 #pragma unroll
-      for (int j = 0; j < VEC; ++j) v[r].at[j] = narrow(widen(v[r].at[j]) + factor * from[j]);
-      *reinterpret_cast<Pack<T, VEC>*>(out + (t * M * N + row) * L * K + column) = v[r];
+      for (int j = 0; j < VEC; ++j) v[r].at[j] = narrow(widen(v[r].at[j]) + left * right.at[j]);
+      *reinterpret_cast<Pack<T, VEC>*>(out + own + r * step) = v[r];
     }
   }
 }

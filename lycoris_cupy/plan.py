@@ -19,6 +19,7 @@ LIBRARY = 780e12  # operations a second of cuBLASLt on 3072 to 14336 a side
 PORTABLE = 280e12  # of the project's mma.sync convolution
 CLOCK = 1.5e9  # cycles a second of the extended product, by its own count of cycles
 MEMORY = 2.6e12  # bytes a second, read and written by kernels that only move
+READ = 3.0e12  # bytes a second that can be read alone: the bandwidth of a large copy
 L2 = 5e12  # bytes a second, read again by tap after tap
 LAUNCH = 4e-6  # seconds that one more kernel takes in a graph
 BEGIN = 5e-6  # seconds of a launch of the project's own products, until all of its blocks multiply
@@ -67,9 +68,9 @@ def choose(what: str, seconds: dict[str, float], operations: int, moved: int) ->
     return way
 
 
-def extended(cycles: float) -> float:
-    """Seconds of the extended product."""
-    return cycles / CLOCK + BEGIN
+def extended(cycles: float, moved: int) -> float:
+    """Seconds of the extended product, which moves so many bytes."""
+    return max(cycles / CLOCK, moved / MEMORY) + BEGIN
 
 
 def library(operations: int) -> float:

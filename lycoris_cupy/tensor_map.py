@@ -2,8 +2,9 @@
 by value.
 
 A matrix map copies boxes of rows, a pixel map the pixels that output positions read at one tap of a
-convolution (im2col). Both write bf16 in rows of 64 values (128 bytes), swizzled, with zeros for
-what lies outside. Through the driver's own library; nothing is read from the device.
+convolution (im2col). Both write bf16 in rows of 64 values (128 bytes; a matrix map also of 16 or
+32), swizzled, with zeros for what lies outside. Through the driver's own library; nothing is read
+from the device.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .errors import KernelError
 TENSOR_MAP = np.dtype([("words", np.uint64, 16)])  # struct TensorMap of hopper.cuh
 ROW = 64  # bf16 values of a swizzled row
 _BF16, _NO_INTERLEAVE, _PROMOTE_256, _ZEROS = 9, 0, 3, 0  # of the driver's enums
-_SWIZZLE = {32: 2, 64: 3}  # by the values of a row: over 64 bytes, over 128
+_SWIZZLE = {16: 1, 32: 2, ROW: 3}  # by the values of a row: 32, 64, 128 bytes
 NOTHING = np.zeros((), TENSOR_MAP)  # for a term that is not there
 
 
@@ -28,9 +29,9 @@ def matrix_map(address: int, shape: tuple[int, ...], box: tuple[int, ...]) -> np
     """Boxes of a C-contiguous bf16 array (stack, rows, columns) or (rows, columns) at a device
     address.
 
-    shape, box: slowest axis first; a box is (1, rows, 64) or (rows, 64) with at most 256 rows, or
-    has 32 values in a row, then swizzled over 64 bytes. A row of the array is a multiple of 16
-    bytes and the address too. Raises KernelError with what the driver was told.
+    shape, box: slowest axis first; a box is (1, rows, 64) or (rows, 64), or 16 or 32 instead of 64,
+    with at most 256 rows. A row is a multiple of 16 bytes and the address too. Raises KernelError
+    with what the driver was told.
     """
     dims = shape[::-1]
     strides = [2 * int(np.prod(dims[: i + 1], dtype=np.int64)) for i in range(len(dims) - 1)]

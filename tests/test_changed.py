@@ -11,7 +11,10 @@ from lycoris_cupy.ops.changed import (
     hadamard_changed,
     kron_changed,
     low_rank_changed,
+    scaled_changed,
 )
+from lycoris_cupy.ops.factored_gpu import strips
+from lycoris_cupy.ops.two_products import two_products
 from tests.bounds import assert_within, bound
 
 SCALE = 0.703125
@@ -46,8 +49,30 @@ def test_a_change_is_added(shape, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 5, 7), (9, 24, 40), (1, 0, 3)])
+def test_a_scaled_change_is_added(shape, dtype, device):
+    rng = np.random.default_rng(5)
+    w, d = draw(rng, *shape), draw(rng, *shape) / 8
+    out = scaled_changed(*put(device, dtype, w, d), scale_on(device, dtype))
+    expected, size = w + SCALE * d, abs(w) + SCALE * abs(d)
+    assert out.dtype == dtype
+    assert_within(host(out), expected, bound(expected, size, 3, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "taps, inputs, rank, outputs", [(1, 24, 8, 40), (9, 7, 3, 11), (4, 8, 1, 1)]
+    "taps, inputs, rank, outputs",
+    [
+        (1, 24, 8, 40),
+        (9, 7, 3, 11),
+        (4, 8, 1, 1),
+        (2, 301, 24, 520),  # tails in rows, columns and ranks
+        (1, 600, 64, 136),
+        (1, 130, 5, 264),  # a down that is given more columns
+        (1, 9, 70, 16),  # more ranks than the kernel takes
+        (1, 9, 0, 16),
+        (3, 70001, 16, 8),  # strips of several tiles
+    ],
 )
 def test_low_rank(taps, inputs, rank, outputs, dtype, device):
     rng = np.random.default_rng(1)
@@ -112,20 +137,57 @@ def test_low_rank_with_a_wide_down(taps, inputs, rank, outputs, dtype, device):
     assert_within(host(out), expected, bound(expected, size, rank + 4, dtype) + 2.0**-16 * size)
 
 
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("wide", [(), (0,), (1,), (0, 1)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [(3, 2, 1, 5, 16), (2, 4, 9, 3, 7), (1, 1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(3, 2, 1, 5, 16), (2, 4, 9, 3, 7), (1, 1, 1, 1, 1), (5, 9, 2, 70, 640), (2, 3, 1, 7, 1032)],
+)
 def test_kron(sizes, dtype, wide, device):
+    """wide: which of the factors are. More rows of blocks than a thread does, and a tail of them."""
     rows, columns, taps, n, k = sizes
     rng = np.random.default_rng(2)
     w1, w2 = draw(rng, rows, columns), draw(rng, taps, n, k)
     w = draw(rng, taps, columns * n, rows * k)
     delta = SCALE * np.stack([np.kron(w1.T, w2[t]) for t in range(taps)])
     (weight,) = put(device, dtype, w)
-    factors = put(device, wide_dtype(dtype) if wide else dtype, w1, w2)
+    dtypes = (wide_dtype(dtype) if i in wide else dtype for i in range(2))
+    factors = [put(device, d, a)[0] for d, a in zip(dtypes, (w1, w2), strict=True)]
     out = kron_changed(weight, *factors, scale_on(device, dtype))
     assert out.dtype == dtype
     assert_within(host(out), w + delta, bound(w + delta, abs(w) + abs(delta), 3, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "first, second",
+    [  # taps of a and b, rows, ranks, columns
+        ((1, 1, 5, 3, 7), (4, 1, 70, 17, 130)),
+        ((1, 9, 33, 16, 16), (1, 9, 65, 5, 64)),
+        ((3, 3, 64, 0, 65), (1, 1, 0, 2, 3)),
+        ((1, 1, 0, 2, 3), (2, 2, 1, 1, 1)),
+    ],
+)
+def test_two_products(first, second, dtype, device):
+    rng = np.random.default_rng(6)
+    sizes = [((a, m, k), (b, k, n)) for a, b, m, k, n in (first, second)]
+    pairs = [(draw(rng, *a), draw(rng, *b)) for a, b in sizes]
+    found = two_products(*put(device, dtype, *pairs[0], *pairs[1]))
+    for out, (a, b) in zip(found, pairs, strict=True):
+        assert out.dtype == wide_dtype(dtype)
+        limit = bound(a @ b, abs(a) @ abs(b), a.shape[2] + 1, wide_dtype(dtype))
+        assert_within(host(out), a @ b, limit)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 3072, 23040])
+@pytest.mark.parametrize("columns", [8, 1280, 12288, 10**6])
+def test_strips_run_at_once(rows, columns):
+    """Every row has a strip, none is empty, and all of them fit unless the columns alone do not."""
+    for held in (3, 4, 5, 6):
+        (across, down), span = strips(rows, columns, held, 132)
+        assert across * 128 >= columns > (across - 1) * 128
+        assert down * span * 16 >= rows > (down - 1) * span * 16
+        assert across * down <= held * 132 or down == 1
 
 
 def test_what_does_not_fit_is_refused():
@@ -136,5 +198,13 @@ def test_what_does_not_fit_is_refused():
         low_rank_changed(w, np.zeros((1, 4, 2)), np.zeros((1, 2, 5)), scale)
     with pytest.raises(ShapeError, match="weight has shape"):
         kron_changed(w, np.zeros((2, 2)), np.zeros((1, 2, 2)), scale)
+    with pytest.raises(ShapeError, match="weight has shape"):
+        scaled_changed(w, np.zeros((1, 4, 5)), scale)
     with pytest.raises(DtypeError, match="cast one of them"):
         low_rank_changed(w, np.zeros((1, 4, 2), np.float32), np.zeros((1, 2, 6)), scale)
+    with pytest.raises(ShapeError, match="b2 has shape"):
+        two_products(w, np.zeros((1, 6, 2)), w, np.zeros((1, 5, 2)))
+    with pytest.raises(ShapeError, match="b1 has shape"):
+        two_products(np.zeros((2, 3, 4)), np.zeros((3, 4, 2)), w, np.zeros((1, 6, 2)))
+    with pytest.raises(DtypeError):
+        two_products(w, np.zeros((1, 6, 2), np.float32), w, np.zeros((1, 6, 2)))

@@ -16,6 +16,7 @@ import numpy as np
 from ..arrays import Array, wide_dtype
 from ..layers import Layer, LayerShape
 from ..ops import elementwise
+from ..ops.changed import scaled_changed
 from ..ops.extended import Pending, pending
 from ..svd import Svd, flat_rows, matrix_svd
 from .base import Parameters
@@ -48,6 +49,9 @@ class Full(Unranked):
 
     def delta_weight(self, weight: Array, p: Parameters, scale: Array) -> Array:
         return elementwise.scale(elementwise.cast(p["diff"], wide_dtype(p["diff"].dtype)), scale)
+
+    def changed(self, weight: Array, p: Parameters, scale: Array) -> Array | None:
+        return scaled_changed(weight, p["diff"], scale)
 
     def delta_bias(self, p: Parameters, bias: Array | None = None) -> Array | None:
         return p.get("diff_b")

@@ -24,6 +24,7 @@ from ..ops.hadamard import face_split, hadamard_weight
 from ..ops.low_rank import fold_core
 from ..ops.shapes import reshape
 from ..ops.squares import low_rank_square
+from ..ops.two_products import two_products
 from ..svd import Svd, flat_rows, product_svd
 from .base import Adapter, Parameters
 from .factor import Factor, extents, kernel_of, require_two_axes
@@ -81,7 +82,10 @@ class LoHa(Adapter):
         return hadamard_weight(first, p["w1_up"], second, p["w2_up"], scale)
 
     def changed(self, weight: Array, p: Parameters, scale: Array) -> Array | None:
-        first, second = self._downs(p)
+        if self.tucker:
+            first, second = two_products(p["w1_down"], p["t1"], p["w2_down"], p["t2"])
+        else:
+            first, second = p["w1_down"], p["w2_down"]
         return hadamard_changed(weight, first, p["w1_up"], second, p["w2_up"], scale)
 
     def _pair(self, p: Parameters, dtype) -> tuple[Array, Array]:

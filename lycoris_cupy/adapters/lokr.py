@@ -31,6 +31,7 @@ from ..ops.low_rank import low_rank_weight, tucker_weight
 from ..ops.product import product
 from ..ops.shapes import reshape
 from ..ops.squares import changed_square
+from ..ops.two_products import two_products
 from ..svd import Svd, flat_rows, kron_svd, matrix_svd, product_svd
 from ..tape import value_of
 from .base import Adapter, DropRanks, Parameters
@@ -187,7 +188,10 @@ class LoKr(Adapter):
         return {**p, "mask": drop(ones, 0, 0)}
 
     def changed(self, weight: Array, p: Parameters, scale: Array) -> Array | None:
-        return kron_changed(weight, self._w1(p), self._w2(p), scale)
+        if self.w1_rank is None or self.w2_rank is None or self.tucker:
+            return kron_changed(weight, self._w1(p), self._w2(p), scale)
+        w1, w2 = two_products(p["w1_a"][None], p["w1_b"][None], p["w2_down"], p["w2_up"])
+        return kron_changed(weight, w1[0], w2, scale)
 
     def square(self, weight: Array, p: Parameters, square: Array, scale: Array, axis: str) -> Array:
         if "mask" in p:

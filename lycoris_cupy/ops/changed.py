@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arrays import Array, bf16, f32, like, on_gpu, require_same, wide, wide_dtype
+from ..arrays import Array, like, on_gpu, require_same, wide, wide_dtype
 from ..errors import ShapeError
 from ..kernels import kernel
-from .aligned import aligned
 from .elementwise import cast, require_factor
+from .factored_gpu import factored_changed
 from .hadamard import hadamard_weight
 from .low_rank import low_rank_weight
+
+_KRON_ROWS = 4  # of kron_changed, as in kron.cu
 
 
 def changed(weight: Array, delta: Array) -> Array:
@@ -28,6 +30,24 @@ def changed(weight: Array, delta: Array) -> Array:
         grid = (min((out.size + 255) // 256, 1 << 20),)
         kernel("elementwise.cu", "add_wide", weight.dtype)(
             grid, (256,), weight, cast(delta, wide_dtype(weight.dtype)), out, out.size
+        )
+    return out
+
+
+def scaled_changed(weight: Array, delta: Array, scale: Array) -> Array:
+    """weight + scale[0] * delta.  weight, delta: of one shape and dtype. scale: (1,) wide."""
+    require_same("weight", weight, "delta", delta)
+    require_factor(scale, weight)
+    _require_shape(weight, delta.shape)
+    if not on_gpu(weight):
+        return like(wide(weight) + wide(delta) * scale, weight)
+    import cupy
+
+    out = cupy.empty(weight.shape, weight.dtype)
+    if out.size:
+        grid = (min((out.size + 2047) // 2048, 65535),)  # 16 bytes a thread of a bf16
+        kernel("elementwise.cu", "add_scaled", weight.dtype)(
+            grid, (256,), weight, delta, scale, out, out.size
         )
     return out
 
@@ -47,9 +67,11 @@ def low_rank_changed(weight: Array, down: Array, up: Array, scale: Array) -> Arr
         total *= scale
         total += wide(weight)
         return like(total, weight)
+    out = factored_changed(weight, scale, (down, up))
+    if out is not None:
+        return out
     if down.dtype != weight.dtype:
-        out = _factored(weight, scale, (down, up))
-        return changed(weight, low_rank_weight(down, up, scale)) if out is None else out
+        return changed(weight, low_rank_weight(down, up, scale))
     from ..gemm import gemm
 
     flat = weight.reshape(taps * inputs, weight.shape[2])
@@ -65,46 +87,21 @@ def hadamard_changed(
     the downs of the dtype of weight, or both wide.
     """
     _require_shape(weight, (*down1.shape[:2], up1.shape[2]))
-    out = _factored(weight, scale, (down1, up1), (down2, up2)) if on_gpu(weight) else None
+    pairs = (down1, up1), (down2, up2)
+    out = factored_changed(weight, scale, *pairs) if on_gpu(weight) else None
     return changed(weight, hadamard_weight(down1, up1, down2, up2, scale)) if out is None else out
-
-
-def _factored(weight: Array, scale: Array, *pairs: tuple[Array, Array]) -> Array | None:
-    """weight + scale * the elementwise product of each down @ up, by cuda_src/changed.cu; None for
-    what it does not take: other dtypes, more than 64 ranks, rows that are no multiple of 16 bytes.
-    """
-    import cupy
-
-    downs, ups = zip(*pairs, strict=True)
-    (taps, inputs, rank), kept = downs[0].shape, downs[0].dtype
-    width = next((r for r in (16, 32, 64) if rank <= r), None)
-    alike = all(d.shape == downs[0].shape and d.dtype == kept for d in downs)
-    if width is None or not alike or not aligned(weight) or any(u.dtype != bf16 for u in ups):
-        return None
-    wide_down, hadamard = kept == f32, len(pairs) - 1
-    out, (rows, columns) = cupy.empty(weight.shape, bf16), (taps * inputs, weight.shape[2])
-    parts = (1 + wide_down) * (1 + hadamard)
-    op = "factored_changed_wide" if wide_down else "factored_changed"
-    launch = kernel("changed.cu", op, bf16, RANKS=width, HADAMARD=hadamard)
-    arrays = [a for pair in (pairs * 2)[:2] for a in pair]
-    launch(
-        ((columns + 255) // 256, (rows + 127) // 128), (256,),
-        weight, *map(cupy.ascontiguousarray, arrays), scale, out, rows, columns, rank,
-        shared=parts * 128 * (width * 2 + 16),
-    )  # fmt: skip
-    return out
 
 
 def kron_changed(weight: Array, w1: Array, w2: Array, scale: Array) -> Array:
     """weight[t] + scale[0] * w1 kron w2[t], laid out as by `kron_weight`.  weight: (taps, M * N, L
     * K). w1: (L, M). w2: (taps, N, K), either dtype. scale: (1,) wide.
     """
-    kept = wide_dtype(weight.dtype)
-    w1, w2 = cast(w1, kept), cast(w2, kept)
     require_factor(scale, weight)
+    kept = wide_dtype(weight.dtype)
     (rows, columns), (taps, n, k) = w1.shape, w2.shape
     _require_shape(weight, (taps, columns * n, rows * k))
     if not on_gpu(weight):
+        w1, w2 = wide(w1), wide(w2)
         total = (w1 * scale).T[None, :, None, :, None] * w2[:, None, :, None, :]
         total = total.reshape(weight.shape)
         total += wide(weight)
@@ -114,11 +111,17 @@ def kron_changed(weight: Array, w1: Array, w2: Array, scale: Array) -> Array:
     out = cupy.empty(weight.shape, weight.dtype)
     if out.size:
         width = 16 // weight.dtype.itemsize
-        aligned = k % width == 0 and weight.data.ptr % 16 == 0
-        vec = width if aligned else 1
-        grid = ((rows * k // vec + 255) // 256, min((columns * n + 3) // 4, 65535), taps)
+        whole = all(a.data.ptr % 16 == 0 for a in (weight, w2))
+        vec = width if k % width == 0 and whole else 1
+        chunks = rows * k // vec
+        across = -(-chunks // 256)
+        block = (
+            -(-chunks // across // 32) * 32
+        )  # a narrow weight leaves few threads without columns
+        grid = (-(-chunks // block), min(n * -(-columns // _KRON_ROWS), 65535), taps)
+        factors = [(a, None) if a.dtype != kept else (None, a) for a in (w1, w2)]
         kernel("kron.cu", "kron_changed", weight.dtype, VEC=vec)(
-            grid, (256,), weight, w1, w2, scale, out, rows, columns, n, k
+            grid, (block,), weight, *factors[0], *factors[1], scale, out, rows, columns, n, k
         )
     return out
 

@@ -6,6 +6,7 @@ gradient.
     portable   a convolution by mma.sync or, for groups of a few channels, a thread an output; of
                both sums where `joins` says so, and `extended` does not take them
     narrow     a convolution to a few columns, which reads x once: see `narrow_gpu`
+    thin       a product to a few columns, which reads x once; on Hopper
     blocks     the extended product's second sum alone, for an input gradient of shared groups
 
     apart      portable or extended for the first sum, where neither takes both
@@ -31,6 +32,7 @@ from .extended_plan import plan_blocks_dx, plan_dx, plan_forward
 from .narrow_gpu import narrow_conv, narrow_dw, narrow_dx, narrow_extra, suits
 from .pointwise_gpu import pointwise, pointwise_dw, pointwise_dx
 from .scale_columns import scale_columns_gpu
+from .thin_product_gpu import outer_ways, plan_thin, thin_outer, thin_product
 from .window import Window
 
 __all__ = ["Extra", "dw", "dx", "forward", "scaled_forward"]
@@ -42,10 +44,13 @@ def forward(x, w, window: Window, *, scale, add, bias, extra: Extra | None = Non
     sizes = None if extra is None else extra.beside(x)
     hopper = scale is None and x.size > 0 and takes(x, w, add, bias, *second)
     whole = extra is not None and _whole(x, w, add, bias, *second)
+    bare = extra is None and add is None and bias is None and takes(x, w)
     ways = _forward_ways(
-        tuple(x.shape), tuple(w.shape), window, sizes, hopper, x.dtype, processors(), whole
+        tuple(x.shape), tuple(w.shape), window, sizes, hopper, x.dtype, processors(), whole, bare
     )
     way = plan.choose(*ways)
+    if way == "thin":
+        return thin_product(x, w, scale=scale)
     if way == "extended":
         return extended_forward(x, w, window, extra=extra, add=add, bias=bias)[0]
     if extra is not None and way == "portable":
@@ -128,6 +133,8 @@ def _rows_dx(extra: Extra, positions, add) -> Array:
 def dw(x, g, window: Window, *, scale) -> Array:
     """scale * x^T * g: the gradient of w, wide."""
     if window.pointwise:
+        if plan.choose(*outer_ways(x, g, window, takes(x, g))) == "thin":
+            return thin_outer(x, g, scale=scale)
         return pointwise_dw(x, g, window, scale=scale)
     if x.size and g.size and suits(x.shape[-1], g.shape[-1], window, x.dtype):
         return narrow_dw(x, g, window, scale=scale)
@@ -138,9 +145,12 @@ def dw(x, g, window: Window, *, scale) -> Array:
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int, whole: bool = True):
+def _forward_ways(
+    x, w, window: Window, extra, hopper: bool, dtype, count: int,
+    whole: bool = True, bare: bool = False,
+):  # fmt: skip
     """(what, seconds of each way, operations, bytes) of a forward product, from shapes alone.
-    whole: the portable kernel may take both sums.
+    whole: the portable kernel may take both sums. bare: nothing is added to the product.
     """
     space = window.out_space(x[1:-1]) if window.axes else x[1:-1]
     positions = prod((x[0], *space)) if len(x) > 1 else 1
@@ -153,7 +163,11 @@ def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int, 
     ways = _ways(window, operations, x[-1], w[2], dtype, moved, pixels)
     planned = plan_forward(x, w, window, extra, count) if hopper else None
     if planned is not None:
-        ways["extended"] = plan.extended(planned.tile.cycles)
+        ways["extended"] = plan.extended(planned.tile.cycles, moved)
+    if bare and window.pointwise and window.groups == 1:
+        thin = plan_thin("thin_product", positions, w[1], w[2], count)
+        if thin is not None:
+            ways["thin"] = thin.seconds
     if extra is not None:
         beside = positions * extra[0][1] * extra[1].groups * dtype.itemsize
         later = plan.apart(result, beside, more)
@@ -162,7 +176,7 @@ def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int, 
             own = _forward_ways((*x[:-1], channels), *extra[:2], None, hopper, dtype, count)[1]
             later = max(later, min(own.values()))
         alone = plan_forward(x, w, window, None, count) if hopper else None
-        ways = _apart(ways, later, alone)
+        ways = _apart(ways, later, alone, moved)
         if whole and planned is None and joins(dtype, w, window, *extra[:2]):
             rows = x if window.axes else (pixels, x[-1])
             both = conv_extended_plan.plan_forward(
@@ -184,7 +198,7 @@ def _scaled_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int):
     ways = {name: seconds + plan.moving(3 * result) for name, seconds in ways.items()}
     planned = plan_forward(x, w, window, extra, count, True) if hopper else None
     if planned is not None:
-        ways["extended"] = plan.extended(planned.tile.cycles)
+        ways["extended"] = plan.extended(planned.tile.cycles, moved)
     return f"columns of {what}", ways, operations, moved
 
 
@@ -207,10 +221,10 @@ def _dx_ways(
     ways = _ways(window, operations, inputs, w[2], dtype, moved, positions)
     blocks = plan_blocks_dx(g, w, window, in_space, count) if hopper else None
     if blocks is not None:
-        ways["blocks"] = plan.extended(blocks.tile.cycles)
+        ways["blocks"] = plan.extended(blocks.tile.cycles, moved)
     planned = plan_dx(g, w, window, in_space, extra, count) if hopper and plain else None
     if planned is not None:
-        ways["extended"] = plan.extended(planned.tile.cycles)
+        ways["extended"] = plan.extended(planned.tile.cycles, moved)
     if extra is not None and term is not None:
         beside = places * term.inner * term.blocks * dtype.itemsize
         later = plan.apart(result, beside, more)
@@ -221,7 +235,7 @@ def _dx_ways(
             )[1]
             later = max(later, min(own.values()))
         alone = plan_dx(g, w, window, in_space, None, count) if hopper else None
-        ways = _apart(ways, later, alone)
+        ways = _apart(ways, later, alone, moved)
         if whole and planned is None and joins(dtype, w, window, *extra[:2], back=True):
             rows, space = (g, in_space) if window.axes else ((positions, g[-1]), ())
             both = conv_extended_plan.plan_dx(rows, w, window, space, term, True, True, count)
@@ -257,16 +271,16 @@ def _portable(
     return max(products, plan.moving(moved), plan.rereading(reads))
 
 
-def _apart(ways: dict[str, float], later: float, alone) -> dict[str, float]:
+def _apart(ways: dict[str, float], later: float, alone, moved: int) -> dict[str, float]:
     """The ways where there is a second sum: `later` seconds more for all but `extended`, which
-    takes it in. alone: the extended plan of the first sum by itself, or None.
+    takes it in. alone: the extended plan of the first sum by itself, or None. moved: its bytes.
     """
     both, first = ways.get("extended"), ways.pop("portable", None)
     ways = {name: seconds + later for name, seconds in ways.items()}
     if both is not None:
         ways["extended"] = both
     elif alone is not None:
-        own = plan.extended(alone.tile.cycles)
+        own = plan.extended(alone.tile.cycles, moved)
         first = own if first is None else min(first, own)
     if first is not None:
         ways["apart"] = first + later
