@@ -64,12 +64,14 @@ def gemm(
         plan.bias[0] = bias.data.ptr
         at = plan.bias.ctypes.data
         library().matmul_desc_set_attribute(plan.product, plan.bias_attribute, at, 8)
+    # In place cuBLASLt asks for one layout, not for two that are equal.
+    in_place = add is not None and add.data.ptr == to
     library().matmul(
         plan.handle, plan.product,
         one if scale is None else scale.data.ptr,
         b.data.ptr, plan.b, a.data.ptr, plan.a,  # row-major c = a @ b is column-major c = b @ a
         zero if add is None else one,
-        to if add is None else add.data.ptr, plan.add, to, plan.out,
+        to if add is None else add.data.ptr, plan.out if in_place else plan.add, to, plan.out,
         plan.algorithm, workspace(key[0], stream), WORKSPACE, stream,
     )  # fmt: skip
     return c

@@ -10,7 +10,7 @@ from .attachment import Attachment
 from .errors import LycorisError
 from .inputs import cotangent_of
 from .ops.elementwise import cast
-from .tape import Tape, Var, value_of
+from .tape import Node, Tape, Var
 
 
 def vjp(
@@ -37,28 +37,34 @@ def vjp(
     y = run(watched, views)
     if not isinstance(y, Var):
         raise LycorisError("vjp: the topology must return one array that depends on its inputs")
+    # The pullback keeps no array of its own: what it needs, the tape's rules hold.
+    end, sources = y.node, [v.node if isinstance(v, Var) else None for v in watched]
+    leaves = {
+        name: {layer: {factor: v.node for factor, v in p.items()} for layer, p in of.items()}
+        for name, of in views.items()
+    }
 
     def pullback(dy: Array):
         with device_context(device):
-            dy = cotangent_of(dy, device, y.dtype)
-            if dy.shape != y.shape:
+            dy = cotangent_of(dy, device, end.dtype)
+            if tuple(dy.shape) != end.shape:
                 raise LycorisError(
-                    f"dy has shape {tuple(dy.shape)}, expected that of y, {tuple(y.shape)}"
+                    f"dy has shape {tuple(dy.shape)}, expected that of y, {end.shape}"
                 )
-            leaves = [v for p in views.values() for layer in p.values() for v in layer.values()]
-            every = [*(v for v in watched if isinstance(v, Var)), *leaves]
-            found = dict(zip(map(id, every), tape.gradients(y, dy, every), strict=True))
-            dx = [_or_zeros(found[id(v)], v, dtype) if id(v) in found else None for v in watched]
+            factors = [n for of in leaves.values() for layer in of.values() for n in layer.values()]
+            every = [*(node for node in sources if node is not None), *factors]
+            found = dict(zip(every, tape.gradients(end, dy, every), strict=True))
+
+            def gradient(node: Node, dtype) -> Array:
+                g = found.pop(node)
+                zeros = module_of(dy).zeros
+                return zeros(node.shape, dtype) if g is None else cast(g, dtype)
+
+            dx = [None if node is None else gradient(node, dtype) for node in sources]
             grads = {
-                name: attachments[name].flame(
-                    views[name], lambda v: _or_zeros(found[id(v)], v, wide_dtype(dtype))
-                )
-                for name in views
+                name: attachments[name].flame(of, lambda node: gradient(node, wide_dtype(dtype)))
+                for name, of in leaves.items()
             }
         return (dx[0] if len(dx) == 1 else tuple(dx)), grads
 
     return y.value, pullback
-
-
-def _or_zeros(g: Array | None, v: Var, dtype) -> Array:
-    return module_of(value_of(v)).zeros(v.shape, dtype) if g is None else cast(g, dtype)

@@ -106,14 +106,20 @@ class Layer:
         return self.weight.reshape(self.window.taps, *self.weight.shape[-2:])
 
     def forward(
-        self, x: Array, change: Array | Pending | None = None, c: Array | None = None
+        self,
+        x: Array,
+        change: Array | Pending | None = None,
+        c: Array | None = None,
+        spend: bool = False,
     ) -> Array:
         """c * (x * weight) + bias + change, one rounding. change: what adapters add, (..., OUT). c:
-        (OUT,) wide, or None for 1; only beside a pending change without a scale of its own.
+        (OUT,) wide, or None for 1; only beside a pending change without a scale of its own. spend:
+        the change is read nowhere else, and may be where the output is written.
         """
+        more = {"bias": self.bias, "spend": spend}
         if isinstance(change, Pending):
-            return extended(x, self.matrix, self.window, change, bias=self.bias, c=c)
-        return product(x, self.matrix, self.window, bias=self.bias, add=change)
+            return extended(x, self.matrix, self.window, change, c=c, **more)
+        return product(x, self.matrix, self.window, add=change, **more)
 
     def to(self, device: str, dtype=None) -> Layer:
         """The layer on 'cpu' or 'cuda:<index>', in another dtype if one is given."""

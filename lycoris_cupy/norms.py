@@ -71,10 +71,13 @@ class _Norm(Layer):
         """The weight as every algorithm sees it: (1, 1, C)."""
         return self.weight.reshape(1, 1, -1)
 
-    def forward(self, x: Array, change: Sequence[Array | None] | None = None) -> Array:
+    def forward(
+        self, x: Array, change: Sequence[Array | None] | None = None, spend: bool = False
+    ) -> Array:
         """The norm with weight and bias changed by `change`, (C,) wide each or None; one rounding.
 
-        One pass whatever adapters there are: they change a vector, not the output.
+        One pass whatever adapters there are: they change a vector, not the output. spend: as for
+        every layer; there is nothing here to write an output into.
         """
         kept = wide_dtype(self.weight.dtype)
         weight = cast(self.weight, kept)

@@ -3,7 +3,8 @@ array.
 
 A primitive has a `cpu` and a `gpu` implementation on plain arrays and a rule `vjp(needs, out,
 *args, **static)` that is called when the primitive is recorded and returns `pull(g) -> one gradient
-an argument`. What `pull` closes over is what stays alive. Gradient rules know nothing of the tape.
+an argument`. What `pull` closes over is what stays alive between the passes, and no longer than
+until it has been called: the tape itself holds no array. Gradient rules know nothing of the tape.
 """
 
 from __future__ import annotations
@@ -18,13 +19,23 @@ from .errors import LycorisError
 PRIMITIVES: dict[str, Primitive] = {}  # by name; the tables of tests iterate over it
 
 
+class Fresh:
+    """A contribution to a gradient that nobody else holds: the next one may be added in place."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, array: Array):
+        self.array = array
+
+
 class Deferred:
-    """A contribution to a gradient that is still to be computed: run(add) -> add plus it, rounded
-    once.
+    """A contribution to a gradient that is still to be computed: run(add, term, spend) -> add plus
+    it, rounded once, an array that nobody else holds.
 
     Contributions to one variable are chained through the accumulators of their products, so that a
-    sum of several is not written and read again for each. One that `extends` takes the `term` of
-    the one before it too, run(add, term), and computes both in one sum.
+    sum of several is not written and read again for each. One that `extends` may be given the
+    `term` of the one before it, and computes both in one sum; else term is None. spend: add is
+    Fresh, and may be where the sum is written.
     """
 
     __slots__ = ("extends", "run", "term")
@@ -33,13 +44,25 @@ class Deferred:
         self.run, self.term, self.extends = run, term, extends
 
 
+Part = Array | Fresh | Deferred
+
+
+class Node:
+    """What a tape keeps of a Var: all but the array."""
+
+    __slots__ = ("dtype", "shape")
+
+    def __init__(self, array: Array):
+        self.shape, self.dtype = tuple(array.shape), array.dtype
+
+
 class Var:
     """An array that a tape watches. Operations take it wherever they take an array."""
 
-    __slots__ = ("tape", "value")
+    __slots__ = ("node", "tape", "value")
 
     def __init__(self, value: Array, tape: Tape):
-        self.value, self.tape = value, tape
+        self.value, self.tape, self.node = value, tape, Node(value)
 
     @property
     def shape(self):
@@ -98,7 +121,9 @@ class Primitive:
             raise LycorisError(f"{self.name}: its arguments are watched by two tapes")
         result = Var(out, tape)
         pull = self.vjp(needs, out, *values, **static)
-        tape.entries.append((args, result, pull if self.keeps_wide else _rounding(pull, out.dtype)))
+        nodes = tuple(a.node if isinstance(a, Var) else None for a in args)
+        pull = pull if self.keeps_wide else _rounding(pull, out.dtype)
+        tape.entries.append((nodes, result.node, pull))
         return result
 
 
@@ -106,16 +131,18 @@ class Tape:
     """The record of one forward pass. Played back once, by `gradients`."""
 
     def __init__(self):
-        self.entries: list[tuple[tuple, Var, Callable]] = []
+        self.entries: list[tuple[tuple[Node | None, ...], Node, Callable]] = []
         self._played = False
 
     def watch(self, array: Array) -> Var:
         """A Var whose uses are recorded here."""
         return Var(array, self)
 
-    def gradients(self, out: Var, g: Array, wanted: Sequence[Var]) -> list[Array | None]:
-        """The gradients of <g, out> with respect to each wanted Var; None for one that out does not
-        depend on.
+    def gradients(
+        self, out: Var | Node, g: Array, wanted: Sequence[Var | Node]
+    ) -> list[Array | None]:
+        """The gradients of <g, out> with respect to each wanted Var, or the Node of one; None for
+        one that out does not depend on. g is not changed.
 
         Contributions are summed in the wide dtype (f32; f64 for f64), those of products in their
         accumulators. A watched leaf may keep the wide sum; a gradient that goes on through an
@@ -124,45 +151,63 @@ class Tape:
         if self._played:
             raise LycorisError("this tape was played back already: record the forward pass again")
         self._played = True
-        parts: dict[int, list[Array | Deferred]] = {id(out): [g]}
-        done: dict[int, Array] = {}
-        keep = {id(v) for v in wanted}
+        parts: dict[Node, list[Part]] = {_node(out): [g]}
+        nodes = [_node(v) for v in wanted]
+        kept, done = set(nodes), {}
         while self.entries:
-            args, result, pull = self.entries.pop()
-            if id(result) not in parts:
-                continue
-            g = _total(parts.pop(id(result)), result.dtype)
-            if id(result) in keep:
-                done[id(result)] = g
-            for arg, contribution in zip(args, pull(g), strict=True):
-                if isinstance(arg, Var) and contribution is not None:
-                    parts.setdefault(id(arg), []).append(contribution)
-        for v in wanted:
-            if id(v) in parts:
-                done[id(v)] = _total(parts.pop(id(v)), v.dtype)
-        return [done.get(id(v)) for v in wanted]
+            _play(self.entries.pop(), parts, kept, done)
+        for node in nodes:
+            if node in parts:
+                done[node] = _total(parts.pop(node), node.dtype)
+        return [done.get(node) for node in nodes]
 
 
-def _total(parts: list[Array | Deferred], dtype) -> Array:
-    """The sum of all parts. Ready arrays first; then the deferred ones, last recorded first.
+def _node(v: Var | Node | Array) -> Node:
+    if isinstance(v, Var):
+        return v.node
+    return v if isinstance(v, Node) else Node(v)  # nothing watched leads to a plain array
+
+
+# A function of its own, so that what one entry holds is let go before the next is played.
+def _play(entry, parts: dict[Node, list[Part]], kept: set[Node], done: dict[Node, Array]) -> None:
+    args, result, pull = entry
+    if result not in parts:
+        return
+    g = _total(parts.pop(result), result.dtype)
+    if result in kept:
+        done[result] = g
+    for arg, contribution in zip(args, pull(g), strict=True):
+        if arg is not None and contribution is not None:
+            parts.setdefault(arg, []).append(contribution)
+
+
+def _total(parts: list[Part], dtype) -> Array:
+    """The sum of all parts, which are taken out. Ready arrays first; then the deferred ones, last
+    recorded first.
 
     An adapter's thin product is recorded before the layer's own and so played back after it: it is
     computed first, and the layer's product adds to it in its accumulators.
     """
-    total = None
+    total, own = None, False  # own: nobody else holds the total
+    deferred = []
     for part in parts:
-        if not isinstance(part, Deferred):
-            total = part if total is None else _sum(total, part)
-    deferred = [part for part in reversed(parts) if isinstance(part, Deferred)]
-    if deferred and total is not None:
-        total = _as(total, dtype)
+        if isinstance(part, Deferred):
+            deferred.append(part)
+        elif total is None:
+            total, own = (part.array, True) if isinstance(part, Fresh) else (part, False)
+        else:
+            total, own = _sum(total, part.array if isinstance(part, Fresh) else part), True
+    parts.clear()
+    del part
+    if deferred and total is not None and total.dtype != dtype:
+        total, own = _as(total, dtype), True
     term = None
-    for i, part in enumerate(deferred):
-        following = deferred[i + 1] if i + 1 < len(deferred) else None
-        if term is None and part.term is not None and following is not None and following.extends:
+    while deferred:
+        part = deferred.pop()
+        if term is None and part.term is not None and deferred and deferred[-1].extends:
             term = part.term
         else:
-            total, term = part.run(total) if term is None else part.run(total, term), None
+            total, own, term = part.run(total, term, own), True, None
     return total
 
 

@@ -159,7 +159,7 @@ def _extended_rows():
 
 def _kron_product_cases():
     """name: (window, x without its channels, w1, w2); the last ones are for the kernel in one piece,
-    the wide ones in parts of their channels, the long one for blocks that do several pieces each."""
+    the wide ones in parts of their channels, the large one for blocks that do several pieces each."""
     flat, square = _window(), _window((3, 3), padding=1)
     return {
         "odd": (square, (2, 4, 5), (3, 2), (9, 3, 5)),
@@ -167,6 +167,7 @@ def _kron_product_cases():
         "1d": (_window((3,), padding=1), (2, 9), (4, 4), (3, 8, 16)),
         "stride": (_window((3, 3), stride=2, padding=1), (1, 9, 7), (4, 8), (9, 16, 16)),
         "empty": (flat, (0,), (4, 4), (1, 16, 16)),
+        "one tap": (_window((1, 1)), (3, 5, 7), (4, 4), (1, 40, 80)),
         "8 of 16": (square, (2, 9, 11), (8, 8), (9, 16, 24)),
         "4 of 24": (square, (1, 8, 13), (8, 4), (9, 24, 16)),
         "8 to 4": (square, (1, 7, 8), (4, 8), (9, 16, 64)),
@@ -174,10 +175,7 @@ def _kron_product_cases():
         "8 of 80": (square, (1, 8, 8), (8, 8), (9, 80, 80)),
         "dilated": (_window((3, 2), dilation=(1, 2), padding=(2, 0)), (2, 7, 9), (4, 4), (6, 16, 32)),
         "25 taps": (_window((5, 5), padding=2), (1, 8, 8), (8, 8), (25, 32, 16)),
-        "one tap": (_window((1, 1)), (3, 5, 7), (4, 4), (1, 40, 80)),
-        "linear": (flat, (3, 13), (8, 8), (1, 24, 32)),
-        "linear vector": (flat, (), (4, 4), (1, 16, 16)),
-        "long": (flat, (17003,), (4, 4), (1, 16, 16)),
+        "large": (_window((1, 2)), (1, 131, 131), (4, 4), (2, 16, 16)),
     }  # fmt: skip
 
 

@@ -83,6 +83,10 @@ BACKWARD = {
     "a line": ((3, 57, 40), (4, 40, 72), Window.of((4,), 1, 3), (16, False)),
     "a volume": ((2, 5, 6, 7, 24), (12, 24, 40), Window.of((2, 3, 2), 1, (1, 1, 0)), (16, False)),
     "image, same walk": ((2, 20, 24, 64), (9, 64, 64), square(padding=1), (64, True)),
+    "image, rank 16 of the same walk": (
+        (2, 13, 17, 72), (9, 72, 64), square(padding=1), (16, True),
+    ),
+    "a line, rank 8 of the same walk": ((3, 57, 40), (4, 40, 72), Window.of((4,), 1, 3), (8, True)),
     "dilation, same walk": ((3, 13, 17, 40), (9, 40, 72), square(dilation=2), (80, True)),
     "a line, same walk": ((3, 57, 40), (4, 40, 72), Window.of((4,), 1, 3), (72, True)),
     "a volume, same walk": (

@@ -19,9 +19,10 @@ TAKEN = {
     "wider": ((2, 16, 24, 320), (8, 8), (9, 40, 80), SQUARE),
     "8 to 4": ((1, 7, 8, 128), (4, 8), (9, 16, 64), SQUARE),
     "25 taps": ((1, 8, 8, 256), (8, 8), (25, 32, 16), Window.of((5, 5), padding=2)),
-    "single positions": ((77, 128), (8, 8), (1, 16, 32), Window.of(())),
 }
 REFUSED = {
+    "single positions": ((77, 128), (8, 8), (1, 16, 32), Window.of(())),
+    "one tap": ((4, 32, 32, 320), (8, 8), (1, 40, 40), Window.of((1, 1))),
     "a stride": ((4, 32, 32, 320), (8, 8), (9, 40, 40), Window.of((3, 3), stride=2, padding=1)),
     "five blocks": ((4, 32, 32, 80), (5, 5), (9, 16, 16), SQUARE),
     "odd widths": ((4, 32, 32, 8 * 20), (8, 8), (9, 20, 20), SQUARE),
@@ -59,5 +60,3 @@ def test_a_piece_with_its_halo():
     back = walk.back()
     assert (back.blocks, back.outs, back.inner, back.outer) == (8, 8, 80, 40)
     assert back.window.padding == (1, 1) and back.pixels == walk.positions
-    one = kron_gpu._walk((77, 128), (8, 8), (1, 16, 32), Window.of(()))
-    assert (one.space, one.pixels, one.piece_pixels) == ((10, 8), 77, 64)

@@ -10,6 +10,8 @@ so W + sum of strength_i * (W'_i - W) is exact for any number of adapters. One t
 gives a Turn, which adds what it makes of x * W, before any scale. Only where a scale of the inputs
 meets one of these on one layer is a second product by W made: W * (C_in + C_out - 1) is no product
 of two scales.
+
+What adapters give is read here alone, so that each sum may be written over the one before it.
 """
 
 from __future__ import annotations
@@ -31,20 +33,21 @@ def forward(layer: Layer, x: Array, parts: Iterable[tuple[Adapter, Parameters, A
     """The layer's output with these adapters, each (adapter, its parameters, its scale)."""
     change, shares, turns = None, [], []
     for adapter, p, scale in parts:
-        change, more = adapter.contribute(ready(change), layer, x, p, scale)
+        change, more = adapter.contribute(ready(change, spend=True), layer, x, p, scale)
         if more is not None:
             (shares if isinstance(more, Share) else turns).append(more)
     inputs = [share for share in shares if share.axis == "input"]
     outputs = [share for share in shares if share.axis == "output"]
     if not outputs and not turns:
         scaled = scale_columns(x, over_groups(_total(inputs), layer)) if inputs else x
-        return layer.forward(scaled, change)
+        return layer.forward(scaled, change, spend=True)
     if not inputs and not turns and isinstance(change, Pending) and change.unscaled:
-        return layer.forward(x, change, _total(outputs))
-    y, change = layer.forward(x), ready(change)
+        return layer.forward(x, change, _total(outputs), spend=True)
+    y, change = layer.forward(x), ready(change, spend=True)
     if inputs:
         rest = over_groups(_total(inputs, nothing(inputs[0].factor)), layer)
-        change = product(scale_columns(x, rest), layer.matrix, layer.window, add=change)
+        scaled = scale_columns(x, rest)
+        change = product(scaled, layer.matrix, layer.window, add=change, spend=True)
     if outputs:
         total = scale_columns(y, _total(outputs), bias=layer.bias, add=change)
     else:

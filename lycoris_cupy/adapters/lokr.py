@@ -23,7 +23,7 @@ from ..errors import ShapeError
 from ..layers import Layer, LayerShape
 from ..ops.changed import kron_changed
 from ..ops.elementwise import cast, multiply
-from ..ops.extended import pending
+from ..ops.extended import pending, ready
 from ..ops.kron import kron_weight, mix_blocks
 from ..ops.kron_product import in_one_piece, kron_product
 from ..ops.kron_square import kron_square
@@ -241,13 +241,12 @@ class LoKr(Adapter):
             columns = p["mask"] if columns is None else multiply(columns, p["mask"])
         # Scaled columns are no longer those of every block: each block gets its own.
         shared = columns is None
-        sizes = (window.taps, width, outputs)
-        if shared and (self.w2_rank is None or in_one_piece(x, w1, sizes, window)):
+        if shared and in_one_piece(x, w1, (window.taps, width, outputs), window):
             w2 = cast(self._w2(p), x.dtype)  # small: a product of its factors costs next to nothing
-            return kron_product(x, w1, w2, window, add=change, scale=scale)
+            return kron_product(x, w1, w2, window, add=ready(change), scale=scale)
         if self.w2_rank is None:
-            # Blocks of channels are mixed, then every block goes through w2 with its own columns.
-            w2, blocked = by_columns(p["w2"], columns), window.grouped(rows)
+            # Blocks of channels are mixed, then every block goes through w2.
+            w2, blocked = by_columns(p["w2"], columns), window.grouped(rows, shared=shared)
             return pending(mix_blocks(x, w1), w2, blocked, add=change, scale=scale)
         if self.tucker:
             inner = product(x, p["w2_down"], window.pointwise_like(blocks, shared=True))

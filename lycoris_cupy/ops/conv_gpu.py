@@ -20,31 +20,33 @@ if TYPE_CHECKING:
     from .extended_gpu import Extra
 
 
-def conv(x, w, window: Window, *, scale=None, add=None, bias=None) -> Array:
+def conv(x, w, window: Window, *, scale=None, add=None, bias=None, out=None) -> Array:
     """scale * the sum over taps and channels of x at each output position times w, + add + bias.
 
     x: (N, *space, groups * I).  w: (taps, I, groups * O), or (taps, I, O) if window.shared.  scale:
-    (1,) wide, or None. add: like the result.  bias: (groups * O,).  Returns (N, *out_space, groups
-    * O) in the dtype of x, rounded once. All arrays C-contiguous. Cross-correlation, as in every
-    framework.
+    (1,) wide, or None. add: like the result.  bias: (groups * O,).  out: where the result goes,
+    a new array by default; may be add.  Returns (N, *out_space, groups * O) in the dtype of x,
+    rounded once. All arrays C-contiguous. Cross-correlation, as in every framework.
     """
     plan = plan_conv(x.dtype, x.shape, w.shape, window, _aligned(x), _aligned(w), processors())
-    return _run(plan, x.dtype, (x, w, scale, add, bias))
+    return _run(plan, out, (x, w, scale, add, bias))
 
 
-def conv_dx(dy, w, window: Window, in_space: tuple[int, ...], *, scale=None, add=None) -> Array:
+def conv_dx(
+    dy, w, window: Window, in_space: tuple[int, ...], *, scale=None, add=None, out=None
+) -> Array:
     """The gradient of conv's x: scale * the sum over taps and columns of dy at the positions that
     read p, times w, + add.
 
-    dy: (N, *out_space, groups * O).  w as in conv.  add: like the result.  Returns (N, *in_space,
-    groups * I) in the dtype of dy, rounded once.
+    dy: (N, *out_space, groups * O).  w as in conv.  add: like the result.  out: as in conv.
+    Returns (N, *in_space, groups * I) in the dtype of dy, rounded once.
     """
     shapes = (dy.dtype, dy.shape, w.shape, window, tuple(in_space))
     plan = plan_dx(*shapes, _aligned(dy), _aligned(w), processors())
-    return _run(plan, dy.dtype, (dy, w, scale, add))
+    return _run(plan, out, (dy, w, scale, add))
 
 
-def conv_extended(x, w, window: Window, extra: Extra, *, add=None, bias=None) -> Array:
+def conv_extended(x, w, window: Window, extra: Extra, *, add=None, bias=None, out=None) -> Array:
     """conv of bf16 plus extra in one accumulator, rounded once: see `joins` of conv_extended_plan.
 
     extra.x: (N, *space, blocks * C), or (N, *out_space, blocks * C) where its window is pointwise.
@@ -53,10 +55,10 @@ def conv_extended(x, w, window: Window, extra: Extra, *, add=None, bias=None) ->
         x.shape, w.shape, window, term_of(extra.w.shape, extra.window),
         _aligned(x, extra.x), _aligned(w, extra.w), processors(),
     )  # fmt: skip
-    return _run(plan, x.dtype, (x, w, extra.x, extra.w, extra.scale, add, bias, extra.bias))
+    return _run(plan, out, (x, w, extra.x, extra.w, extra.scale, add, bias, extra.bias))
 
 
-def conv_extended_dx(dy, w, window: Window, in_space, extra: Extra, *, add=None) -> Array:
+def conv_extended_dx(dy, w, window: Window, in_space, extra: Extra, *, add=None, out=None) -> Array:
     """conv_dx of bf16 plus the gradient of another conv's x. As above; extra.x: (N, *out_space,
     columns), or (N, *in_space, columns) where its window is pointwise.
     """
@@ -64,13 +66,13 @@ def conv_extended_dx(dy, w, window: Window, in_space, extra: Extra, *, add=None)
         dy.shape, w.shape, window, tuple(in_space), term_of(extra.w.shape, extra.window, True),
         _aligned(dy, extra.x), _aligned(w, extra.w), processors(),
     )  # fmt: skip
-    return _run(plan, dy.dtype, (dy, w, extra.x, extra.w, extra.scale, add))
+    return _run(plan, out, (dy, w, extra.x, extra.w, extra.scale, add))
 
 
-def _run(plan, dtype, arrays) -> Array:
+def _run(plan, out, arrays) -> Array:
     import cupy
 
-    out = cupy.empty(plan.shape, dtype)
+    out = cupy.empty(plan.shape, arrays[0].dtype) if out is None else out
     if out.size:
         terms = (plan.other,) if isinstance(plan, conv_extended_plan.ExtendedPlan) else ()
         args = (*arrays, out, plan.geometry, *terms, *plan.numbers)

@@ -66,14 +66,16 @@ def pending(
     return Pending(x, w, window, ready(add), scale, bias)
 
 
-def ready(change: Array | Pending | None) -> Array | None:
-    """The array that a pending product stands for; anything else as it is."""
+def ready(change: Array | Pending | None, spend: bool = False) -> Array | None:
+    """The array that a pending product stands for; anything else as it is. spend: as for `product`,
+    of what it is added to.
+    """
     if not isinstance(change, Pending):
         return change
     p, bias = change, change.bias
     if bias is not None and p.scale is not None:
         bias = scaled(bias, p.scale)
-    return product(p.x, p.w, p.window, bias=bias, add=p.add, scale=p.scale)
+    return product(p.x, p.w, p.window, bias=bias, add=p.add, scale=p.scale, spend=spend)
 
 
 def extended(
@@ -84,13 +86,14 @@ def extended(
     *,
     bias: Array | None = None,
     c: Array | None = None,
+    spend: bool = False,
 ) -> Array:
     """c * (x * w) + change + bias, summed wide, rounded once: `product(x, w, window,
     add=ready(change), bias=bias)` in one sum where there is no c.
 
-    x, w, bias: as for `product`. c: (columns,) in the wide dtype, or None for 1; the change must
-    have no scale then, it stands in its own w, and no bias. Returns (..., columns) in the dtype of
-    x. Raises ShapeError, DtypeError.
+    x, w, bias: as for `product`; spend too, of what the change is added to. c: (columns,) in the
+    wide dtype, or None for 1; the change must have no scale then, it stands in its own w, and no
+    bias. Returns (..., columns) in the dtype of x. Raises ShapeError, DtypeError.
     """
     x2, w2, add = change.x, cast(change.w, x.dtype), change.add
     shape = out_shape(x.shape, w.shape, window)
@@ -114,10 +117,10 @@ def extended(
                 "bias"
             )
     args = (x, w, bias, add, x2, w2, change.bias, change.scale, c)
-    return _extended(*args, window=window, other=change.window)
+    return _extended(*args, window=window, other=change.window, spend=spend)
 
 
-def _cpu(x, w, bias, add, x2, w2, bias2, scale, c, *, window, other, keep):
+def _cpu(x, w, bias, add, x2, w2, bias2, scale, c, *, window, other, spend, keep):
     more, own = wide_product(x2, w2, other), wide_product(x, w, window)
     if bias2 is not None:
         more += bias2.astype(more.dtype, copy=False)
@@ -128,15 +131,15 @@ def _cpu(x, w, bias, add, x2, w2, bias2, scale, c, *, window, other, keep):
     return finished(more, None, add, bias, x), kept
 
 
-def _gpu(x, w, bias, add, x2, w2, bias2, scale, c, *, window, other, keep):
+def _gpu(x, w, bias, add, x2, w2, bias2, scale, c, *, window, other, spend, keep):
     extra = product_gpu.Extra(x2, w2, other, scale, bias2)
+    more = {"add": add, "bias": bias, "extra": extra, "spend": spend}
     if c is None:
-        y = product_gpu.forward(x, w, window, scale=None, add=add, bias=bias, extra=extra)
-        return y, None
-    return product_gpu.scaled_forward(x, w, window, c, add=add, bias=bias, extra=extra, keep=keep)
+        return product_gpu.forward(x, w, window, scale=None, **more), None
+    return product_gpu.scaled_forward(x, w, window, c, keep=keep, **more)
 
 
-def _vjp(needs, out, x, w, bias, add, x2, w2, bias2, scale, c, *, window, other, kept):
+def _vjp(needs, out, x, w, bias, add, x2, w2, bias2, scale, c, *, window, other, spend, kept):
     """kept: x * w rounded, where there is a c."""
     space, other_space = in_space_of(x, window), in_space_of(x2, other)
     x, w = (x if needs[1] else None), (w if needs[0] else None)

@@ -89,22 +89,25 @@ def _hopper(device: int) -> bool:
     return cupy.cuda.Device(device).compute_capability == "90"
 
 
-def blocks_dx(g, w, window: Window, in_space, *, scale, add) -> Array:
-    """add + scale * the gradient of x where groups share w. Only where `plan_blocks_dx` says so."""
+def blocks_dx(g, w, window: Window, in_space, *, scale, add, out=None) -> Array:
+    """add + scale * the gradient of x where groups share w. Only where `plan_blocks_dx` says so.
+    out: where the result goes, a new array by default; may be add.
+    """
     import cupy
 
     shapes = tuple(g.shape), tuple(w.shape)
     plan = plan_blocks_dx(*shapes, window, tuple(in_space), processors())
     assert plan is not None
-    out = cupy.empty((g.shape[0], *in_space, w.shape[1] * window.groups), g.dtype)
+    if out is None:
+        out = cupy.empty((g.shape[0], *in_space, w.shape[1] * window.groups), g.dtype)
     return run(plan, None, None, out, extra=Extra(g, w, window, scale), add=add, bias=None)
 
 
 def extended_forward(
-    x, w, window: Window, *, extra: Extra | None, add, bias, c=None, keep: bool = False
+    x, w, window: Window, *, extra: Extra | None, add, bias, c=None, keep: bool = False, out=None
 ) -> tuple[Array, Array | None]:
     """(c * (x * w) + extra + add + bias, in the dtype of x; x * w if keep). Only where `takes` and
-    `plan_forward` say so; with c extra has no scale.
+    `plan_forward` say so; with c extra has no scale. out: as above.
     """
     import cupy
 
@@ -114,11 +117,12 @@ def extended_forward(
     assert plan is not None
     space = window.out_space(x.shape[1:-1]) if window.axes else x.shape[1:-1]
     shape = (*x.shape[:1], *space, w.shape[2]) if x.ndim > 1 else (w.shape[2],)
-    out, kept = cupy.empty(shape, x.dtype), cupy.empty(shape, x.dtype) if keep else None
+    out = cupy.empty(shape, x.dtype) if out is None else out
+    kept = cupy.empty(shape, x.dtype) if keep else None
     return run(plan, x, w, out, extra=extra, add=add, bias=bias, c=c, kept=kept), kept
 
 
-def extended_dx(g, w, window: Window, in_space, *, extra: Extra | None, add) -> Array:
+def extended_dx(g, w, window: Window, in_space, *, extra: Extra | None, add, out=None) -> Array:
     """g * w^T + extra + add, (N, *in_space, C). extra: x (positions, R) and w (1, C, R), or x as g
     but R wide and w (taps, C, R), of the same walk. As above, by `plan_dx`.
     """
@@ -128,5 +132,6 @@ def extended_dx(g, w, window: Window, in_space, *, extra: Extra | None, add) -> 
     plan = plan_dx(tuple(g.shape), tuple(w.shape), window, tuple(in_space), second, processors())
     assert plan is not None
     space = tuple(in_space) if window.axes else g.shape[1:-1]
-    out = (*g.shape[:1], *space, w.shape[1]) if g.ndim > 1 else (w.shape[1],)
-    return run(plan, g, w, cupy.empty(out, g.dtype), extra=extra, add=add, bias=None)
+    shape = (*g.shape[:1], *space, w.shape[1]) if g.ndim > 1 else (w.shape[1],)
+    out = cupy.empty(shape, g.dtype) if out is None else out
+    return run(plan, g, w, out, extra=extra, add=add, bias=None)

@@ -35,12 +35,14 @@ def takes_halo(x, w, window: Window, *others, least: int | None = None) -> bool:
     return prod(_grid(x, window)) > (processors() if least is None else least - 1)
 
 
-def halo_conv(x, w, window: Window, *, scale, add, bias) -> Array:
-    """add + scale * (x * w) + bias, one rounding. Only where `takes_halo` says so."""
+def halo_conv(x, w, window: Window, *, scale, add, bias, out=None) -> Array:
+    """add + scale * (x * w) + bias, one rounding. Only where `takes_halo` says so. out: where the
+    result goes, a new array by default; may be add.
+    """
     import cupy
 
     space = window.out_space(x.shape[1:-1])
-    y = cupy.empty((x.shape[0], *space, w.shape[2]), x.dtype)
+    y = cupy.empty((x.shape[0], *space, w.shape[2]), x.dtype) if out is None else out
     geometry = geometry_of(window, x.shape[1:-1], space)
     args = (x, w, scale, add, bias, y, geometry, x.shape[-1], w.shape[2])
     launch = kernel("halo.cu", "halo_conv", bf16)

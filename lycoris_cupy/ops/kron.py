@@ -23,7 +23,7 @@ from ..arrays import (
 )
 from ..errors import ShapeError
 from ..kernels import kernel
-from ..tape import Primitive, value_of
+from ..tape import Fresh, Primitive, value_of
 from .aligned import aligned
 from .columns import column_sum
 from .conv_gpu import processors
@@ -254,9 +254,10 @@ def _mix_blocks_vjp(needs, out, x, w1, *, turned):
 
     def pull(g):
         if all(needs):
-            return mix_gradients(g, x, w1, turned=turned)
+            dx, dw1 = mix_gradients(g, x, w1, turned=turned)
+            return Fresh(dx), dw1
         if needs[0]:
-            return _mix_blocks(g, w1, turned=not turned), None
+            return Fresh(_mix_blocks(g, w1, turned=not turned)), None
         return None, _mix_blocks_dw1(*((x, g) if turned else (g, x)), rows=rows, columns=columns)
 
     return pull

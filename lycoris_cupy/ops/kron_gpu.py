@@ -1,7 +1,7 @@
 """The launches of the kernels that apply a Kronecker product in one piece, cuda_src/kron_conv.cu
 and kron_conv_dw.cu: the product, its gradients for x and w1 in one launch, and that for w2.
 
-For 4 or 8 blocks on either side whose widths are multiples of 8, over two axes or single positions,
+For 4 or 8 blocks on either side whose widths are multiples of 8, and several taps over two axes
 with a stride of 1. Plans are made once for shapes.
 """
 
@@ -28,8 +28,8 @@ _SIDE = 8  # a piece is 8 x 8 positions
 _DW_TAPS = 3  # times 16 rows, taps by channels, that a warp of the weight's gradient holds
 _THREADS, _DW_THREADS = 128, 512
 _SHARED = 111 * 1024  # two blocks on a multiprocessor
-# Channels a block up to which mixing first is slower, where w2 walks over several taps: at 160 the
-# products of Hopper's warpgroups win, at one tap they do at any width (H100: benchmarks/NOTES.md).
+# Channels a block up to which mixing first is slower: at 160 the products of Hopper's warpgroups
+# win, at one tap they do at any width (H100: benchmarks/NOTES.md).
 _WIDEST = 80
 
 
@@ -79,10 +79,9 @@ class _Walk(NamedTuple):
 
 def prefers(x, w1, w2: tuple[int, int, int], window: Window) -> bool:
     """Whether this is the faster way, and possible. w2: its shape."""
-    if window.taps == 1 or max(w2[1:]) > _WIDEST or not takes(x, w1, w2, window):
+    if max(w2[1:]) > _WIDEST or not takes(x, w1, w2, window):
         return False
-    space = window.out_space(x.shape[1:-1]) if window.axes else x.shape[1:-1]
-    positions = prod((*x.shape[:-1][:1], *space))
+    positions = prod((x.shape[0], *window.out_space(x.shape[1:-1])))
     operations = 2 * positions * prod(w2) * w1.shape[1]
     moved = (x.size + positions * w1.shape[0] * w2[2]) * x.dtype.itemsize
     seconds = max(plan.portable(operations), plan.moving(moved))
@@ -107,9 +106,8 @@ def kron_conv(x, w1, w2, window: Window, *, scale, add) -> Array:
 
     p = _plans(tuple(x.shape), tuple(w1.shape), tuple(w2.shape), window, *_device())[0]
     assert p is not None
-    space = window.out_space(x.shape[1:-1]) if window.axes else x.shape[1:-1]
-    columns = w1.shape[0] * w2.shape[2]
-    y = cupy.empty((*x.shape[:1], *space, columns) if x.ndim > 1 else (columns,), x.dtype)
+    space, columns = window.out_space(x.shape[1:-1]), w1.shape[0] * w2.shape[2]
+    y = cupy.empty((x.shape[0], *space, columns), x.dtype)
     args = (x, w1, w2, scale, add, None, y, None, p.geometry, *p.numbers)
     p.launch(p.grid, (_THREADS,), *args, shared=p.shared)
     return y
@@ -157,23 +155,18 @@ def _plans(x, w1, w2, window: Window, count: int, most: int) -> tuple[_Plan | No
 
 
 def _walk(x, w1, w2, window: Window) -> _Walk | None:
-    """None for what no kernel does. Single positions are rows of eight pixels of one image."""
+    """None for what no kernel does, and for single positions, where mixing first wins."""
     (outs, blocks), (_, inner, outer) = w1, w2
     if not {outs, blocks} <= set(_TILES) or inner % 8 or outer % 8:
         return None
-    if window.groups != 1 or any(s != 1 for s in window.stride):
-        return None
-    pixels, sides = prod(x[:-1]), (blocks, outs, inner, outer)
-    if window.pointwise:
-        rows = -(-pixels // _SIDE), _SIDE
-        return _Walk(Window.of((1, 1)), 1, rows, rows, pixels, pixels, *sides)
-    if window.axes != 2:
+    if window.axes != 2 or window.pointwise or window.groups != 1 or window.stride != (1, 1):
         return None
     space, to = tuple(x[1:-1]), window.out_space(x[1:-1])
     # Pieces that lie half outside make twice the work.
     if any(2 * n < -(-n // _SIDE) * _SIDE for n in (*space, *to)):
         return None
-    return _Walk(window, x[0], space, to, pixels, x[0] * prod(to), *sides)
+    pixels, positions = x[0] * prod(space), x[0] * prod(to)
+    return _Walk(window, x[0], space, to, pixels, positions, blocks, outs, inner, outer)
 
 
 def _device() -> tuple[int, int]:

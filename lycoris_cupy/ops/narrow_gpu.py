@@ -19,7 +19,6 @@ from ..gemm import gemm
 from ..kernels import kernel
 from .columns import moved, rows_of
 from .conv_plan import geometry_of
-from .extended_gpu import Extra
 from .halo_gpu import halo_conv, takes_halo
 from .window import Window
 
@@ -38,15 +37,17 @@ def suits(x_channels: int, columns: int, window: Window, dtype) -> bool:
     )
 
 
-def narrow_conv(x, w, window: Window, *, scale, add, bias) -> Array:
-    """add + scale * (x * w) + bias, one rounding.  x: (N, *space, IN).  w: (taps, IN, R)."""
+def narrow_conv(x, w, window: Window, *, scale, add, bias, out=None) -> Array:
+    """add + scale * (x * w) + bias, one rounding.  x: (N, *space, IN).  w: (taps, IN, R).  out:
+    where the result goes, a new array by default; may be add.
+    """
     import cupy
 
     if takes_halo(x, w, window, add, bias):
-        return halo_conv(x, w, window, scale=scale, add=add, bias=bias)
+        return halo_conv(x, w, window, scale=scale, add=add, bias=bias, out=out)
     parts = gemm(rows_of(x), side_by_side(w), dtype=wide_dtype(x.dtype))
     space, columns = window.out_space(x.shape[1:-1]), w.shape[2]
-    y = cupy.empty((x.shape[0], *space, columns), x.dtype)
+    y = cupy.empty((x.shape[0], *space, columns), x.dtype) if out is None else out
     geometry = geometry_of(window, x.shape[1:-1], space)
     positions = x.shape[0] * prod(space)
     launch, grid = _launch("shifted_sum", x.dtype, columns, positions, add, bias)
@@ -66,11 +67,12 @@ def spread(g, window: Window, in_space: tuple[int, ...]) -> Array:
     return out
 
 
-def narrow_dx(g, w, window: Window, in_space, *, scale, add) -> Array:
-    """add + scale * the gradient of narrow_conv for x, (N, *in_space, IN)."""
+def narrow_dx(g, w, window: Window, in_space, *, scale, add, out=None) -> Array:
+    """add + scale * the gradient of narrow_conv for x, (N, *in_space, IN).  out: as above."""
     import cupy
 
-    out = cupy.empty((g.shape[0], *in_space, w.shape[1]), g.dtype)
+    if out is None:
+        out = cupy.empty((g.shape[0], *in_space, w.shape[1]), g.dtype)
     more = None if add is None else rows_of(add)
     columns = spread(g, window, in_space)
     gemm(columns, side_by_side(w), transpose_b=True, scale=scale, add=more, out=rows_of(out))
@@ -79,28 +81,10 @@ def narrow_dx(g, w, window: Window, in_space, *, scale, add) -> Array:
 
 def narrow_dw(x, g, window: Window, *, scale) -> Array:
     """scale * the gradient of narrow_conv for w, (taps, IN, R), wide."""
-    return _dw(x, spread(g, window, x.shape[1:-1]), window, scale)
-
-
-def narrow_gradients(g, x, w, window: Window, *, scale) -> tuple[Array, Array, Array]:
-    """(columns, w side by side, narrow_dw): the gradient for x is that of a product over single
-    positions with the first two, so that g is spread once.
-    """
-    columns = spread(g, window, x.shape[1:-1])
-    dw = _dw(x, columns, window, scale)
-    return columns.reshape(*x.shape[:-1], columns.shape[1]), side_by_side(w)[None], dw
-
-
-def _dw(x, columns, window: Window, scale):
-    flat = gemm(rows_of(x), columns, transpose_a=True, scale=scale, dtype=wide_dtype(x.dtype))
+    columns, kept = spread(g, window, x.shape[1:-1]), wide_dtype(x.dtype)
+    flat = gemm(rows_of(x), columns, transpose_a=True, scale=scale, dtype=kept)
     flat = flat.reshape(x.shape[-1], window.taps, -1)
     return moved(flat, lambda b: b.transpose(1, 0, 2))
-
-
-def narrow_extra(extra: Extra, in_space) -> Extra:
-    """The same second sum of an input gradient, as one over rows without taps."""
-    columns = spread(extra.x, extra.window, in_space)
-    return Extra(columns, side_by_side(extra.w)[None], Window(), extra.scale)
 
 
 def side_by_side(w: Array) -> Array:

@@ -13,9 +13,9 @@ from .conv_gpu import conv
 from .window import Window
 
 
-def pointwise(x, w, window: Window, *, scale, add, bias):
+def pointwise(x, w, window: Window, *, scale, add, bias, out=None):
     """add + scale * (x * w) + bias on matrices (P, C); groups as a batch, shared groups as more
-    rows.
+    rows. out: where the result goes, a new array by default; may be add.
     """
     import cupy
 
@@ -23,19 +23,21 @@ def pointwise(x, w, window: Window, *, scale, add, bias):
     if bias is not None and x.size and (groups > 1 or not _fuses_bias(x, w, add)):
         spatial = x if window.axes else rows_of(x)
         add = None if add is None else add.reshape(*spatial.shape[:-1], add.shape[-1])
-        y = conv(spatial, w, window, scale=scale, add=add, bias=bias)
+        y = conv(spatial, w, window, scale=scale, add=add, bias=bias, out=out)
         return y.reshape(*x.shape[:-1], y.shape[-1])
-    out = cupy.empty((*x.shape[:-1], w.shape[2] * (groups if window.shared else 1)), x.dtype)
+    if out is None:
+        out = cupy.empty((*x.shape[:-1], w.shape[2] * (groups if window.shared else 1)), x.dtype)
     x, add, to = (_matrices(a, window) for a in (x, add, out))
     gemm(x, _columns(w, window), scale=scale, add=add, bias=bias, out=to)
     return out
 
 
-def pointwise_dx(g, w, window: Window, *, scale, add):
-    """add + scale * g @ w^T."""
+def pointwise_dx(g, w, window: Window, *, scale, add, out=None):
+    """add + scale * g @ w^T.  out: as above."""
     import cupy
 
-    out = cupy.empty((*g.shape[:-1], w.shape[1] * window.groups), g.dtype)
+    if out is None:
+        out = cupy.empty((*g.shape[:-1], w.shape[1] * window.groups), g.dtype)
     g, add, to = (_matrices(a, window) for a in (g, add, out))
     gemm(g, _columns(w, window), transpose_b=True, scale=scale, add=add, out=to)
     return out

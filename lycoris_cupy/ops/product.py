@@ -15,7 +15,6 @@ from ..tape import Deferred, Primitive, Var, value_of
 from . import conv_cpu, product_gpu
 from .columns import column_sum, rows_of
 from .elementwise import cast, require_factor
-from .narrow_gpu import narrow_gradients, suits
 from .shapes import reshape
 from .thin_gpu import thin_gradients
 from .window import Window
@@ -31,14 +30,16 @@ def product(
     bias: Array | None = None,
     add: Array | None = None,
     scale: Array | None = None,
+    spend: bool = False,
 ) -> Array:
     """add + scale[0] * (x * w) + bias, summed wide, rounded once.
 
     x: (..., IN) linear, (N, *space, C) convolution; C = groups * IN. w: (taps, IN, OUT), or
     (taps, IN, groups * OUT) when groups have their own columns (a window with `shared` gives all
     groups the same); a wide w is rounded to the dtype of x. bias: (columns,). add: the output's
-    shape. scale: (1,) wide, a constant of the tape. Returns (..., columns) in the dtype of x.
-    Raises ShapeError, DtypeError.
+    shape. scale: (1,) wide, a constant of the tape. spend: add is read nowhere else, and may be
+    where the result is written. Returns (..., columns) in the dtype of x. Raises ShapeError,
+    DtypeError.
     """
     require_float(value_of(x), "x")
     if w.dtype != x.dtype and w.dtype == wide_dtype(x.dtype):
@@ -54,7 +55,7 @@ def product(
             require_same("x", value_of(x), name, value_of(array))
             if tuple(array.shape) != expected:
                 raise ShapeError(f"{name} has shape {tuple(array.shape)}, expected {expected}")
-    return _product(x, w, bias, add, scale, window=window)
+    return _product(x, w, bias, add, scale, window=window, spend=spend)
 
 
 def convolution(
@@ -128,10 +129,12 @@ def product_dw(x: Array, g: Array, window: Window, *, scale: Array | None = None
 
 
 def finished(total, scale, add, bias, x):
-    """The wide sum with all that is added to it, rounded once. CPU."""
-    total = total if scale is None else total * scale
-    total = total if add is None else add.astype(total.dtype, copy=False) + total
-    total = total if bias is None else total + bias.astype(total.dtype, copy=False)
+    """The wide sum, which is written over, with all that is added to it, rounded once. CPU."""
+    if scale is not None:
+        total *= scale
+    for more in (add, bias):
+        if more is not None:
+            total += more.astype(total.dtype, copy=False)
     return like(total, x)
 
 
@@ -140,19 +143,20 @@ def wide_product(x, w, window):
     return total.reshape(out_shape(x.shape, w.shape, window))
 
 
-def _product_cpu(x, w, bias, add, scale, *, window):
+# On the CPU there is nothing to gain from writing into add: the wide sum is an array of its own.
+def _product_cpu(x, w, bias, add, scale, *, window, spend=False):
     return finished(wide_product(x, w, window), scale, add, bias, x)
 
 
-def _product_gpu(x, w, bias, add, scale, *, window):
-    return product_gpu.forward(x, w, window, scale=scale, add=add, bias=bias)
+def _product_gpu(x, w, bias, add, scale, *, window, spend=False):
+    return product_gpu.forward(x, w, window, scale=scale, add=add, bias=bias, spend=spend)
 
 
 def in_space_of(x, window):
     return x.shape[1:-1] if window.axes else x.shape[:-1]
 
 
-def _product_vjp(needs, out, x, w, bias, add, scale, *, window):
+def _product_vjp(needs, out, x, w, bias, add, scale, *, window, spend=False):
     in_space = in_space_of(x, window)
     x, w = (x if needs[1] else None), (w if needs[0] else None)
 
@@ -176,9 +180,6 @@ def product_gradients(g, x, w, scale, window, in_space):
         both = thin_gradients(g, x, w, window, scale)
         if both is not None:
             return both.dx, both.dw
-        if g.size and x.size and suits(x.shape[-1], g.shape[-1], window, x.dtype):
-            columns, flat, dw = narrow_gradients(g, x, w, window, scale=scale)
-            return deferred_dx(columns, flat, scale, window.pointwise_like(), in_space), dw
     return (
         None if w is None else deferred_dx(g, w, scale, window, in_space),
         None if x is None else _product_dw(x, g, scale, window=window),
@@ -188,19 +189,29 @@ def product_gradients(g, x, w, scale, window, in_space):
 def deferred_dx(g, w, scale, window, in_space) -> Deferred:
     """The gradient of a product's x, which waits for other contributions to add to it."""
 
-    def run(add, term=None):
+    def run(add, term, spend):
         if term is None:
-            return _product_dx(g, w, add, scale, window=window, in_space=in_space)
+            return _product_dx(g, w, add, scale, window=window, in_space=in_space, spend=spend)
         if on_gpu(g):
             extra = product_gpu.Extra(*term)
-            return product_gpu.dx(g, w, window, in_space, scale=None, add=add, extra=extra)
+            return product_gpu.dx(
+                g, w, window, in_space, scale=None, add=add, extra=extra, spend=spend
+            )
         more, more_w, more_window, more_scale = term
-        total = _dx_wide(more, more_w, more_window, in_space) * (
-            1 if more_scale is None else more_scale
-        )
-        return finished(total + _dx_wide(g, w, window, in_space), None, add, None, g)
+        total = _dx_wide(more, more_w, more_window, in_space)
+        if more_scale is not None:
+            total *= more_scale
+        total += _dx_wide(g, w, window, in_space)
+        return finished(total, None, add, None, g)
 
     return Deferred(run, term=(g, w, window, scale), extends=scale is None)
+
+
+def _deferred_product(x, w, scale, window) -> Deferred:
+    def run(add, term, spend):
+        return _product(x, w, None, add, scale, window=window, spend=spend)
+
+    return Deferred(run)
 
 
 def _dx_wide(g, w, window, in_space):
@@ -210,19 +221,19 @@ def _dx_wide(g, w, window, in_space):
     return conv_cpu.conv_dx(rows_of(g), w, window, ()).reshape(shape)
 
 
-def _product_dx_cpu(g, w, add, scale, *, window, in_space):
+def _product_dx_cpu(g, w, add, scale, *, window, in_space, spend=False):
     return finished(_dx_wide(g, w, window, in_space), scale, add, None, g)
 
 
-def _product_dx_gpu(g, w, add, scale, *, window, in_space):
-    return product_gpu.dx(g, w, window, in_space, scale=scale, add=add)
+def _product_dx_gpu(g, w, add, scale, *, window, in_space, spend=False):
+    return product_gpu.dx(g, w, window, in_space, scale=scale, add=add, spend=spend)
 
 
-def _product_dx_vjp(needs, out, g, w, add, scale, *, window, in_space):
+def _product_dx_vjp(needs, out, g, w, add, scale, *, window, in_space, spend=False):
     g, w = (g if needs[1] else None), (w if needs[0] else None)
 
     def pull(c):
-        dg = Deferred(lambda a: _product(c, w, None, a, scale, window=window))
+        dg = _deferred_product(c, w, scale, window)
         dw = _product_dw(c, g, scale, window=window) if needs[1] else None
         return dg if needs[0] else None, dw, c if needs[2] else None, None
 
@@ -247,9 +258,9 @@ def _product_dw_vjp(needs, out, x, g, scale, *, window):
 
     def pull(c):
         c = cast(c, dtype)
-        dx = Deferred(lambda a: _product_dx(g, c, a, scale, window=window, in_space=in_space))
-        dg = Deferred(lambda a: _product(x, c, None, a, scale, window=window))
-        return dx if needs[0] else None, dg if needs[1] else None, None
+        dx = None if g is None else deferred_dx(g, c, scale, window, in_space)
+        dg = _deferred_product(x, c, scale, window)
+        return dx, dg if needs[1] else None, None
 
     return pull
 

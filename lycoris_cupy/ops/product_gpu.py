@@ -11,8 +11,8 @@ gradient.
 
     apart      portable or extended for the first sum, where neither takes both
 
-All but `extended` and `portable` write x2 * w2 by itself first and add it. `plan` estimates the
-time of each way that is possible.
+All but `extended` and `portable` write x2 * w2 by itself first, and their own sum over it. `plan`
+estimates the time of each way that is possible.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .conv_gpu import conv, conv_dw, conv_dx, conv_extended, conv_extended_dx, p
 from .elementwise import scale as scaled
 from .extended_gpu import Extra, blocks_dx, extended_dx, extended_forward, takes
 from .extended_plan import plan_blocks_dx, plan_dx, plan_forward
-from .narrow_gpu import narrow_conv, narrow_dw, narrow_dx, narrow_extra, suits
+from .narrow_gpu import narrow_conv, narrow_dw, narrow_dx, suits
 from .pointwise_gpu import pointwise, pointwise_dw, pointwise_dx
 from .scale_columns import scale_columns_gpu
 from .thin_product_gpu import outer_ways, plan_thin, thin_outer, thin_product
@@ -38,8 +38,13 @@ from .window import Window
 __all__ = ["Extra", "dw", "dx", "forward", "scaled_forward"]
 
 
-def forward(x, w, window: Window, *, scale, add, bias, extra: Extra | None = None) -> Array:
-    """add + scale * (x * w) + bias + extra.  Both a scale and an extra are never there."""
+def forward(
+    x, w, window: Window, *, scale, add, bias, extra: Extra | None = None, spend: bool = False
+) -> Array:
+    """add + scale * (x * w) + bias + extra.  Both a scale and an extra are never there. spend: the
+    result is written over add: every kernel reads a value of add in the thread that then writes it.
+    """
+    out = add if spend else None
     second = () if extra is None else (extra.x, extra.w, extra.bias)
     sizes = None if extra is None else extra.beside(x)
     hopper = scale is None and x.size > 0 and takes(x, w, add, bias, *second)
@@ -52,23 +57,25 @@ def forward(x, w, window: Window, *, scale, add, bias, extra: Extra | None = Non
     if way == "thin":
         return thin_product(x, w, scale=scale)
     if way == "extended":
-        return extended_forward(x, w, window, extra=extra, add=add, bias=bias)[0]
+        return extended_forward(x, w, window, extra=extra, add=add, bias=bias, out=out)[0]
     if extra is not None and way == "portable":
         rows = x if window.axes else rows_of(x)
-        y = conv_extended(rows, w, window, extra, add=add, bias=bias)
+        y = conv_extended(rows, w, window, extra, add=add, bias=bias, out=out)
         return y if window.axes else y.reshape(*x.shape[:-1], y.shape[-1])
     if extra is not None:
         own = extra.bias
         if own is not None and extra.scale is not None:
             own = scaled(own, extra.scale)
-        add = forward(extra.x, extra.w, extra.window, scale=extra.scale, add=add, bias=own)
-        return forward(x, w, window, scale=None, add=add, bias=bias)
+        more = {"scale": extra.scale, "add": add, "bias": own, "spend": spend}
+        add = forward(extra.x, extra.w, extra.window, **more)
+        return forward(x, w, window, scale=None, add=add, bias=bias, spend=True)
     run = {"library": pointwise, "portable": conv, "narrow": narrow_conv}[way]
-    return run(x, w, window, scale=scale, add=add, bias=bias)
+    return run(x, w, window, scale=scale, add=add, bias=bias, out=out)
 
 
-def scaled_forward(x, w, window: Window, c, *, add, bias, extra: Extra, keep: bool):
+def scaled_forward(x, w, window: Window, c, *, add, bias, extra: Extra, keep: bool, spend: bool):
     """(c * (x * w) + extra + add + bias, x * w rounded if keep); extra has no scale and no bias."""
+    out = add if spend else None
     second = (extra.x, extra.w)
     hopper = x.size > 0 and takes(x, w, add, bias, *second)
     sizes = extra.beside(x)
@@ -76,17 +83,20 @@ def scaled_forward(x, w, window: Window, c, *, add, bias, extra: Extra, keep: bo
         tuple(x.shape), tuple(w.shape), window, sizes, hopper, x.dtype, processors()
     )
     if plan.choose(*ways) == "extended":
-        return extended_forward(x, w, window, extra=extra, add=add, bias=bias, c=c, keep=keep)
-    more = forward(extra.x, extra.w, extra.window, scale=None, add=add, bias=bias)
+        more = {"extra": extra, "add": add, "bias": bias, "out": out}
+        return extended_forward(x, w, window, c=c, keep=keep, **more)
+    more = forward(extra.x, extra.w, extra.window, scale=None, add=add, bias=bias, spend=spend)
     own = forward(x, w, window, scale=None, add=None, bias=None)
     return scale_columns_gpu(own, c, None, more), own
 
 
-def dx(g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None) -> Array:
-    """add + scale * g * w^T + extra: the gradient of x.  Both a scale and an extra are never
-    there."""
-    if extra is not None and suits(extra.w.shape[1], extra.w.shape[2], extra.window, extra.x.dtype):
-        extra = narrow_extra(extra, in_space)
+def dx(
+    g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None, spend: bool = False
+) -> Array:
+    """add + scale * g * w^T + extra: the gradient of x.  Both a scale and an extra are never there.
+    spend: as for `forward`.
+    """
+    out = add if spend else None
     second = () if extra is None else (extra.x, extra.w)
     sizes = None if extra is None else extra.beside(g)
     hopper = g.size > 0 and takes(g, w, add, *second)
@@ -96,22 +106,23 @@ def dx(g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None
     )  # fmt: skip
     way = plan.choose(*ways)
     if way == "extended":
-        return extended_dx(g, w, window, in_space, extra=extra, add=add)
+        return extended_dx(g, w, window, in_space, extra=extra, add=add, out=out)
     if extra is not None and way == "portable":
         rows, space = (g, in_space) if window.axes else (rows_of(g), ())
-        out = conv_extended_dx(rows, w, window, space, extra, add=add)
+        out = conv_extended_dx(rows, w, window, space, extra, add=add, out=out)
         return out if window.axes else out.reshape(*g.shape[:-1], out.shape[-1])
     if extra is not None:
         if extra.window.pointwise and extra.window.groups == 1:
             positions = (g.shape[0], *in_space) if window.axes else g.shape[:-1]
-            add = _rows_dx(extra, positions, add)
+            add = _rows_dx(extra, positions, add, out)
         else:
-            add = dx(extra.x, extra.w, extra.window, in_space, scale=extra.scale, add=add)
-        return dx(g, w, window, in_space, scale=None, add=add)
+            more = {"scale": extra.scale, "add": add, "spend": spend}
+            add = dx(extra.x, extra.w, extra.window, in_space, **more)
+        return dx(g, w, window, in_space, scale=None, add=add, spend=True)
     if way == "library":
-        return pointwise_dx(g, w, window, scale=scale, add=add)
+        return pointwise_dx(g, w, window, scale=scale, add=add, out=out)
     run = {"portable": conv_dx, "narrow": narrow_dx, "blocks": blocks_dx}[way]
-    return run(g, w, window, in_space, scale=scale, add=add)
+    return run(g, w, window, in_space, scale=scale, add=add, out=out)
 
 
 def _whole(*arrays) -> bool:
@@ -122,12 +133,11 @@ def _whole(*arrays) -> bool:
     )
 
 
-def _rows_dx(extra: Extra, positions, add) -> Array:
+def _rows_dx(extra: Extra, positions, add, out) -> Array:
     """add + extra, of an extra whose rows are the positions of an input."""
-    rows = None if add is None else add.reshape(-1, add.shape[-1])
-    g = extra.x.reshape(-1, extra.x.shape[-1])
-    out = pointwise_dx(g, extra.w, Window(), scale=extra.scale, add=rows)
-    return out.reshape(*positions, out.shape[-1])
+    add, out = (None if a is None else rows_of(a) for a in (add, out))
+    dx = pointwise_dx(rows_of(extra.x), extra.w, Window(), scale=extra.scale, add=add, out=out)
+    return dx.reshape(*positions, dx.shape[-1])
 
 
 def dw(x, g, window: Window, *, scale) -> Array:

@@ -14,7 +14,7 @@ import numpy as np
 from ..arrays import Array, like, on_gpu, require_float, require_same, wide, wide_dtype
 from ..errors import DtypeError, ShapeError
 from ..kernels import kernel
-from ..tape import Primitive, value_of
+from ..tape import Fresh, Primitive, value_of
 from .columns import column_sum, rows_of
 from .elementwise import cast
 
@@ -128,7 +128,8 @@ def _scale_columns_vjp(needs, out, y, c, bias, add):
     def pull(g):
         dy, dc = column_gradients(g, y, c, bias)
         dbias = column_sum(g) * (1 - c) if needs[2] else None
-        return dy, dc, None if dbias is None else cast(dbias, y_dtype), g if needs[3] else None
+        dbias = None if dbias is None else cast(dbias, y_dtype)
+        return Fresh(dy), dc, dbias, g if needs[3] else None
 
     return pull
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..arrays import Array, dtype_name, dtype_of, on_gpu, wide_dtype
 from ..errors import LycorisError
 from ..optim import SGD, AdamW, Lion, Prodigy, ScheduleFreeAdamW
-from ..tape import Tape, Var
+from ..tape import Tape
 
 OPTIMIZERS = (SGD, Lion, AdamW, ScheduleFreeAdamW, Prodigy)
 _SAMPLE = 2**16  # elements; more than any padding of a buffer
@@ -67,7 +67,8 @@ def activation_bytes(engine: Any, *inputs: Array, **conditions) -> int:
     """Bytes that the tape of one forward keeps for its pullback, without the layers' own arrays and
     the adapters': measured, on these inputs, by running it.
 
-    What single operations take for a moment, and what a pullback needs while it runs, comes on top.
+    An input of a layer is kept where an adapter on it needs it for its gradients. The output, what
+    single operations take for a moment, and what a pullback needs while it runs, comes on top.
     """
     _, pullback = engine.vjp(*inputs, **conditions)
     tape = inspect.getclosurevars(pullback).nonlocals["tape"]
@@ -108,8 +109,6 @@ def _arrays(root: Any) -> Iterator[Array]:
 
 
 def _held(one: Any) -> Iterable[Any]:
-    if isinstance(one, Var):
-        return [one.value]  # its tape is where we come from
     if isinstance(one, Mapping):
         return one.values()
     if isinstance(one, (list, tuple, set)):
