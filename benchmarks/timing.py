@@ -101,8 +101,8 @@ def _median_us(spans) -> float:
 
 
 def flush_cache() -> None:
-    """Fill the L2 cache, by reading: what was written would have to go to memory first when the next
-    kernel reads, 10 us for 28 MB, which no layer's cost is.
+    """Fill the L2 cache, by reading: what was written would have to go to memory first when the
+    next kernel reads, 10 us for 28 MB, which no layer's cost is.
     """
     buffer, total = _flush_buffer()
     buffer.sum(out=total)
