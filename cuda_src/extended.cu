@@ -34,6 +34,7 @@
 // variants bf16: TILE_M=128 TILE_N=128 B_ROWS=1 PAIR=1
 // variants bf16: TILE_N=160 B_ROWS=1 EXT_N=40 | TILE_N=160 B_ROWS=1 EXT_N=80
 // variants bf16: TILE_N=160 B_ROWS=0 EXT_N=40 | TILE_N=160 B_ROWS=0 EXT_N=80
+#include "after.cuh"
 #include "extended_ends.cuh"
 
 // Copies this block's share of a stage's weights, to every block of the cluster: rows of a box, or columns.
@@ -203,6 +204,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__((WO
   }
   __syncthreads();
   if (CLUSTER > 1) meet_relaxed();
+  await_previous();
+  let_next();
   Stage stage;
   if (group == WORKERS) {
     registers_fewer<WORKERS == 2 ? 40 : 32>();

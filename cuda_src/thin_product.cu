@@ -1,18 +1,13 @@
-// Products of a wide x with a few columns, which cost what reading x once costs, for Hopper:
+// out[p, r] = scale * sum over k of x[p, k] * w[k, r], rounded once: a wide x with up to 16 columns, x @ down. For Hopper.
 //
-//   thin_product   out[p, r] = scale * sum over k of x[p, k] * w[k, r]      x @ down; rounded once
-//   thin_outer     out[k, r] = scale * sum over p of x[p, k] * w[p, r]      x^T @ g; f32
-//
-// Both are out[m, r] = sum over an inner axis, in x the faster axis of the first, the slower of the second. What decides is
-// how many bytes are under way on every multiprocessor: a block has 128 rows of the result and a share of the inner axis,
-// one warp copies boxes of 64 of its steps into a ring of stages, four multiply. Where there are too few tiles for all
-// multiprocessors, the SPLITS blocks of a cluster share the inner axis, and add up what they have from each other's shared
-// memory, always in the same order. What lies outside x and w is copied as zeros.
+// It costs what reading x costs, and what decides is how many bytes are under way on every multiprocessor: a block has 128
+// rows and a share of the inner axis, one warp copies boxes of 64 of its steps into a ring of stages, four multiply. Where
+// there are too few tiles for all multiprocessors, the SPLITS blocks of a cluster share the inner axis, and add up what they
+// have from each other's shared memory, always in the same order. What lies outside x and w is copied as zeros.
 //
 // only sm_90a
-// variants bf16: RANKS=16 SPLITS=1 | RANKS=16 SPLITS=2 | RANKS=16 SPLITS=4 | RANKS=16 SPLITS=8
-// variants bf16: RANKS=32 SPLITS=1 | RANKS=32 SPLITS=2 | RANKS=32 SPLITS=4 | RANKS=32 SPLITS=8
-// variants bf16: RANKS=64 SPLITS=1 | RANKS=64 SPLITS=2 | RANKS=64 SPLITS=4 | RANKS=64 SPLITS=8
+// variants bf16: SPLITS=1 | SPLITS=2 | SPLITS=4 | SPLITS=8
+#include "after.cuh"
 #include "cluster.cuh"
 #include "hopper.cuh"
 
@@ -20,37 +15,31 @@
 #error "the sizes of stages and the planner's rates are Hopper's"
 #endif
 
-constexpr int TILE_M = 128, TILE_K = 64, STAGES = 4;
+constexpr int TILE_M = 128, TILE_K = 64, STAGES = 4, RANKS = 16;
 constexpr int WORKERS = 4, THREADS = 32 * (WORKERS + 1);  // warps that multiply, 32 rows each, and the one that copies
 constexpr int X_BYTES = TILE_M * TILE_K * 2, W_BYTES = TILE_K * RANKS * 2, STAGE = X_BYTES + W_BYTES;
-constexpr int X_BOX = TILE_K * ROW_BYTES;  // of thin_outer, whose stage has two boxes of 64 columns of x
 constexpr int PITCH = RANKS + 8;           // floats of a row of sums: what 16 lanes write falls on different banks
 constexpr int SHARE = TILE_M / SPLITS;     // rows that a block of the cluster adds up and writes
 
-// Where a lane finds its row of the four 8 x 8 matrices of x that make an operand: rows `m` to `m` + 15 of the result, inner
-// steps `k` to `k` + 15. OUTER: a row of shared memory is a step, else it is a row of the result.
-template <bool OUTER>
+// Where a lane finds its row of the four 8 x 8 matrices of x that make an operand: rows `m` to `m` + 15, steps `k` to `k` + 15.
 INLINE unsigned x_place(int m, int k, int lane) {
-  const int row = OUTER ? k + lane / 16 * 8 + lane % 8 : m + lane % 16;
-  const int chunk = OUTER ? m % 64 / 8 + lane / 8 % 2 : k / 8 + lane / 16;
-  return (OUTER ? m / 64 * X_BOX : 0) + row * ROW_BYTES + (chunk ^ row % 8) * 16;
+  const int row = m + lane % 16;
+  return row * ROW_BYTES + (k / 8 + lane / 16 ^ row % 8) * 16;
 }
 
-// The same for w: steps `k` to `k` + 15, columns `r` to `r` + 15. Its rows are RANKS wide and swizzled as such.
-INLINE unsigned w_place(int k, int r, int lane) {
-  const unsigned at = (k + lane % 16) * (RANKS * 2) + (r / 8 + lane / 16) * 16;
-  return at ^ (at / 128 % (RANKS / 8)) * 16;
+// The same for w: steps `k` to `k` + 15, all columns. Its rows are 32 bytes wide and swizzled as such.
+INLINE unsigned w_place(int k, int lane) {
+  const unsigned at = (k + lane % 16) * (RANKS * 2) + lane / 16 * 16;
+  return at ^ at / 128 % 2 * 16;
 }
 
-INLINE void write_four(bf16* to, float factor, const float4& v) {
-  *reinterpret_cast<uint2*>(to) = make_uint2(round_pair(factor * v.x, factor * v.y), round_pair(factor * v.z, factor * v.w));
-}
-INLINE void write_four(float* to, float factor, const float4& v) {
-  *reinterpret_cast<float4*>(to) = make_float4(factor * v.x, factor * v.y, factor * v.z, factor * v.w);
-}
-
-template <bool OUTER, class Out>
-INLINE void multiply(const TensorMap& x, const TensorMap& w, const float* scale, Out* out, int rows, int inner, int ranks) {
+// Grid (tiles * SPLITS). ranks: a multiple of 8.
+extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THREADS)
+    NAME(thin_product)(const __grid_constant__ TensorMap x,  // (rows, inner), boxes of 128 by 64
+                       const __grid_constant__ TensorMap w,  // (inner, ranks), boxes of 64 by RANKS
+                       const float* scale,                   // (1,), or null for 1
+                       bf16* out,                            // (rows, ranks)
+                       int rows, int inner, int ranks) {
   extern __shared__ char memory[];
   __shared__ unsigned long long barriers[2 * STAGES];
   const unsigned skip = -shared_address(memory) % 1024, ring = shared_address(memory) + skip;
@@ -64,20 +53,18 @@ INLINE void multiply(const TensorMap& x, const TensorMap& w, const float* scale,
     const unsigned done = full + 8 * (i % STAGES), to = ring + i % STAGES * STAGE;
     const int k = (split + i * SPLITS) * TILE_K;
     barrier_expect(done, STAGE);
-    if (OUTER) {
-      copy_box(to, &x, done, row, k);
-      copy_box(to + X_BOX, &x, done, row + 64, k);
-    } else {
-      copy_box(to, &x, done, k, row);
-    }
+    copy_box(to, &x, done, k, row);
     copy_box(to + X_BYTES, &w, done, 0, k);
   };
   const bool copies = threadIdx.x == 32 * WORKERS;
   if (copies) {
     for (int i = 0; i < STAGES; ++i) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WORKERS);
     barrier_init_done();
-    for (int i = 0; i < min(count, STAGES); ++i) copy(i);
   }
+  await_previous();
+  let_next();
+  if (copies)
+    for (int i = 0; i < min(count, STAGES); ++i) copy(i);
   __syncwarp();
   __syncthreads();  // the barriers are there
 
@@ -96,14 +83,11 @@ INLINE void multiply(const TensorMap& x, const TensorMap& w, const float* scale,
       for (int k = 0; k < TILE_K; k += 16) {
         unsigned a[2][4];
 #pragma unroll
-        for (int m = 0; m < 2; ++m) load_matrices<OUTER>(a[m], x_at + x_place<OUTER>(warp * 32 + m * 16, k, lane));
+        for (int m = 0; m < 2; ++m) load_matrices<false>(a[m], x_at + x_place(warp * 32 + m * 16, k, lane));
+        unsigned b[4];
+        load_matrices<true>(b, w_at + w_place(k, lane));
 #pragma unroll
-        for (int n = 0; n < RANKS / 16; ++n) {
-          unsigned b[4];
-          load_matrices<true>(b, w_at + w_place(k, n * 16, lane));
-#pragma unroll
-          for (int m = 0; m < 2; ++m) mma(sum[m][2 * n], a[m], b[0], b[1]), mma(sum[m][2 * n + 1], a[m], b[2], b[3]);
-        }
+        for (int m = 0; m < 2; ++m) mma(sum[m][0], a[m], b[0], b[1]), mma(sum[m][1], a[m], b[2], b[3]);
       }
       __syncwarp();
       if (lane == 0) barrier_arrive(empty + 8 * (i % STAGES));
@@ -132,26 +116,9 @@ INLINE void multiply(const TensorMap& x, const TensorMap& w, const float* scale,
       const float4 v = read_of(reinterpret_cast<const float4*>(sums + m * PITCH + r), s);
       total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
     }
-    if (row + m < rows && r < ranks) write_four(out + (long long)(row + m) * ranks + r, factor, total);
+    if (row + m < rows && r < ranks)
+      *reinterpret_cast<uint2*>(out + (long long)(row + m) * ranks + r) =
+          make_uint2(round_pair(factor * total.x, factor * total.y), round_pair(factor * total.z, factor * total.w));
   }
   meet();  // no block ends before it has been read
-}
-
-// Grid (tiles * SPLITS). ranks: a multiple of 8.
-extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THREADS)
-    NAME(thin_product)(const __grid_constant__ TensorMap x,  // (rows, inner), boxes of 128 by 64
-                       const __grid_constant__ TensorMap w,  // (inner, ranks), boxes of 64 by RANKS
-                       const float* scale,                   // (1,), or null for 1
-                       bf16* out,                            // (rows, ranks)
-                       int rows, int inner, int ranks) {
-  multiply<false>(x, w, scale, out, rows, inner, ranks);
-}
-
-extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THREADS)
-    NAME(thin_outer)(const __grid_constant__ TensorMap x,  // (inner, rows), boxes of 64 by 64
-                     const __grid_constant__ TensorMap w,  // (inner, ranks), boxes of 64 by RANKS
-                     const float* scale,                   // (1,), or null for 1
-                     float* out,                           // (rows, ranks)
-                     int rows, int inner, int ranks) {
-  multiply<true>(x, w, scale, out, rows, inner, ranks);
 }

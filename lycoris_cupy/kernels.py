@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from . import dependent
 from .arrays import DTYPES, bf16, dtype_name, f32, f64
 from .cuda_source import Parameter, define_sets, expand, signatures
 from .errors import KernelError
@@ -116,6 +117,12 @@ def _current_device() -> int:
     return cupy.cuda.runtime.getDevice()
 
 
+def _current_stream():
+    import cupy
+
+    return cupy.cuda.get_current_stream()
+
+
 _asked: ContextVar[list[Kernel] | None] = ContextVar("asked", default=None)
 
 
@@ -152,10 +159,17 @@ class Kernel:
     """
 
     def __init__(
-        self, file: str, op: str, dtype: str, defines: dict, parameters: tuple[Parameter, ...]
+        self,
+        file: str,
+        op: str,
+        dtype: str,
+        defines: dict,
+        parameters: tuple[Parameter, ...],
+        waits: bool = False,
     ):
+        """waits: for the kernel before it, by itself; see `dependent`."""
         self.file, self.op, self.dtype, self.defines = file, op, dtype, defines
-        self.parameters = parameters
+        self.parameters, self.waits = parameters, waits
         self.name = f"{op}_{dtype}"
         self._converters = tuple(converter(p, dtype) for p in parameters)
         # device -> [launch function, RawKernel, dynamic shared memory it may use]
@@ -190,6 +204,11 @@ class Kernel:
         entry = self._loaded.get(device) or self._load(device)
         if shared > entry[2]:
             entry[1].max_dynamic_shared_size_bytes = entry[2] = shared
+        if self.waits and dependent.possible(device):
+            stream = _current_stream()
+            if stream.is_capturing():  # elsewhere the host is what takes time
+                dependent.launch(entry[0].ptr, grid, block, values, shared, stream.ptr)
+                return
         entry[0](grid, block, values, shared)
 
     def load(self) -> None:
@@ -263,4 +282,4 @@ def _kernel(file: str, op: str, dtype: str, defines: tuple) -> Kernel:
         raise KernelError(
             f"{file} does not list the define set '{given}' for {dtype} in its '// variants' lines"
         )
-    return Kernel(file, op, dtype, chosen, known[op])
+    return Kernel(file, op, dtype, chosen, known[op], dependent.waits(source, op))

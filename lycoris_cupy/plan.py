@@ -22,6 +22,7 @@ MEMORY = 2.6e12  # bytes a second, read and written by kernels that only move
 READ = 3.0e12  # bytes a second that can be read alone: the bandwidth of a large copy
 L2 = 5e12  # bytes a second, read again by tap after tap
 LAUNCH = 4e-6  # seconds that one more kernel takes in a graph
+PARTS = 4e-6  # seconds that the library takes to add up parts of a product with few columns
 BEGIN = 5e-6  # seconds of a launch of the project's own products, until all of its blocks multiply
 
 

@@ -37,7 +37,7 @@ def matrix_map(address: int, shape: tuple[int, ...], box: tuple[int, ...]) -> np
     strides = [2 * int(np.prod(dims[: i + 1], dtype=np.int64)) for i in range(len(dims) - 1)]
     out = np.zeros((), TENSOR_MAP)
     place, aligned = _aligned()
-    status = _library().cuTensorMapEncodeTiled(
+    status = driver().cuTensorMapEncodeTiled(
         place, _BF16, len(dims), ctypes.c_void_p(address),
         _array(ctypes.c_uint64, dims), _array(ctypes.c_uint64, strides),
         _array(ctypes.c_uint32, box[::-1]), _array(ctypes.c_uint32, [1] * len(dims)),
@@ -67,7 +67,7 @@ def pixel_map(
     strides = [2 * int(np.prod(dims[: i + 1], dtype=np.int64)) for i in range(len(dims) - 1)]
     out = np.zeros((), TENSOR_MAP)
     place, aligned = _aligned()
-    status = _library().cuTensorMapEncodeIm2col(
+    status = driver().cuTensorMapEncodeIm2col(
         place, _BF16, len(dims), ctypes.c_void_p(address),
         _array(ctypes.c_uint64, dims), _array(ctypes.c_uint64, strides),
         _array(ctypes.c_int, lower[::-1]), _array(ctypes.c_int, upper[::-1]),
@@ -99,7 +99,8 @@ def _require(status: int, kind: str, *told) -> None:
 
 
 @functools.cache
-def _library():
+def driver():
+    """The driver's own library."""
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:

@@ -32,7 +32,7 @@ from .extended_plan import plan_blocks_dx, plan_dx, plan_forward
 from .narrow_gpu import narrow_conv, narrow_dw, narrow_dx, suits
 from .pointwise_gpu import pointwise, pointwise_dw, pointwise_dx
 from .scale_columns import scale_columns_gpu
-from .thin_product_gpu import outer_ways, plan_thin, thin_outer, thin_product
+from .thin_product_gpu import plan_thin, thin_product
 from .window import Window
 
 __all__ = ["Extra", "dw", "dx", "forward", "scaled_forward"]
@@ -143,8 +143,6 @@ def _rows_dx(extra: Extra, positions, add, out) -> Array:
 def dw(x, g, window: Window, *, scale) -> Array:
     """scale * x^T * g: the gradient of w, wide."""
     if window.pointwise:
-        if plan.choose(*outer_ways(x, g, window, takes(x, g))) == "thin":
-            return thin_outer(x, g, scale=scale)
         return pointwise_dw(x, g, window, scale=scale)
     if x.size and g.size and suits(x.shape[-1], g.shape[-1], window, x.dtype):
         return narrow_dw(x, g, window, scale=scale)
@@ -175,7 +173,7 @@ def _forward_ways(
     if planned is not None:
         ways["extended"] = plan.extended(planned.tile.cycles, moved)
     if bare and window.pointwise and window.groups == 1:
-        thin = plan_thin("thin_product", positions, w[1], w[2], count)
+        thin = plan_thin(positions, w[1], w[2], count)
         if thin is not None:
             ways["thin"] = thin.seconds
     if extra is not None:
@@ -260,11 +258,12 @@ def _dx_ways(
 def _ways(window: Window, operations, channels, columns, dtype, moved, pixels):
     """Seconds of the ways that are not for Hopper alone."""
     if window.pointwise:
-        return {"library": max(plan.library(operations), plan.moving(moved))}
+        more = plan.PARTS if columns <= 64 else 0  # cuBLASLt adds up parts by a second kernel
+        return {"library": max(plan.library(operations), plan.moving(moved)) + more}
     ways = {"portable": _portable(window, operations, channels, columns, dtype, moved, pixels)}
     if suits(channels, columns, window, dtype):
         parts = 2 * pixels * window.taps * columns * 4
-        ways["narrow"] = plan.moving(moved) + plan.moving(parts)
+        ways["narrow"] = plan.moving(moved) + plan.rereading(parts)
     return ways
 
 
