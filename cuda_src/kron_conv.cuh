@@ -19,6 +19,14 @@ INLINE unsigned read_shared(unsigned from) {
 INLINE void write_shared(unsigned to, unsigned v) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }
+INLINE uint4 read_chunk(unsigned from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  return v;
+}
+INLINE void write_chunk(unsigned to, const uint4& v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 
 // Which 64 positions of which image.
 struct Piece {
@@ -44,15 +52,16 @@ INLINE void list_channels(int* list, int blocks, int block, int part) {
 }
 
 // Copies `rows` x `columns` pixels from (top, left) of an image on, of each the `chunks` chunks listed in `channels`; zeros
-// outside. Eight threads a pixel.
-INLINE void copy_piece(unsigned to, unsigned row_bytes, const bf16* x, int pixels, int image, int top, int left, int rows,
-                       int columns, int height, int width, int channels_all, const int* channels, int chunks) {
-  for (int at = threadIdx.x / 8; at < rows * columns; at += blockDim.x / 8) {
+// outside. By `threads` threads, eight a pixel.
+INLINE void copy_piece(int thread, int threads, unsigned to, unsigned row_bytes, const bf16* x, int pixels, int image, int top,
+                       int left, int rows, int columns, int height, int width, int channels_all, const int* channels,
+                       int chunks) {
+  for (int at = thread / 8; at < rows * columns; at += threads / 8) {
     const int down = at / columns, y = top + down, z = left + at - down * columns, pixel = (image * height + y) * width + z;
     const bool inside = unsigned(y) < unsigned(height) && unsigned(z) < unsigned(width) && pixel < pixels;
     const bf16* from = inside ? x + (long long)pixel * channels_all : x;
     const unsigned row = to + at * row_bytes;
-    for (int c = threadIdx.x % 8; c < chunks; c += 8) copy_async(row + c * 16, from + channels[c], inside);
+    for (int c = thread % 8; c < chunks; c += 8) copy_async(row + c * 16, from + channels[c], inside);
   }
 }
 
