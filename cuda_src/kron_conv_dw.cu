@@ -120,11 +120,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   auto load = [&](int piece, int turn) {
     const Piece at(piece, walk);
     if (piece < pieces)
-      copy_piece(threadIdx.x, blockDim.x, flow + turn * flow_bytes, g_bytes, g + column, positions, at.image, at.top, at.left, SIDE, SIDE, walk.to[1],
+      copy_piece<5>(threadIdx.x, blockDim.x, flow + turn * flow_bytes, g_bytes, g + column, positions, at.image, at.top, at.left, SIDE, SIDE, walk.to[1],
                  walk.to[2], outs * OUT, g_channels, outs * TILES);
     commit_copies();
     if (piece < pieces)
-      copy_piece(threadIdx.x, blockDim.x, image + turn * image_bytes, pixel_bytes, x + first, pixels, at.image, at.top - walk.padding[1],
+      copy_piece<5>(threadIdx.x, blockDim.x, image + turn * image_bytes, pixel_bytes, x + first, pixels, at.image, at.top - walk.padding[1],
                  at.left - walk.padding[2], high, wide, walk.from[1], walk.from[2], blocks * IN, channels, blocks * chunks);
     commit_copies();
   };

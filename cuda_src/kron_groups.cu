@@ -137,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   auto load = [&](int piece, int stage) {  // what the group multiplies next: a part of the channels of a piece
     if (piece < pieces) {
       const Piece at(piece, g);
-      copy_piece(own, OF_GROUP, image, pixel_bytes, x + stage * part, pixels, at.image, at.top - g.padding[1],
+      copy_piece<5>(own, OF_GROUP, image, pixel_bytes, x + stage * part, pixels, at.image, at.top - g.padding[1],
                  at.left - g.padding[2], high, wide, g.from[1], g.from[2], BLOCKS * IN, channels, BLOCKS * part / 8);
     }
     commit_copies();
