@@ -76,6 +76,18 @@ INLINE void copy_piece(int thread, int threads, unsigned to, unsigned row_bytes,
   }
 }
 
+// Brings the same pixels, all their channels, into L2: 128 bytes an instruction.
+INLINE void prefetch_piece(int thread, int threads, const bf16* x, int pixels, int image, int top, int left, int rows, int columns,
+                           int height, int width, int channels_all) {
+  const int lines = (channels_all + 63) / 64;
+  for (int i = thread; i < rows * columns * lines; i += threads) {
+    const int at = i / lines, down = at / columns, y = top + down, z = left + at - down * columns;
+    const int pixel = (image * height + y) * width + z;
+    if (unsigned(y) < unsigned(height) && unsigned(z) < unsigned(width) && pixel < pixels)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(x + pixel * channels_all + (i - at * lines) * 64));
+  }
+}
+
 // Where the chunks of eight channels of all taps lie, from the pixel of tap 0 on; the last one again where their number is odd.
 INLINE void list_chunks(unsigned* list, int taps, int part, int columns, unsigned row_bytes, const Geometry& g) {
   const int chunks = part / 8, count = taps * chunks;

@@ -96,15 +96,6 @@ struct Slot {
   }
 };
 
-// Brings what a piece's positions have in an array of `row` columns into L2, 128 bytes a prefetch.
-INLINE void prefetch(const bf16* array, const Piece& piece, int positions, int row, int thread, const Geometry& g) {
-  const int lines = (row + 63) / 64;
-  for (int i = thread; i < SIDE * SIDE * lines; i += OF_GROUP) {
-    const int place = i / lines, position = piece.position(place / SIDE, place % SIDE, positions, g);
-    if (position >= 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(array + position * row + (i - place * lines) * 64));
-  }
-}
-
 // Grid (blocks that share the pieces, columns of an output block / COLUMNS).
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     NAME(kron_conv)(const bf16* x,       // (pixels, BLOCKS * IN)
@@ -176,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       }
       continue;
     }
-    if (beside) prefetch(beside, at, positions, row, own, g);
+    if (beside) prefetch_piece(own, OF_GROUP, beside, positions, at.image, at.top, at.left, SIDE, SIDE, g.to[1], g.to[2], row);
     for (int stage = 0; stage < stages; ++stage) {
       wait_copies<0>();
       group_barrier(group);
