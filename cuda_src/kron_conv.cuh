@@ -21,7 +21,10 @@ INLINE void write_shared(unsigned to, unsigned v) {
 }
 INLINE uint4 read_chunk(unsigned from) {
   uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
   return v;
 }
 INLINE void write_chunk(unsigned to, const uint4& v) {
@@ -54,9 +57,9 @@ INLINE void list_channels(int* list, int blocks, int block, int part) {
 // Copies `rows` x `columns` pixels from (top, left) of an image on, of each the `chunks` chunks listed in `channels`; zeros
 // outside. By `threads` threads, eight a pixel, which keep HELD entries of the list at hand.
 template <int HELD>
-INLINE void copy_piece(int thread, int threads, unsigned to, unsigned row_bytes, const bf16* x, int pixels, int image, int top,
-                       int left, int rows, int columns, int height, int width, int channels_all, const int* channels,
-                       int chunks) {
+INLINE void copy_piece(int thread, int threads, unsigned to, unsigned row_bytes, const bf16* x, int pixels, int image,
+                       int top, int left, int rows, int columns, int height, int width, int channels_all,
+                       const int* channels, int chunks) {
   for (int first = thread % 8; first < chunks; first += 8 * HELD) {
     int held[HELD];
 #pragma unroll
@@ -77,8 +80,8 @@ INLINE void copy_piece(int thread, int threads, unsigned to, unsigned row_bytes,
 }
 
 // Brings the same pixels, all their channels, into L2: 128 bytes an instruction.
-INLINE void prefetch_piece(int thread, int threads, const bf16* x, int pixels, int image, int top, int left, int rows, int columns,
-                           int height, int width, int channels_all) {
+INLINE void prefetch_piece(int thread, int threads, const bf16* x, int pixels, int image, int top, int left, int rows,
+                           int columns, int height, int width, int channels_all) {
   const int lines = (channels_all + 63) / 64;
   for (int i = thread; i < rows * columns * lines; i += threads) {
     const int at = i / lines, down = at / columns, y = top + down, z = left + at - down * columns;

@@ -52,7 +52,8 @@ struct Slot {
   unsigned places;      // of their positions, four bits each
   int from[TILES];      // where they are in the array, of the first pair of blocks; -1 outside
 
-  INLINE Slot(unsigned slots, const Piece& piece, int positions, int row, int OUT, int column, const Geometry& g) : places(0) {
+  INLINE Slot(unsigned slots, const Piece& piece, int positions, int row, int OUT, int column, const Geometry& g)
+      : places(0) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     slots += warp * 16 * ROW;
     own = slots + lane / 4 * ROW + lane % 4 * 4, first = slots + lane * 16;
@@ -67,9 +68,7 @@ struct Slot {
 
   INLINE unsigned at(int i) const { return first + i * 512 + (places >> 4 * i & 15) * 16; }
 
-  INLINE unsigned pair(int half, int out, int tile) const {
-    return own + half * 8 * ROW + (out * TILES + tile) * 16;
-  }
+  INLINE unsigned pair(int half, int out, int tile) const { return own + half * 8 * ROW + (out * TILES + tile) * 16; }
 
   INLINE void fetch(uint4 (&v)[TILES], const bf16* array) const {
 #pragma unroll
@@ -105,12 +104,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     const bf16* beside,  // (positions, outs * OUT), or null: what is added; with TURNED, z
                     bf16* y,             // (positions, outs * OUT)
                     float* dots,         // (gridDim.y * gridDim.x, BLOCKS, outs), with z
-                    const __grid_constant__ Geometry g, int pixels, int positions, int pieces, int IN, int OUT, int outs,
+                    const __grid_constant__ Geometry g, int pixels, int positions, int pieces, int IN, int OUT,
+                    int outs,
                     int part) {  // channels of a block that are there at a time
   extern __shared__ char memory[];
   __shared__ alignas(16) float mix[MOST][BLOCKS];
   __shared__ float found[WARPS][MOST * BLOCKS];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / OF_GROUP, own = threadIdx.x % OF_GROUP;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / OF_GROUP,
+            own = threadIdx.x % OF_GROUP;
   const int taps = g.kernel[1] * g.kernel[2], count = taps * (part / 8), pairs = (count + 1) / 2;
   const int wide = SIDE + (g.kernel[2] - 1) * g.dilation[2], high = SIDE + (g.kernel[1] - 1) * g.dilation[1];
   const unsigned pixel_bytes = odd_row(BLOCKS * part / 8), weight_row = odd_row(TURNED ? 2 * pairs : TILES);
@@ -138,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (piece < pieces) {
       const Piece at(piece, g);
       copy_piece<5>(own, OF_GROUP, image, pixel_bytes, x + stage * part, pixels, at.image, at.top - g.padding[1],
-                 at.left - g.padding[2], high, wide, g.from[1], g.from[2], BLOCKS * IN, channels, BLOCKS * part / 8);
+                    at.left - g.padding[2], high, wide, g.from[1], g.from[2], BLOCKS * IN, channels, BLOCKS * part / 8);
     }
     commit_copies();
   };
@@ -147,8 +148,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int step = GROUPS * gridDim.x, first = blockIdx.x + group * gridDim.x;
   if (group == 0) load(first, 0);
   for (int stage = 0; stage < stages; ++stage)
-    copy_weight(weight + stage * weight_bytes, w2 + (TURNED ? column * IN + stage * part : column + stage * part * OUT), weights,
-                2 * pairs, IN, OUT);
+    copy_weight(weight + stage * weight_bytes, w2 + (TURNED ? column * IN + stage * part : column + stage * part * OUT),
+                weights, 2 * pairs, IN, OUT);
   commit_copies();
   wait_copies<0>();
   __syncthreads();
@@ -167,7 +168,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       }
       continue;
     }
-    if (beside) prefetch_piece(own, OF_GROUP, beside, positions, at.image, at.top, at.left, SIDE, SIDE, g.to[1], g.to[2], row);
+    if (beside)
+      prefetch_piece(own, OF_GROUP, beside, positions, at.image, at.top, at.left, SIDE, SIDE, g.to[1], g.to[2], row);
     for (int stage = 0; stage < stages; ++stage) {
       wait_copies<0>();
       group_barrier(group);

@@ -38,7 +38,8 @@ INLINE void copy_weight(unsigned to, const bf16* from, const int* list, int whol
   } else {
     for (int i = threadIdx.x; i < whole * 8 * TILES; i += THREADS) {
       const int row = i / TILES, tile = i % TILES, start = list[row / 8];
-      copy_async(to + row * odd_row(TILES) + tile * 16, start < 0 ? from : from + start + row % 8 * OUT + tile * 8, start >= 0);
+      copy_async(to + row * odd_row(TILES) + tile * 16, start < 0 ? from : from + start + row % 8 * OUT + tile * 8,
+                 start >= 0);
     }
   }
 }
@@ -61,8 +62,8 @@ INLINE void load_weight(unsigned (&b)[TILES][2], unsigned weight, int pair, unsi
 
 // Adds a part's products to the sums. `passing`: hands the turn on a little before the end, so that the other group's first loads
 // are under way when the last products are.
-INLINE void multiply(float (&sum)[BLOCKS][TILES][4], unsigned own, const unsigned* places, unsigned weight, unsigned weight_row,
-                     int pairs, unsigned block_bytes, int group, bool passing) {
+INLINE void multiply(float (&sum)[BLOCKS][TILES][4], unsigned own, const unsigned* places, unsigned weight,
+                     unsigned weight_row, int pairs, unsigned block_bytes, int group, bool passing) {
   const unsigned* place = places + threadIdx.x % 32 / 16;
   unsigned from = own + place[0], a[AHEAD + 1][4], b[TILES][2];
   load_weight(b, weight, 0, weight_row);
