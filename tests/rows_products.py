@@ -177,7 +177,7 @@ def _kron_product_cases():
         "one tap": (_window((1, 1)), (3, 5, 7), (4, 4), (1, 40, 80)),
         "linear": (flat, (3, 13), (8, 8), (1, 24, 32)),
         "linear vector": (flat, (), (4, 4), (1, 16, 16)),
-        "long": (flat, (17003,), (4, 4), (1, 16, 16)),
+        "long": (flat, (38003,), (4, 4), (1, 16, 16)),
     }  # fmt: skip
 
 
