@@ -155,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   auto load = [&](int piece, int stage) {
     if (piece < pieces) {
       const Piece at(piece, g);
-      copy_piece(image, pixel_bytes, x + stage * part, pixels, at.image, at.top - g.padding[1], at.left - g.padding[2], high,
+      copy_piece<1>(threadIdx.x, blockDim.x, image, pixel_bytes, x + stage * part, pixels, at.image, at.top - g.padding[1], at.left - g.padding[2], high,
                  wide, g.from[1], g.from[2], BLOCKS * IN, channels, BLOCKS * part / 8);
       if (stages > 1 || piece == blockIdx.x)
         copy_weight(weight, w2 + (TURNED ? column * IN + stage * part : column + stage * part * OUT), weights, 2 * pairs, IN,
@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       if (stage + 1 < stages) load(piece, stage + 1);
     }
     if (TURNED && z) {
-      copy_piece(image, beside_row, z + column, positions, at.image, at.top, at.left, SIDE, SIDE, g.to[1], g.to[2], row, beside,
+      copy_piece<1>(threadIdx.x, blockDim.x, image, beside_row, z + column, positions, at.image, at.top, at.left, SIDE, SIDE, g.to[1], g.to[2], row, beside,
                  outs * TILES);
       commit_copies();
       wait_copies<0>();

@@ -19,6 +19,17 @@ INLINE unsigned read_shared(unsigned from) {
 INLINE void write_shared(unsigned to, unsigned v) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }
+INLINE uint4 read_chunk(unsigned from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+INLINE void write_chunk(unsigned to, const uint4& v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 
 // Which 64 positions of which image.
 struct Piece {
@@ -44,15 +55,39 @@ INLINE void list_channels(int* list, int blocks, int block, int part) {
 }
 
 // Copies `rows` x `columns` pixels from (top, left) of an image on, of each the `chunks` chunks listed in `channels`; zeros
-// outside. Eight threads a pixel.
-INLINE void copy_piece(unsigned to, unsigned row_bytes, const bf16* x, int pixels, int image, int top, int left, int rows,
-                       int columns, int height, int width, int channels_all, const int* channels, int chunks) {
-  for (int at = threadIdx.x / 8; at < rows * columns; at += blockDim.x / 8) {
-    const int down = at / columns, y = top + down, z = left + at - down * columns, pixel = (image * height + y) * width + z;
-    const bool inside = unsigned(y) < unsigned(height) && unsigned(z) < unsigned(width) && pixel < pixels;
-    const bf16* from = inside ? x + (long long)pixel * channels_all : x;
-    const unsigned row = to + at * row_bytes;
-    for (int c = threadIdx.x % 8; c < chunks; c += 8) copy_async(row + c * 16, from + channels[c], inside);
+// outside. By `threads` threads, eight a pixel, which keep HELD entries of the list at hand.
+template <int HELD>
+INLINE void copy_piece(int thread, int threads, unsigned to, unsigned row_bytes, const bf16* x, int pixels, int image,
+                       int top, int left, int rows, int columns, int height, int width, int channels_all,
+                       const int* channels, int chunks) {
+  for (int first = thread % 8; first < chunks; first += 8 * HELD) {
+    int held[HELD];
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) held[i] = first + i * 8 < chunks ? channels[first + i * 8] : -1;
+    int down = thread / 8 / columns, right = thread / 8 - down * columns;
+    unsigned row = to + thread / 8 * row_bytes + first * 16;
+    while (down < rows) {
+      const int y = top + down, z = left + right, pixel = (image * height + y) * width + z;
+      const bool inside = unsigned(y) < unsigned(height) && unsigned(z) < unsigned(width) && pixel < pixels;
+      const bf16* from = inside ? x + (long long)pixel * channels_all : x;
+#pragma unroll
+      for (int i = 0; i < HELD; ++i)
+        if (held[i] >= 0) copy_async(row + i * 128, from + unsigned(held[i]), inside);
+      row += threads / 8 * row_bytes;
+      for (right += threads / 8; right >= columns; right -= columns) ++down;
+    }
+  }
+}
+
+// Brings the same pixels, all their channels, into L2: 128 bytes an instruction.
+INLINE void prefetch_piece(int thread, int threads, const bf16* x, int pixels, int image, int top, int left, int rows,
+                           int columns, int height, int width, int channels_all) {
+  const int lines = (channels_all + 63) / 64;
+  for (int i = thread; i < rows * columns * lines; i += threads) {
+    const int at = i / lines, down = at / columns, y = top + down, z = left + at - down * columns;
+    const int pixel = (image * height + y) * width + z;
+    if (unsigned(y) < unsigned(height) && unsigned(z) < unsigned(width) && pixel < pixels)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(x + pixel * channels_all + (i - at * lines) * 64));
   }
 }
 

@@ -29,10 +29,9 @@ INLINE void load_two_matrices(unsigned (&f)[2], unsigned address) {  // as load_
 
 // a (16x8, its last eight rows zero) @ b (8x8): lane l gets row l/4, columns 2 * (l%4) and the next.
 INLINE void mma_eight(float (&c)[4], unsigned a, unsigned b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
-      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-      : "r"(a), "r"(0), "r"(b), "f"(0.0f));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+               : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+               : "r"(a), "r"(0), "r"(b), "f"(0.0f));
 }
 
 // The first operand that mixes g: w1 of block lane / 4 and of o = 2 * (lane % 4) and the next; zeros outside.
@@ -88,8 +87,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                        const bf16* g,   // (positions, outs * OUT)
                        const bf16* w1,  // (outs, blocks), 8 or 4 of either
                        float* parts,    // (gridDim.x, taps, IN, OUT)
-                       const __grid_constant__ Geometry walk, int pixels, int positions, int pieces, int IN, int OUT, int blocks,
-                       int outs,
+                       const __grid_constant__ Geometry walk, int pixels, int positions, int pieces, int IN, int OUT,
+                       int blocks, int outs,
                        int part) {  // channels of a block of x that a block of threads does
   extern __shared__ char memory[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -99,7 +98,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int steps = (blocks + groups - 1) / groups;
   // Of the warps beside each other on a tensor core half copies and mixes a step later, while the other half multiplies.
   const int later = warp / 4 % 2, copies = min(later, steps - 1), mixes = max(steps - 1 + later, 1);
-  const int wide = SIDE + (walk.kernel[2] - 1) * walk.dilation[2], high = SIDE + (walk.kernel[1] - 1) * walk.dilation[1];
+  const int wide = SIDE + (walk.kernel[2] - 1) * walk.dilation[2],
+            high = SIDE + (walk.kernel[1] - 1) * walk.dilation[1];
   const int most = max(outs, blocks);
   const unsigned pixel_bytes = odd_row(blocks * chunks), g_bytes = odd_row(most * TILES);
   const unsigned image_bytes = wide * high * pixel_bytes, flow_bytes = SIDE * SIDE * g_bytes;
@@ -120,12 +120,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   auto load = [&](int piece, int turn) {
     const Piece at(piece, walk);
     if (piece < pieces)
-      copy_piece(flow + turn * flow_bytes, g_bytes, g + column, positions, at.image, at.top, at.left, SIDE, SIDE, walk.to[1],
-                 walk.to[2], outs * OUT, g_channels, outs * TILES);
+      copy_piece<5>(threadIdx.x, blockDim.x, flow + turn * flow_bytes, g_bytes, g + column, positions, at.image, at.top,
+                    at.left, SIDE, SIDE, walk.to[1], walk.to[2], outs * OUT, g_channels, outs * TILES);
     commit_copies();
     if (piece < pieces)
-      copy_piece(image + turn * image_bytes, pixel_bytes, x + first, pixels, at.image, at.top - walk.padding[1],
-                 at.left - walk.padding[2], high, wide, walk.from[1], walk.from[2], blocks * IN, channels, blocks * chunks);
+      copy_piece<5>(threadIdx.x, blockDim.x, image + turn * image_bytes, pixel_bytes, x + first, pixels, at.image,
+                    at.top - walk.padding[1], at.left - walk.padding[2], high, wide, walk.from[1], walk.from[2],
+                    blocks * IN, channels, blocks * chunks);
     commit_copies();
   };
 #pragma unroll 1
@@ -157,11 +158,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       }
       const int block = step * groups + group;
       if (group >= groups || block >= blocks) continue;
-      const unsigned to_block = turn * image_bytes + block * part * 2, g_block = g_from + turn * flow_bytes + block * 16;
+      const unsigned to_block = turn * image_bytes + block * part * 2,
+                     g_block = g_from + turn * flow_bytes + block * 16;
       unsigned a[HELD][DOWN + 1][2];  // rows of the image
 #pragma unroll
       for (int h = 0; DOWN > 1 && h < HELD; ++h) load_rows(a[h], 0, from[h] + to_block);
-#pragma unroll 1  // four warps a tensor core: one multiplies while others load
+#pragma unroll 1                                 // four warps a tensor core: one multiplies while others load
       for (int row = 0; row < SIDE; row += 2) {  // 16 positions
         unsigned b[TILES][2];
         load_flow(b, g_block + row * SIDE * g_bytes, most * 16);
@@ -188,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   float4* others = reinterpret_cast<float4*>(memory) + lane;  // the sums of the groups after the first
 #pragma unroll
   for (int i = 0; i < HELD * DOWN * TILES; ++i) {
-    const float(&v)[4] = sum[i / (DOWN * TILES)][i / TILES % DOWN][i % TILES];
+    const float (&v)[4] = sum[i / (DOWN * TILES)][i / TILES % DOWN][i % TILES];
     if (group > 0 && group < groups)
       others[((warp - across) * HELD * DOWN * TILES + i) * 32] = make_float4(v[0], v[1], v[2], v[3]);
   }
@@ -198,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   for (int other = 0; other + 1 < groups; ++other)
 #pragma unroll
     for (int i = 0; i < HELD * DOWN * TILES; ++i) {
-      float(&v)[4] = sum[i / (DOWN * TILES)][i / TILES % DOWN][i % TILES];
+      float (&v)[4] = sum[i / (DOWN * TILES)][i / TILES % DOWN][i % TILES];
       const float4 more = others[((other * across + warp) * HELD * DOWN * TILES + i) * 32];
       v[0] += more.x, v[1] += more.y, v[2] += more.z, v[3] += more.w;
     }
@@ -216,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         float* to = parts + (((long long)blockIdx.x * taps + tap) * IN + i) * OUT + column + lane % 4 * 2;
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
-          const float(&v)[4] = sum[h][down][tile];
+          const float (&v)[4] = sum[h][down][tile];
           *reinterpret_cast<float2*>(to + tile * 8) = make_float2(v[half * 2], v[half * 2 + 1]);
         }
       }

@@ -45,7 +45,7 @@ def test_a_captured_step_is_the_step_bit_for_bit(positions):
     rng = np.random.default_rng(positions)
     engine = Engine({"layer": Linear(drawn(rng, 768, 1536, size=0.03), None)}, device="cuda:0")
     shape = LayerShape(engine.layers["layer"].window, 768, 1536)
-    adapters = {"a": LoCon(shape, 16, 8.0), "b": LoKr.factored(shape, 8)}
+    adapters = {"a": LoCon(shape, 16, 8.0), "b": LoKr.create(shape, 8, factor=8, full_matrix=True)}
     for name, adapter in adapters.items():
         made = {n: drawn(rng, *v.shape, size=0.1) for n, v in adapter.init(rng).items()}
         engine.attachments[name] = Attachment({"layer": (adapter, made)}, "cuda:0", bf16, 1.0)
