@@ -10,8 +10,10 @@
 //
 // which is the gradient of w1 when x is that of y and z is the input. For a stride of 1.
 //
-// A block keeps w2 and a piece of the image with its halo in shared memory, so that x is read once for all taps; a warp makes 16
-// positions of 8 * TILES columns of every one of the BLOCKS products, whose sums meet in its registers and are mixed there.
+// A block has a multiprocessor of its own and keeps w2. Its two groups of four warps each go from piece to piece of the image, a
+// piece with its halo in shared memory, so that x is read once for all taps; a warp makes 16 positions of 8 * TILES columns of
+// every one of the BLOCKS products, whose sums meet in its registers and are mixed there. The groups wait for nobody: while one
+// multiplies, the other mixes, writes, and fetches its next piece.
 //
 // variants bf16: BLOCKS=8 TILES=2 TURNED=0 | BLOCKS=8 TILES=3 TURNED=0 | BLOCKS=8 TILES=4 TURNED=0 | BLOCKS=8 TILES=5 TURNED=0
 // variants bf16: BLOCKS=8 TILES=2 TURNED=1 | BLOCKS=8 TILES=3 TURNED=1 | BLOCKS=8 TILES=4 TURNED=1 | BLOCKS=8 TILES=5 TURNED=1
@@ -19,239 +21,210 @@
 // variants bf16: BLOCKS=4 TILES=5 TURNED=0 | BLOCKS=4 TILES=8 TURNED=0
 // variants bf16: BLOCKS=4 TILES=2 TURNED=1 | BLOCKS=4 TILES=3 TURNED=1 | BLOCKS=4 TILES=4 TURNED=1
 // variants bf16: BLOCKS=4 TILES=5 TURNED=1 | BLOCKS=4 TILES=8 TURNED=1
+#include "after.cuh"
 #include "types.cuh"
-#include "kron_conv.cuh"
+#include "kron_products.cuh"
 #include "exchange.cuh"
 
-constexpr int THREADS = 128, WARPS = THREADS / 32, COLUMNS = 8 * TILES;
 constexpr int MOST = 8;  // blocks of the output
 
-// Where the chunks of w2 start: of eight channels at a tap; -1 for what an odd number of them leaves of a pair.
-INLINE void list_weight(int* list, int taps, int IN, int OUT, int part) {
-  const int chunks = part / 8, count = taps * chunks;
-  for (int i = threadIdx.x; i < count + count % 2; i += THREADS) {
-    const int tap = i / chunks, channel = i % chunks * 8;
-    list[i] = i == count ? -1 : TURNED ? (taps - 1 - tap) * OUT * IN + channel : (tap * IN + channel) * OUT;
-  }
-}
-
-// w2 from `from` on, as the second operand: rows of COLUMNS columns, a row a channel and tap; or, TURNED, rows of channels and
-// taps, a row a column.
-INLINE void copy_weight(unsigned to, const bf16* from, const int* list, int whole, int IN, int OUT) {
-  if (TURNED) {
-    for (int c = threadIdx.x / 32; c < COLUMNS; c += WARPS)
-      for (int at = threadIdx.x % 32; at < whole; at += 32)
-        copy_async(to + c * odd_row(whole) + at * 16, list[at] < 0 ? from : from + list[at] + c * IN, list[at] >= 0);
+// Of COUNT values a lane the sums over the warp: lane l gets that of value l / (32 / COUNT).
+template <int COUNT, int STEP = 16>
+INLINE float over_warp(float* v) {
+  if constexpr (STEP == 0) {
+    return v[0];
   } else {
-    for (int i = threadIdx.x; i < whole * 8 * TILES; i += THREADS) {
-      const int row = i / TILES, tile = i % TILES, start = list[row / 8];
-      copy_async(to + row * odd_row(TILES) + tile * 16, start < 0 ? from : from + start + row % 8 * OUT + tile * 8, start >= 0);
+    const bool upper = COUNT > 1 && threadIdx.x & STEP;
+#pragma unroll
+    for (int i = 0; i < (COUNT + 1) / 2; ++i) {
+      const float mine = upper ? v[i + COUNT / 2] : v[i], other = upper || COUNT == 1 ? v[i] : v[i + COUNT / 2];
+      v[i] = mine + __shfl_xor_sync(~0u, other, STEP);
+    }
+    return over_warp<(COUNT + 1) / 2, STEP / 2>(v);
+  }
+}
+
+// A warp's 16 positions of a pair of blocks of the output, on their way through shared memory: to and from the array in chunks of
+// 16 bytes, beside each other, to and from the lanes in pairs of columns, as the products hold them.
+struct Slot {
+  static constexpr int CHUNKS = 2 * TILES;  // of a position, and one that keeps positions on different banks
+  static constexpr unsigned ROW = 16 * (CHUNKS + 1);
+  unsigned own, first;  // where the lane's pairs of columns begin, and its chunks: TILES, 32 apart
+  unsigned places;      // of their positions, four bits each
+  int from[TILES];      // where they are in the array, of the first pair of blocks; -1 outside
+
+  INLINE Slot(unsigned slots, const Piece& piece, int positions, int row, int OUT, int column, const Geometry& g)
+      : places(0) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    slots += warp * 16 * ROW;
+    own = slots + lane / 4 * ROW + lane % 4 * 4, first = slots + lane * 16;
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      const int place = (lane + 32 * i) / CHUNKS, chunk = (lane + 32 * i) % CHUNKS;
+      const int position = piece.position(warp % 4 * 2 + place / 8, place % 8, positions, g);
+      places |= unsigned(place) << 4 * i;
+      from[i] = position < 0 ? -1 : position * row + chunk / TILES * OUT + chunk % TILES * 8 + column;
     }
   }
-}
 
-// The second operand for a pair of chunks: its 16 rows of two tiles at a time.
-INLINE void load_weight(unsigned (&b)[TILES][2], unsigned weight, int pair, unsigned row_bytes) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int tile = 0; tile < TILES; tile += 2) {
-    const int own = min(tile + lane / 16, TILES - 1);
-    unsigned v[4];
-    if (TURNED)
-      load_matrices<false>(v, weight + (own * 8 + lane % 8) * row_bytes + (pair * 2 + lane / 8 % 2) * 16);
-    else
-      load_matrices<true>(v, weight + (pair * 16 + lane % 16) * row_bytes + own * 16);
-    b[tile][0] = v[0], b[tile][1] = v[1];
-    if (tile + 1 < TILES) b[tile + 1][0] = v[2], b[tile + 1][1] = v[3];
-  }
-}
+  INLINE unsigned at(int i) const { return first + i * 512 + (places >> 4 * i & 15) * 16; }
 
-// Of BLOCKS values a lane the sums over the warp: lane l gets that of block l / (32 / BLOCKS).
-INLINE float over_warp(float (&v)[BLOCKS]) {
-  const int lane = threadIdx.x % 32;
+  INLINE unsigned pair(int half, int out, int tile) const { return own + half * 8 * ROW + (out * TILES + tile) * 16; }
+
+  INLINE void fetch(uint4 (&v)[TILES], const bf16* array) const {
 #pragma unroll
-  for (int count = BLOCKS / 2, step = 16; count; count /= 2, step /= 2)
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const float other = __shfl_xor_sync(~0u, lane & step ? v[i] : v[i + count], step);
-      v[i] = (lane & step ? v[i + count] : v[i]) + other;
+    for (int i = 0; i < TILES; ++i) {
+      v[i] = make_uint4(0, 0, 0, 0);
+      if (from[i] >= 0) v[i] = *reinterpret_cast<const uint4*>(array + from[i]);
     }
-#pragma unroll
-  for (int step = 16 / BLOCKS; step; step /= 2) v[0] += __shfl_xor_sync(~0u, v[0], step);
-  return v[0];
-}
-
-// A row's pairs of columns in TILES tiles; 16 bytes a lane where four tiles are together.
-INLINE void read_row(unsigned (&v)[TILES], const bf16* from, bool inside) {
-  const int lane = threadIdx.x % 4;
-#pragma unroll
-  for (int tile = 0; tile + 4 <= TILES; tile += 4) {
-    uint4 a = make_uint4(0, 0, 0, 0);
-    if (inside) a = *reinterpret_cast<const uint4*>(from + (tile + lane) * 8);
-    unsigned four[4] = {a.x, a.y, a.z, a.w};
-    exchange(four);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[tile + i] = four[i];
   }
-#pragma unroll
-  for (int tile = TILES / 4 * 4; tile < TILES; ++tile)
-    v[tile] = inside ? *reinterpret_cast<const unsigned*>(from + tile * 8 + lane * 2) : 0;
-}
 
-INLINE void write_row(const unsigned (&v)[TILES], bf16* to, bool inside) {
-  const int lane = threadIdx.x % 4;
+  INLINE void put(const uint4 (&v)[TILES]) const {
 #pragma unroll
-  for (int tile = 0; tile + 4 <= TILES; tile += 4) {
-    unsigned four[4] = {v[tile], v[tile + 1], v[tile + 2], v[tile + 3]};
-    exchange(four);
-    if (inside) *reinterpret_cast<uint4*>(to + (tile + lane) * 8) = make_uint4(four[0], four[1], four[2], four[3]);
+    for (int i = 0; i < TILES; ++i) write_chunk(at(i), v[i]);
+    __syncwarp();
   }
+
+  INLINE void store(bf16* array) const {
+    __syncwarp();
 #pragma unroll
-  for (int tile = TILES / 4 * 4; tile < TILES; ++tile)
-    if (inside) *reinterpret_cast<unsigned*>(to + tile * 8 + lane * 2) = v[tile];
-}
+    for (int i = 0; i < TILES; ++i) {
+      const uint4 v = read_chunk(at(i));
+      if (from[i] >= 0) *reinterpret_cast<uint4*>(array + from[i]) = v;
+    }
+    __syncwarp();  // the next pair takes its place
+  }
+};
 
 // Grid (blocks that share the pieces, columns of an output block / COLUMNS).
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     NAME(kron_conv)(const bf16* x,       // (pixels, BLOCKS * IN)
                     const bf16* w1,      // (outs, BLOCKS); (BLOCKS, outs) with TURNED
                     const bf16* w2,      // (taps, IN, OUT); (taps, OUT, IN) with TURNED
                     const float* scale,  // (1,), or null
-                    const bf16* add,     // (positions, outs * OUT), or null
-                    const bf16* z,       // (positions, outs * OUT), or null: with TURNED
+                    const bf16* beside,  // (positions, outs * OUT), or null: what is added; with TURNED, z
                     bf16* y,             // (positions, outs * OUT)
                     float* dots,         // (gridDim.y * gridDim.x, BLOCKS, outs), with z
-                    const __grid_constant__ Geometry g, int pixels, int positions, int pieces, int IN, int OUT, int outs,
+                    const __grid_constant__ Geometry g, int pixels, int positions, int pieces, int IN, int OUT,
+                    int outs,
                     int part) {  // channels of a block that are there at a time
   extern __shared__ char memory[];
   __shared__ alignas(16) float mix[MOST][BLOCKS];
-  __shared__ float found[WARPS][MOST][BLOCKS];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  __shared__ float found[WARPS][MOST * BLOCKS];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / OF_GROUP,
+            own = threadIdx.x % OF_GROUP;
   const int taps = g.kernel[1] * g.kernel[2], count = taps * (part / 8), pairs = (count + 1) / 2;
   const int wide = SIDE + (g.kernel[2] - 1) * g.dilation[2], high = SIDE + (g.kernel[1] - 1) * g.dilation[1];
   const unsigned pixel_bytes = odd_row(BLOCKS * part / 8), weight_row = odd_row(TURNED ? 2 * pairs : TILES);
-  const unsigned beside_row = odd_row(outs * TILES);  // of z, which takes the place of x
+  const unsigned weight_bytes = (TURNED ? COLUMNS : 16 * pairs) * weight_row;
   unsigned* places = reinterpret_cast<unsigned*>(memory);
   int* weights = reinterpret_cast<int*>(places + 2 * pairs);
   int* channels = weights + 2 * pairs;
-  int* beside = channels + BLOCKS * part / 8;
-  const unsigned lists = 16 * pairs + 4 * (BLOCKS * part / 8 + (TURNED ? outs * TILES : 0));
-  const unsigned weight = shared_address(memory) + (lists + 15) / 16 * 16;
-  const unsigned image = weight + (TURNED ? COLUMNS : 16 * pairs) * weight_row;
+  const unsigned lists = 16 * pairs + 4 * (BLOCKS * part / 8);
   const int column = blockIdx.y * COLUMNS, stages = IN / part, row = outs * OUT;
+  const unsigned weight = shared_address(memory) + (lists + 15) / 16 * 16;
+  const unsigned image = weight + stages * weight_bytes + group * wide * high * pixel_bytes;
+  const unsigned slots = image + (GROUPS - group) * wide * high * pixel_bytes;
+  await_previous();
+  let_next();
   const float by = scale ? *scale : 1.0f;
   for (int i = threadIdx.x; i < outs * BLOCKS; i += THREADS) {
     const int o = i / BLOCKS, b = i % BLOCKS;
     mix[o][b] = by * widen(w1[TURNED ? b * outs + o : i]);
   }
-  for (int i = threadIdx.x; i < WARPS * MOST * BLOCKS; i += THREADS) found[0][0][i] = 0;
+  for (int i = lane; i < MOST * BLOCKS; i += 32) found[threadIdx.x / 32][i] = 0;
   list_chunks(places, taps, part, wide, pixel_bytes, g);
   list_weight(weights, taps, IN, OUT, part);
   list_channels(channels, BLOCKS, IN, part);
-  if (TURNED) list_channels(beside, outs, OUT, COLUMNS);
   __syncthreads();
 
-  // What is multiplied next: a part of the channels of a piece; w2 stays where there is but one part.
-  auto load = [&](int piece, int stage) {
+  auto load = [&](int piece, int stage) {  // what the group multiplies next: a part of the channels of a piece
     if (piece < pieces) {
       const Piece at(piece, g);
-      copy_piece<1>(threadIdx.x, blockDim.x, image, pixel_bytes, x + stage * part, pixels, at.image, at.top - g.padding[1], at.left - g.padding[2], high,
-                 wide, g.from[1], g.from[2], BLOCKS * IN, channels, BLOCKS * part / 8);
-      if (stages > 1 || piece == blockIdx.x)
-        copy_weight(weight, w2 + (TURNED ? column * IN + stage * part : column + stage * part * OUT), weights, 2 * pairs, IN,
-                    OUT);
+      copy_piece<5>(own, OF_GROUP, image, pixel_bytes, x + stage * part, pixels, at.image, at.top - g.padding[1],
+                    at.left - g.padding[2], high, wide, g.from[1], g.from[2], BLOCKS * IN, channels, BLOCKS * part / 8);
     }
     commit_copies();
   };
 
-  const unsigned own = image + ((warp * 2 + lane / 8 % 2) * wide + lane % 8) * pixel_bytes;
-  load(blockIdx.x, 0);
-  for (int piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+  // The second group's first piece comes while the first group multiplies, which then begins the sooner.
+  const int step = GROUPS * gridDim.x, first = blockIdx.x + group * gridDim.x;
+  if (group == 0) load(first, 0);
+  for (int stage = 0; stage < stages; ++stage)
+    copy_weight(weight + stage * weight_bytes, w2 + (TURNED ? column * IN + stage * part : column + stage * part * OUT),
+                weights, 2 * pairs, IN, OUT);
+  commit_copies();
+  wait_copies<0>();
+  __syncthreads();
+  if (group == 1) load(first, 0);
+
+  const unsigned from = image + ((warp * 2 + lane / 8 % 2) * wide + lane % 8) * pixel_bytes;
+  for (int piece = first; piece < pieces; piece += step) {
     const Piece at(piece, g);
     float sum[BLOCKS][TILES][4] = {};
+    if (beside)
+      prefetch_piece(own, OF_GROUP, beside, positions, at.image, at.top, at.left, SIDE, SIDE, g.to[1], g.to[2], row);
     for (int stage = 0; stage < stages; ++stage) {
       wait_copies<0>();
-      __syncthreads();
-#pragma unroll 1
-      for (int pair = 0; pair < pairs; ++pair) {
-        const unsigned from = own + places[pair * 2 + lane / 16];
-        unsigned a[2][4], b[TILES][2];
-        load_matrices<false>(a[0], from);
-        load_weight(b, weight, pair, weight_row);
-#pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
-          if (block + 1 < BLOCKS) load_matrices<false>(a[(block + 1) % 2], from + (block + 1) * part * 2);
-#pragma unroll
-          for (int tile = 0; tile < TILES; ++tile) mma(sum[block][tile], a[block % 2], b[tile][0], b[tile][1]);
-        }
-      }
-      __syncthreads();  // nobody reads this any more
+      group_barrier(group);
+      multiply(sum, from, places, weight + stage * weight_bytes, weight_row, pairs, part * 2);
+      group_barrier(group);  // nobody reads this any more
       if (stage + 1 < stages) load(piece, stage + 1);
     }
-    if (TURNED && z) {
-      copy_piece<1>(threadIdx.x, blockDim.x, image, beside_row, z + column, positions, at.image, at.top, at.left, SIDE, SIDE, g.to[1], g.to[2], row, beside,
-                 outs * TILES);
-      commit_copies();
-      wait_copies<0>();
-      __syncthreads();
-    } else {
-      load(piece + gridDim.x, 0);
-    }
 
-    int position[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) position[half] = at.position(warp * 2 + half, lane / 4, positions, g);
+    const Slot slot(slots, at, positions, row, OUT, column, g);
+    uint4 next[TILES];
+    if (beside) slot.fetch(next, beside);
+    load(piece + step, 0);
 #pragma unroll 1
-    for (int o = 0; o < outs; ++o) {
-      float factor[BLOCKS];
+    for (int pair = 0; pair < outs; pair += 2) {
+      if (beside) {
+        slot.put(next);
+        if (pair + 2 < outs) slot.fetch(next, beside + (pair + 2) * OUT);
+      }
+      if (TURNED && beside) {  // before y takes the place of z
+        float dot[2 * BLOCKS] = {};
 #pragma unroll
-      for (int b = 0; b < BLOCKS; ++b) factor[b] = mix[o][b];
+        for (int i = 0; i < 2 * 2 * TILES; ++i) {
+          const int out = i / (2 * TILES), half = i / TILES % 2, tile = i % TILES;
+          const unsigned z = read_shared(slot.pair(half, out, tile));
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const bool inside = position[half] >= 0;
-        const long long to = (inside ? (long long)position[half] * row : 0) + o * OUT + column;
-        unsigned added[TILES] = {}, v[TILES];
-        if (add) read_row(added, add + to, inside);
+          for (int b = 0; b < BLOCKS; ++b) {
+            float& d = dot[out * BLOCKS + b];
+            d += sum[b][tile][half * 2] * low_half(z), d += sum[b][tile][half * 2 + 1] * high_half(z);
+          }
+        }
+        const float total = over_warp<2 * BLOCKS>(dot);
+        if (lane % (16 / BLOCKS) == 0) found[threadIdx.x / 32][pair * BLOCKS + lane / (16 / BLOCKS)] += total;
+      }
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-          float low = low_half(added[tile]), high_ = high_half(added[tile]);
+      for (int out = 0; out < 2; ++out) {
+        float factor[BLOCKS];
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b) factor[b] = mix[pair + out][b];
+#pragma unroll
+        for (int i = 0; i < 2 * TILES; ++i) {
+          const int half = i / TILES, tile = i % TILES;
+          const unsigned place = slot.pair(half, out, tile), added = !TURNED && beside ? read_shared(place) : 0;
+          float low = low_half(added), high_ = high_half(added);
 #pragma unroll
           for (int b = 0; b < BLOCKS; ++b)
             low += factor[b] * sum[b][tile][half * 2], high_ += factor[b] * sum[b][tile][half * 2 + 1];
-          v[tile] = round_pair(low, high_);
+          write_shared(place, round_pair(low, high_));
         }
-        write_row(v, y + to, inside);
       }
-      if (TURNED && z) {
-        float dot[BLOCKS] = {};
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-          for (int tile = 0; tile < TILES; ++tile) {
-            const unsigned pair = read_shared(image + ((warp * 2 + half) * SIDE + lane / 4) * beside_row +
-                                              (o * COLUMNS + tile * 8 + lane % 4 * 2) * 2);
-#pragma unroll
-            for (int b = 0; b < BLOCKS; ++b)
-              dot[b] += sum[b][tile][half * 2] * low_half(pair) + sum[b][tile][half * 2 + 1] * high_half(pair);
-          }
-        const float total = over_warp(dot);
-        if (lane % (32 / BLOCKS) == 0) found[warp][o][lane / (32 / BLOCKS)] += total;
-      }
-    }
-    if (TURNED && z) {
-      __syncthreads();
-      load(piece + gridDim.x, 0);
+      slot.store(y + pair * OUT);
     }
   }
   wait_copies<0>();
-  if (!TURNED || !z) return;
+  if (!TURNED || !beside) return;
   __syncthreads();
   float* to = dots + ((long long)blockIdx.y * gridDim.x + blockIdx.x) * BLOCKS * outs;
   for (int i = threadIdx.x; i < BLOCKS * outs; i += THREADS) {
     const int b = i / outs, o = i % outs;
     float total = 0;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) total += found[w][o][b];
+    for (int w = 0; w < WARPS; ++w) total += found[w][o * BLOCKS + b];
     to[i] = by * total;
   }
 }

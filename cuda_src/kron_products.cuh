@@ -11,14 +11,6 @@ INLINE void group_barrier(int group) {
   asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(OF_GROUP) : "memory");
 }
 
-// Until the other group has passed the turn, which it does once for each time that this one takes it.
-INLINE void take_turn(int group) {
-  asm volatile("bar.sync %0, %1;" ::"r"(1 + GROUPS + group), "n"(THREADS) : "memory");
-}
-INLINE void pass_turn(int group) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(1 + GROUPS + (group ^ 1)), "n"(THREADS) : "memory");
-}
-
 // Where the chunks of w2 start: of eight channels at a tap; -1 for what an odd number of them leaves of a pair.
 INLINE void list_weight(int* list, int taps, int IN, int OUT, int part) {
   const int chunks = part / 8, count = taps * chunks;
@@ -60,10 +52,9 @@ INLINE void load_weight(unsigned (&b)[TILES][2], unsigned weight, int pair, unsi
   }
 }
 
-// Adds a part's products to the sums. `passing`: hands the turn on a little before the end, so that the other group's first loads
-// are under way when the last products are.
+// Adds a part's products to the sums.
 INLINE void multiply(float (&sum)[BLOCKS][TILES][4], unsigned own, const unsigned* places, unsigned weight,
-                     unsigned weight_row, int pairs, unsigned block_bytes, int group, bool passing) {
+                     unsigned weight_row, int pairs, unsigned block_bytes) {
   const unsigned* place = places + threadIdx.x % 32 / 16;
   unsigned from = own + place[0], a[AHEAD + 1][4], b[TILES][2];
   load_weight(b, weight, 0, weight_row);
@@ -71,7 +62,6 @@ INLINE void multiply(float (&sum)[BLOCKS][TILES][4], unsigned own, const unsigne
   for (int block = 0; block < AHEAD; ++block) load_matrices<false>(a[block], from + block * block_bytes);
 #pragma unroll 1
   for (int pair = 0; pair < pairs; ++pair) {
-    if (passing && pair + 1 == pairs) pass_turn(group);
     const int next = min(pair + 1, pairs - 1);
     const unsigned then = own + place[next * 2];
     unsigned after[TILES][2];

@@ -23,6 +23,7 @@ LOW_RANK = (
     ("one", 1, 1, 1, 1),
     ("rank 0", 2, 3, 0, 5),
     ("large", 9, 70, 17, 131),
+    ("too large for one launch", 9, 96, 20, 160),
 )
 
 

@@ -26,10 +26,8 @@ _TILES = {8: (5, 4, 3, 2), 4: (8, 5, 4, 3, 2)}  # of 8 columns, by blocks: what 
 _DW_TILES = (5, 4, 3, 2)
 _SIDE = 8  # a piece is 8 x 8 positions
 _DW_TAPS = 3  # times 16 rows, taps by channels, that a warp of the weight's gradient holds
-_THREADS, _DW_THREADS = 256, 512
-# 2: kron_groups.cu, two groups of warps in turns. 1: kron_conv.cu, two blocks on a multiprocessor.
-_GROUPS = 2
-_SHARED = 111 * 1024  # of each of two blocks
+_GROUPS = 2  # of a block, each with a piece of its own
+_THREADS, _DW_THREADS = 128 * _GROUPS, 512
 # Channels a block up to which mixing first is slower: at 160 the products of Hopper's warpgroups
 # win, at one tap they do at any width (H100: benchmarks/NOTES.md).
 _WIDEST = 80
@@ -110,9 +108,8 @@ def kron_conv(x, w1, w2, window: Window, *, scale, add) -> Array:
     assert p is not None
     space, columns = window.out_space(x.shape[1:-1]), w1.shape[0] * w2.shape[2]
     y = cupy.empty((x.shape[0], *space, columns), x.dtype)
-    beside = (add,) if _GROUPS == 2 else (add, None)
-    args = (x, w1, w2, scale, *beside, y, None, p.geometry, *p.numbers)
-    p.launch(p.grid, (_THREADS * _GROUPS // 2,), *args, shared=p.shared)
+    args = (x, w1, w2, scale, add, y, None, p.geometry, *p.numbers)
+    p.launch(p.grid, (_THREADS,), *args, shared=p.shared)
     return y
 
 
@@ -126,10 +123,8 @@ def kron_gradients(
     assert p is not None
     dx = cupy.empty(x.shape, x.dtype)
     dots = cupy.empty((prod(p.grid), w1.size), f32) if both else None
-    z = x if both else None
-    beside = (z,) if _GROUPS == 2 else (None, z)
-    args = (g, w1, w2, scale, *beside, dx, dots, p.geometry, *p.numbers)
-    p.launch(p.grid, (_THREADS * _GROUPS // 2,), *args, shared=p.shared)
+    args = (g, w1, w2, scale, x if both else None, dx, dots, p.geometry, *p.numbers)
+    p.launch(p.grid, (_THREADS,), *args, shared=p.shared)
     return dx, None if dots is None else column_sum(dots).reshape(w1.shape)
 
 
@@ -155,8 +150,7 @@ def _plans(x, w1, w2, window: Window, count: int, most: int) -> tuple[_Plan | No
     walk = _walk(x, w1, w2, window)
     if walk is None:
         return None, None, None
-    plan_conv = _plan_groups if _GROUPS == 2 else _plan_conv
-    forward, back = plan_conv(walk, 0, count, most), plan_conv(walk.back(), 1, count, most)
+    forward, back = _plan_conv(walk, 0, count, most), _plan_conv(walk.back(), 1, count, most)
     return forward, back, _plan_dw(walk, count, most)
 
 
@@ -198,32 +192,6 @@ def _row(chunks: int) -> int:
 
 def _plan_conv(walk: _Walk, turned: int, count: int, most: int) -> _Plan | None:
     window, blocks, outs = walk.window, walk.blocks, walk.outs
-    tiles = next((t for t in _TILES[blocks] if walk.outer % (8 * t) == 0), None)
-    if tiles is None:
-        return None
-
-    def shared(part):
-        pairs = -(-window.taps * part // 16)
-        weight = 8 * tiles * _row(2 * pairs) if turned else 16 * pairs * _row(tiles)
-        image = walk.piece_pixels * _row(blocks * part // 8)
-        lists = 16 * pairs + 4 * blocks * part // 8
-        if turned:  # z takes the place of the image
-            image = max(image, _SIDE * _SIDE * _row(outs * tiles))
-            lists += 4 * outs * tiles
-        return -(-lists // 16) * 16 + weight + image
-
-    part = _part(walk.inner, lambda part: shared(part) <= min(_SHARED, most))
-    if part is None:
-        return None
-    passes, pieces = walk.outer // (8 * tiles), walk.pieces
-    launch = kernel("kron_conv.cu", "kron_conv", bf16, BLOCKS=blocks, TILES=tiles, TURNED=turned)
-    grid = (min(pieces, max(1, 2 * count // passes)), passes)
-    numbers = (walk.pixels, walk.positions, pieces, walk.inner, walk.outer, outs, part)
-    return _Plan(launch, grid, geometry_of(window, walk.space, walk.to), numbers, shared(part))
-
-
-def _plan_groups(walk: _Walk, turned: int, count: int, most: int) -> _Plan | None:
-    window, blocks, outs = walk.window, walk.blocks, walk.outs
 
     def shared(tiles, part):
         pairs = -(-window.taps * part // 16)
@@ -231,7 +199,7 @@ def _plan_groups(walk: _Walk, turned: int, count: int, most: int) -> _Plan | Non
         lists = 16 * pairs + 4 * blocks * part // 8
         image = walk.piece_pixels * _row(blocks * part // 8)
         slots = 16 * 4 * _row(2 * tiles)  # of 16 positions a warp, and two blocks of the output
-        return -(-lists // 16) * 16 + walk.inner // part * weight + 2 * (image + slots)
+        return -(-lists // 16) * 16 + walk.inner // part * weight + _GROUPS * (image + slots)
 
     for tiles in (t for t in _TILES[blocks] if walk.outer % (8 * t) == 0):
         part = _part(walk.inner, lambda part, tiles=tiles: shared(tiles, part) <= most)
@@ -240,7 +208,7 @@ def _plan_groups(walk: _Walk, turned: int, count: int, most: int) -> _Plan | Non
     else:
         return None
     passes, pieces = walk.outer // (8 * tiles), walk.pieces
-    launch = kernel("kron_groups.cu", "kron_conv", bf16, BLOCKS=blocks, TILES=tiles, TURNED=turned)
+    launch = kernel("kron_conv.cu", "kron_conv", bf16, BLOCKS=blocks, TILES=tiles, TURNED=turned)
     grid = (min(pieces, max(1, count // passes)), passes)
     numbers = (walk.pixels, walk.positions, pieces, walk.inner, walk.outer, outs, part)
     geometry = geometry_of(window, walk.space, walk.to)

@@ -15,6 +15,7 @@ from .columns import rows_of
 from .dense import matmul
 from .elementwise import cast, require_factor
 from .shapes import transpose
+from .small_sums import Sum, small, small_sums
 
 
 def low_rank_weight(down: Array, up: Array, scale: Array | None = None) -> Array:
@@ -85,6 +86,11 @@ def low_rank_gradients(needs, g, down, up, scale):
     """(ddown, dup), wide, of out[t] = scale * down[t] @ up[t] for a wide cotangent g."""
     kept = wide_dtype(down.dtype)
     g = cast(g, kept)
+    if up.shape[0] == 1 and all(needs[:2]):
+        sums = Sum("tio,po->tip", g, up[0]), Sum("tio,tip->po", g, down)
+        if small(*sums):
+            ddown, dup = small_sums(sums, scale)
+            return ddown, dup[None]
     ddown = matmul(g, cast(up, kept), transpose_b=True, scale=scale) if needs[0] else None
     if not needs[1]:
         return ddown, None
@@ -121,8 +127,13 @@ def _tucker_gpu(down, mid, up, scale):
 def _tucker_vjp(needs, out, down, mid, up, scale):
     def pull(g):
         kept = wide_dtype(down.dtype)
-        d, m, u = cast(down, kept), cast(mid, kept), cast(up, kept)
         g = cast(g, kept)
+        first = Sum("tio,po->tip", g, up), Sum("tio,iq->tqo", g, down)
+        if all(needs[:3]) and small(*first):
+            middle, turned = small_sums(first, scale)
+            then = [("tip,tqp->iq", middle, mid), ("tip,iq->tqp", middle, down)]
+            return *small_sums([Sum(*s) for s in (*then, ("tqo,tqp->po", turned, mid))]), None
+        d, m, u = cast(down, kept), cast(mid, kept), cast(up, kept)
         middle = (
             matmul(g, u[None], transpose_b=True, scale=scale) if needs[0] or needs[1] else None
         )  # (taps, IN, P)

@@ -1,0 +1,50 @@
+// Up to three sums of products of small arrays in one launch, each
+//
+//   out[i] = scale * sum over k of a[i, k] * b[i, k]        i: three axes, k: two; an array has each by its own stride, or 0
+//
+// What a weight's factors get of its gradient is so small that a launch takes longer than the sums. A few lanes have an
+// element, and add up what they have always in the same order.
+#include "after.cuh"
+#include "types.cuh"
+
+constexpr int LANES = 8, THREADS = 256;
+
+struct Job {
+  int size[3], a[3], b[3];           // of the result: its axes, and the strides of a and b along them
+  int inner[2], a_inner[2], b_inner[2];  // likewise what is summed over
+  int blocks;                        // that do this one
+};
+
+__device__ __forceinline__ void sums(const A* a, const T* b, A factor, A* out, const Job& job, int block) {
+  const int i = (block * THREADS + threadIdx.x) / LANES, lane = threadIdx.x % LANES;
+  const bool inside = i < job.size[0] * job.size[1] * job.size[2];
+  const int z = i % job.size[2], y = i / job.size[2] % job.size[1], x = i / job.size[2] / job.size[1];
+  a += x * job.a[0] + y * job.a[1] + z * job.a[2];
+  b += x * job.b[0] + y * job.b[1] + z * job.b[2];
+  A sum = 0;
+  for (int k = lane; inside && k < job.inner[0] * job.inner[1]; k += LANES) {
+    const int outer = k / job.inner[1], own = k % job.inner[1];
+    sum += a[outer * job.a_inner[0] + own * job.a_inner[1]] * A(widen(b[outer * job.b_inner[0] + own * job.b_inner[1]]));
+  }
+#pragma unroll
+  for (int step = LANES / 2; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  if (inside && lane == 0) out[i] = factor * sum;
+}
+
+// Grid (the blocks of all jobs).
+extern "C" __global__ void __launch_bounds__(THREADS)
+    NAME(small_sums)(const A* a1, const T* b1, A* out1, const A* a2, const T* b2, A* out2, const A* a3, const T* b3, A* out3,
+                     const A* scale,  // (1,), or null for 1
+                     const __grid_constant__ Job first, const __grid_constant__ Job second,
+                     const __grid_constant__ Job third) {
+  await_previous();
+  let_next();
+  const A factor = scale ? *scale : A(1);
+  const int block = blockIdx.x;
+  if (block < first.blocks)
+    sums(a1, b1, factor, out1, first, block);
+  else if (block < first.blocks + second.blocks)
+    sums(a2, b2, factor, out2, second, block - first.blocks);
+  else
+    sums(a3, b3, factor, out3, third, block - first.blocks - second.blocks);
+}

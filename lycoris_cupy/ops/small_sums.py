@@ -1,0 +1,93 @@
+"""Sums of products of small arrays, several in one launch: what a small weight's factors get of its
+gradient, where a launch for each takes longer than the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+
+from ..arrays import Array, on_gpu
+from ..kernels import kernel
+
+_JOB = np.dtype(
+    [
+        *((name, np.int32, 3) for name in ("size", "a", "b")),
+        *((name, np.int32, 2) for name in ("inner", "a_inner", "b_inner")),
+        ("blocks", np.int32),
+    ]
+)
+_LANES, _THREADS, _MOST = 8, 256, 3  # as in small_sums.cu
+_SMALL = 1 << 22  # multiply-adds up to which a launch costs more. Estimated
+
+
+class Sum(NamedTuple):
+    """spec: as numpy.einsum's, 'tio,po->tip', with at most three axes of the result and two that
+    are summed over. a: wide. b: of the storage dtype.
+    """
+
+    spec: str
+    a: Array
+    b: Array
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        left, right = self.spec.split("->")[0].split(",")
+        return dict(zip(left + right, (*self.a.shape, *self.b.shape), strict=True))
+
+
+def small(*sums: Sum) -> bool:
+    """Whether all are on a GPU, contiguous, and small enough together."""
+    arrays = [array for term in sums for array in (term.a, term.b)]
+    if not on_gpu(arrays[0]) or not all(a.flags.c_contiguous and a.size for a in arrays):
+        return False
+    return sum(prod(term.sizes.values()) for term in sums) <= _SMALL
+
+
+def small_sums(sums: Sequence[Sum], scale: Array | None = None) -> list[Array]:
+    """scale * einsum(spec, a, b) of each, wide, for up to three that are `small`.  scale: (1,)
+    wide, or None for 1.
+    """
+    import cupy
+
+    jobs, arguments, outs = [], [], []
+    for term in sums:
+        job, shape = _job(term)
+        out = cupy.empty(shape, term.a.dtype)
+        jobs.append(job), outs.append(out), arguments.extend((term.a, term.b, out))
+    missing = _MOST - len(jobs)
+    jobs += [np.zeros((), _JOB)] * missing
+    arguments += [None] * 3 * missing
+    grid = sum(int(job["blocks"]) for job in jobs)
+    kernel("small_sums.cu", "small_sums", sums[0].b.dtype)(
+        (grid,), (_THREADS,), *arguments, scale, *jobs
+    )
+    return outs
+
+
+def _job(term: Sum) -> tuple[np.ndarray, tuple[int, ...]]:
+    """(the kernel's view of a sum, the result's shape)."""
+    (left, right), to = term.spec.split("->")[0].split(","), term.spec.split("->")[1]
+    sizes = term.sizes
+    summed = [axis for axis in sizes if axis not in to]
+    job = np.zeros((), _JOB)
+    for axes, count, names in ((to, 3, ("size", "a", "b")), (summed, 2, _INNER)):
+        for place, axis in enumerate(axes, count - len(axes)):
+            job[names[0]][place] = sizes[axis]
+            job[names[1]][place] = _stride(term.a.shape, left, axis)
+            job[names[2]][place] = _stride(term.b.shape, right, axis)
+        job[names[0]][: count - len(axes)] = 1
+    shape = tuple(sizes[axis] for axis in to)
+    job["blocks"] = -(-prod(shape) * _LANES // _THREADS)
+    return job, shape
+
+
+_INNER = ("inner", "a_inner", "b_inner")
+
+
+def _stride(shape: tuple[int, ...], axes: str, axis: str) -> int:
+    """Elements from one to the next along an axis of a contiguous array; 0 where it has none."""
+    return prod(shape[axes.index(axis) + 1 :]) if axis in axes else 0
