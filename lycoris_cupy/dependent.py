@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .driver import driver
 from .errors import KernelError
-from .tensor_map import driver
 
 _SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 

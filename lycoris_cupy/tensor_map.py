@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .driver import driver
 from .errors import KernelError
 
 TENSOR_MAP = np.dtype([("words", np.uint64, 16)])  # struct TensorMap of hopper.cuh
@@ -96,12 +97,3 @@ def _require(status: int, kind: str, *told) -> None:
         raise KernelError(
             f"the driver refuses a {kind} map (error {status}) of {', '.join(map(str, told))}"
         )
-
-
-@functools.cache
-def driver():
-    """The driver's own library."""
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise KernelError(f"the driver's library cannot be loaded: {error}") from error

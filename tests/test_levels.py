@@ -15,6 +15,8 @@ LEVELS = [
     {"arrays"},
     {
         "cublaslt",
+        "dependent",
+        "driver",
         "cuda_source",
         "nvrtc",
         "kernels",
