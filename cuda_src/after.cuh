@@ -1,5 +1,6 @@
-// What lets a kernel start while the one before it in the stream still ends: programmatic dependent launch, Hopper and later.
-// A kernel whose file includes this is launched so inside a graph, and does what needs no data first: barriers, maps, indices.
+// What lets a kernel start while the one before it in the stream still ends: programmatic dependent launch, Hopper
+// and later. A kernel whose file includes this is launched so inside a graph, and does what needs no data first:
+// barriers, maps, indices.
 #pragma once
 
 // Nothing of global memory that a kernel before may write is read, and nothing is written, before this.

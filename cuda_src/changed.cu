@@ -3,12 +3,14 @@
 //   out = weight + scale * (a1 @ b1)                      HADAMARD=0: LoCon, also with a Tucker core, folded into a1
 //   out = weight + scale * (a1 @ b1) * (a2 @ b2)          HADAMARD=1: LoHa
 //
-// In the `wide` kernel a1 and a2 are f32 and multiplied as two bf16 each, high and low, which keeps 16 of their 24 bits.
+// In the `wide` kernel a1 and a2 are f32 and multiplied as two bf16 each, high and low, which keeps 16 of their 24
+// bits.
 //
-// A warp owns 32 columns and a strip of rows, with its part of b in registers; the weight passes through, AHEAD tiles of 16
-// rows under way before the one that is added to, and a comes from L1, where the other warps of the block have brought it. No
-// warp waits for another. A product's inner steps and columns may be named in any order: in the one chosen here a lane reads a
-// row of a in one piece, and its sums lie in eight neighbouring columns, 16 bytes of the weight.
+// A warp owns 32 columns and a strip of rows, with its part of b in registers; the weight passes through, AHEAD tiles
+// of 16 rows under way before the one that is added to, and a comes from L1, where the other warps of the block have
+// brought it. No warp waits for another. A product's inner steps and columns may be named in any order: in the one
+// chosen here a lane reads a row of a in one piece, and its sums lie in eight neighbouring columns, 16 bytes of the
+// weight.
 //
 // variants bf16: RANKS=16 HADAMARD=0 | RANKS=32 HADAMARD=0 | RANKS=64 HADAMARD=0
 // variants bf16: RANKS=16 HADAMARD=1 | RANKS=32 HADAMARD=1 | RANKS=64 HADAMARD=1
@@ -18,9 +20,12 @@
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, COLUMNS = 32 * WARPS, AHEAD = 2;
 constexpr int PAIRS = HADAMARD ? 2 : 1;
-constexpr int BLOCKS = (RANKS == 16 ? 6 : RANKS == 32 ? 5 : 4) - HADAMARD;  // on a multiprocessor: the grid counts on it
-constexpr int RUN = RANKS == 16 ? 4 : 8;                                    // values of a that a lane reads at a time
-constexpr int RUNS = RANKS / (4 * RUN), STEPS = RUN / 4;                    // of a row; products of a run
+constexpr int BLOCKS = (RANKS == 16   ? 6
+                        : RANKS == 32 ? 5
+                                      : 4) -
+                       HADAMARD;                          // on a multiprocessor: the grid counts on it
+constexpr int RUN = RANKS == 16 ? 4 : 8;                  // values of a that a lane reads at a time
+constexpr int RUNS = RANKS / (4 * RUN), STEPS = RUN / 4;  // of a row; products of a run
 
 // RUN values of a row of a as pairs, in `high` and, if they are f32, what that leaves out in `low`.
 __device__ __forceinline__ void split_run(const bf16* from, unsigned (&high)[RUN / 2], unsigned (&)[RUN / 2]) {
@@ -163,6 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     NAME(factored_changed_wide)(const bf16* weight, const float* a1, const bf16* b1, const float* a2, const bf16* b2,
-                                const float* scale, bf16* out, long long rows, int columns, int ranks, int pitch, int span) {
+                                const float* scale, bf16* out, long long rows, int columns, int ranks, int pitch,
+                                int span) {
   add_change(weight, a1, b1, a2, b2, scale, out, rows, columns, ranks, pitch, span);
 }

@@ -2,7 +2,8 @@
 #pragma once
 #include "mma.cuh"
 
-// All threads of the cluster meet; what each wrote to shared memory before is seen by all after. Warps arrive as a whole.
+// All threads of the cluster meet; what each wrote to shared memory before is seen by all after. Warps arrive as a
+// whole.
 __device__ __forceinline__ void meet() {
   __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -43,8 +44,8 @@ __device__ __forceinline__ float4 read_of(const float4* own, int block) {
   return v;
 }
 
-// Arrives at the barrier that stands at this address in a block of the cluster. Without a release over the cluster, which is a
-// fence of the whole GPU: it says that products have read their operands, and orders no writes.
+// Arrives at the barrier that stands at this address in a block of the cluster. Without a release over the cluster,
+// which is a fence of the whole GPU: it says that products have read their operands, and orders no writes.
 __device__ __forceinline__ void barrier_arrive_at(unsigned barrier, int block) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"

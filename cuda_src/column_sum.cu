@@ -1,10 +1,11 @@
-// The sum over the rows of a matrix of a few million values, in one launch: the gradient of a bias. For Hopper and later.
+// The sum over the rows of a matrix of a few million values, in one launch: the gradient of a bias. For Hopper and
+// later.
 //
 //   out[c] = scale * sum over r of x[r, c]
 //
-// Eight blocks of a cluster share the rows of eight columns (16 bytes) and the first adds what the others have left in their
-// shared memory. The order of the sum depends on the sizes alone. Two launches, the second for a few hundred values, take
-// longer than the reading.
+// Eight blocks of a cluster share the rows of eight columns (16 bytes) and the first adds what the others have left
+// in their shared memory. The order of the sum depends on the sizes alone. Two launches, the second for a few hundred
+// values, take longer than the reading.
 //
 // only sm_90a sm_100a sm_120
 // variants bf16: none

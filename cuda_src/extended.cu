@@ -1,20 +1,22 @@
-// The extended product: y = c * (x * w) + scale * (x2 * w2 + bias2) + add + bias in one accumulator, rounded once. For Hopper.
+// The extended product: y = c * (x * w) + scale * (x2 * w2 + bias2) + add + bias in one accumulator, rounded once.
+// For Hopper.
 //
 //   y[p, n] = c[n] * sum over taps t and channels k of x[pixel(p, t), k] * w[t, k, n]
 //           + scale * (bias2[n] + sum over t, k of x2[pixel(p, t), b * K2 + k] * w2[t, k, n - b * block])     b = n / block
 //           + add[p, n] + bias[n]
 //
-// An adapter is the second term: a few more steps along the inner axis, before the first term's, or, with SCALED=1, behind
-// them: c (1 without) scales the columns of the first alone, which can be kept by itself for the gradient of c, and there is
-// no scale. A linear layer is a convolution with one tap; the gradient of the input is the same product with w turned (B_ROWS=0: rows of K values) and the taps in reverse.
+// An adapter is the second term: a few more steps along the inner axis, before the first term's, or, with SCALED=1,
+// behind them: c (1 without) scales the columns of the first alone, which can be kept by itself for the gradient of
+// c, and there is no scale. A linear layer is a convolution with one tap; the gradient of the input is the same
+// product with w turned (B_ROWS=0: rows of K values) and the taps in reverse.
 //
-// With PAIR=1 both terms read the same x by the same walk: a step copies it once, beside both weights, and multiplies into
-// two sums, which are added at the end.
+// With PAIR=1 both terms read the same x by the same walk: a step copies it once, beside both weights, and multiplies
+// into two sums, which are added at the end.
 //
-// A block is persistent: one warpgroup copies tiles (a matrix by boxes, an image by im2col boxes) into a ring of stages,
-// the others multiply: two, 128 or 64 rows of the tile each, or three, 64 rows each. Tiles go by bands of `band` row tiles, so
-// that what runs at the same time shares its operands in L2. EXT_N: columns that x2 * w2 does at a time, so that narrow blocks
-// fit a wide tile.
+// A block is persistent: one warpgroup copies tiles (a matrix by boxes, an image by im2col boxes) into a ring of
+// stages, the others multiply: two, 128 or 64 rows of the tile each, or three, 64 rows each. Tiles go by bands of
+// `band` row tiles, so that what runs at the same time shares its operands in L2. EXT_N: columns that x2 * w2 does at
+// a time, so that narrow blocks fit a wide tile.
 //
 // only sm_90a
 // variants bf16: TILE_N=64 B_ROWS=0 | TILE_N=96 B_ROWS=0 | TILE_N=128 B_ROWS=0 CLUSTER=2 | TILE_N=144 B_ROWS=0 CLUSTER=2
@@ -54,8 +56,8 @@ INLINE void share(unsigned to, const TensorMap* w, unsigned done, int n, int k, 
   }
 }
 
-// Copies the operands of a term for COLUMNS columns from `column` on, all taps and channels; with PAIR those of `pair`, the
-// other weight, beside them.
+// Copies the operands of a term for COLUMNS columns from `column` on, all taps and channels; with PAIR those of
+// `pair`, the other weight, beside them.
 template <int COLUMNS>
 INLINE void fetch(const TensorMap* x, const TensorMap* w, const TensorMap* pair, const Term& term, const Tile& tile,
                   int column, const Geometry& g, const Ring& ring, Stage& stage) {
@@ -106,11 +108,11 @@ INLINE void give_back(unsigned empty) {
       barrier_arrive_at(empty, rank);
 }
 
-// sum += the products of `steps` stages in a row, each of SLICES slices of 16 channels; with PAIR, more += those with the
-// other weight.
+// sum += the products of `steps` stages in a row, each of SLICES slices of 16 channels; with PAIR, more += those with
+// the other weight.
 template <int COLUMNS, int FIRST, int SLICES>
-INLINE void multiply(float (&sum)[ROWS][TILE_N / 2], float (&more)[ROWS][TILE_N / 2], int steps, int worker, bool chief, const Ring& ring,
-                     Stage& stage) {
+INLINE void multiply(float (&sum)[ROWS][TILE_N / 2], float (&more)[ROWS][TILE_N / 2], int steps, int worker, bool chief,
+                     const Ring& ring, Stage& stage) {
   constexpr unsigned leading = B_ROWS ? B_BOX : 16, b_step = B_ROWS ? 16 * ROW_BYTES : 32;
   if (steps <= 0) return;
   settle(sum);
@@ -138,8 +140,8 @@ INLINE void multiply(float (&sum)[ROWS][TILE_N / 2], float (&more)[ROWS][TILE_N 
   if (PAIR) settle(more);
 }
 
-// sum += a term for COLUMNS columns, held from sum[.][FIRST] on. Of a tap's last step only the slices that hold channels
-// are multiplied.
+// sum += a term for COLUMNS columns, held from sum[.][FIRST] on. Of a tap's last step only the slices that hold
+// channels are multiplied.
 template <int COLUMNS, int FIRST>
 INLINE void accumulate(float (&sum)[ROWS][TILE_N / 2], float (&more)[ROWS][TILE_N / 2], const Term& term, int worker,
                        bool chief, const Ring& ring, Stage& stage) {
@@ -195,7 +197,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__((WO
   __shared__ unsigned long long barriers[2 * STAGES];
   const Ring ring = {(shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers)};
   const unsigned out = ring.memory + STAGES * STAGE;
-  const int tiles_m = (positions + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M), tiles_n = (columns + TILE_N - 1) / TILE_N;
+  const int tiles_m = (positions + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M),
+            tiles_n = (columns + TILE_N - 1) / TILE_N;
   const bool image = own.axes || other.axes;
   const int group = __shfl_sync(~0u, threadIdx.x / GROUP, 0);  // one for a warp, as the compiler shall see
   if (threadIdx.x == 0) {

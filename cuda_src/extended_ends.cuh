@@ -6,8 +6,8 @@
 // The sums times `factor`, or times that of each column, plus the bias of their columns; sums that are not there yet
 // (FRESH) are zeros.
 template <bool FRESH>
-INLINE void begin(float (&sum)[ROWS][TILE_N / 2], float factor, const float* factors, const bf16* bias, const Tile& tile,
-                  int columns) {
+INLINE void begin(float (&sum)[ROWS][TILE_N / 2], float factor, const float* factors, const bf16* bias,
+                  const Tile& tile, int columns) {
 #pragma unroll
   for (int piece = 0; piece < TILE_N / 8; ++piece) {
     const int n = tile.column + piece * 8 + threadIdx.x % 4 * 2;
@@ -38,8 +38,8 @@ INLINE void put(unsigned out, int worker, int warp, int r, int half, int four, c
   store_matrices(waiting(out, worker, warp, r, piece / (OUT_BOX / 8)) + row * OUT_BOX * 2 + chunk * 16, v);
 }
 
-// Adds `add` (ADD), rounds, and writes: STAGED through shared memory `out` and the copy engine, else 16 bytes a lane. What is
-// added to a row is read while the row before is written, where there are registers for it.
+// Adds `add` (ADD), rounds, and writes: STAGED through shared memory `out` and the copy engine, else 16 bytes a lane.
+// What is added to a row is read while the row before is written, where there are registers for it.
 template <bool ADD>
 INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int worker, const bf16* add, bf16* y,
                    const TensorMap* map, unsigned out, int positions, int columns) {
@@ -81,7 +81,8 @@ INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int w
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = (four * 4 + i) * 4;
-        v[i] = round_pair(values[at] + (ADD ? low_half(added[i]) : 0), values[at + 1] + (ADD ? high_half(added[i]) : 0));
+        v[i] =
+            round_pair(values[at] + (ADD ? low_half(added[i]) : 0), values[at + 1] + (ADD ? high_half(added[i]) : 0));
       }
       if constexpr (STAGED) {
         put(out, worker, warp, q / 2, q % 2, four, v);
@@ -98,7 +99,8 @@ INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int w
                                     values[piece * 4 + 1] + (ADD ? high_half(added) : 0));
       if (n < left) *reinterpret_cast<unsigned*>(y + start + n) = v;
     }
-  }  if constexpr (STAGED) {
+  }
+  if constexpr (STAGED) {
     fence_copies();
     __syncwarp();
     if (lane == 0) {

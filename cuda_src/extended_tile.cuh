@@ -1,5 +1,5 @@
-// What a block of the extended product works on: its sizes, the tiles it goes through, the ring of stages between those who copy
-// and those who multiply.
+// What a block of the extended product works on: its sizes, the tiles it goes through, the ring of stages between
+// those who copy and those who multiply.
 #pragma once
 #include "cluster.cuh"
 #include "hopper.cuh"
@@ -20,8 +20,9 @@
 #define CLUSTER 1
 #endif
 
-constexpr int TILE_K = 64, WORKERS = TILE_M == 192 ? 3 : 2;  // warpgroups that multiply, each an equal share of the rows
-constexpr int ROWS = TILE_M / WORKERS / 64;  // products of 64 rows a worker
+constexpr int TILE_K = 64,
+              WORKERS = TILE_M == 192 ? 3 : 2;  // warpgroups that multiply, each an equal share of the rows
+constexpr int ROWS = TILE_M / WORKERS / 64;     // products of 64 rows a worker
 constexpr int A_BYTES = TILE_M * ROW_BYTES;
 // Along N a box is 64 columns wide, so the last one may hold columns that nobody reads.
 __device__ constexpr int box_bytes(int columns) {
@@ -31,8 +32,8 @@ constexpr int B_BOX = TILE_K * ROW_BYTES;
 constexpr int B_BYTES = (box_bytes(TILE_N) + 1023) / 1024 * 1024;
 constexpr int STAGE = A_BYTES + (PAIR ? 2 : 1) * B_BYTES;
 constexpr int MEMORY = 227 * 1024 - 2048;  // 2048: the barriers, and what the alignment may cost
-// Where three stages stand beside it, a finished tile waits in shared memory for the copy engine, which writes it while the
-// next one is multiplied.
+// Where three stages stand beside it, a finished tile waits in shared memory for the copy engine, which writes it
+// while the next one is multiplied.
 constexpr int OUT_BYTES = TILE_M * TILE_N * 2;
 constexpr bool STAGED = TILE_N % 32 == 0 && MEMORY - OUT_BYTES >= 3 * STAGE;
 constexpr int STAGES = (STAGED ? MEMORY - OUT_BYTES : MEMORY) / STAGE;
@@ -40,10 +41,10 @@ constexpr int OUT_BOX = TILE_N % 64 ? 32 : 64;  // columns of a box of y
 
 // One of the two sums.
 struct Term {
-  int taps, width;   // width: channels a tap, of one block
-  int axes;          // of space: 0 for a matrix, 2 or 3 for an image
-  int block;         // columns that share one block of channels
-  int flip;          // taps of w in reverse
+  int taps, width;  // width: channels a tap, of one block
+  int axes;         // of space: 0 for a matrix, 2 or 3 for an image
+  int block;        // columns that share one block of channels
+  int flip;         // taps of w in reverse
 };
 
 struct Tile {
@@ -79,10 +80,6 @@ struct Stage {
 struct Ring {
   unsigned memory, barriers;
 
-  INLINE unsigned full(int stage) const {
-    return barriers + 8 * stage;
-  }
-  INLINE unsigned empty(int stage) const {
-    return barriers + 8 * (STAGES + stage);
-  }
+  INLINE unsigned full(int stage) const { return barriers + 8 * stage; }
+  INLINE unsigned empty(int stage) const { return barriers + 8 * (STAGES + stage); }
 };

@@ -52,15 +52,16 @@ INLINE void prefetch_map(const TensorMap* map) {
 // A box at (c0, c1) of a matrix, (c0, c1, c2) of a stack of matrices; the innermost coordinate first.
 INLINE void copy_box(unsigned to, const TensorMap* map, unsigned barrier, int c0, int c1) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          to),
       "l"(map), "r"(barrier), "r"(c0), "r"(c1)
       : "memory");
 }
 
 INLINE void copy_box(unsigned to, const TensorMap* map, unsigned barrier, int c0, int c1, int c2) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-          to),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+          "r"(to),
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
@@ -70,7 +71,8 @@ INLINE void copy_box(unsigned to, const TensorMap* map, unsigned barrier, int c0
 INLINE void copy_pixels(unsigned to, const TensorMap* map, unsigned barrier, int c, int x, int y, int n, int tap_x,
                         int tap_y) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
+      "%6}], "
       "[%2], {%7, %8};" ::"r"(to),
       "l"(map), "r"(barrier), "r"(c), "r"(x), "r"(y), "r"(n), "h"((unsigned short)tap_x), "h"((unsigned short)tap_y)
       : "memory");
@@ -86,21 +88,23 @@ INLINE void copy_voxels(unsigned to, const TensorMap* map, unsigned barrier, int
       : "memory");
 }
 
-// The same box into the shared memory of every block of the cluster that `blocks` has a bit of, at the same address; each
-// one's own barrier counts what reached it.
-INLINE void copy_box_to(unsigned short blocks, unsigned to, const TensorMap* map, unsigned barrier, int c0, int c1, int c2) {
+// The same box into the shared memory of every block of the cluster that `blocks` has a bit of, at the same address;
+// each one's own barrier counts what reached it.
+INLINE void copy_box_to(unsigned short blocks, unsigned to, const TensorMap* map, unsigned barrier, int c0, int c1,
+                        int c2) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, "
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, "
+      "%4, "
       "%5}], [%2], %6;" ::"r"(to),
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "h"(blocks)
       : "memory");
 }
 
-// The box at (c0, c1) of a matrix from shared memory; what lies outside is left out. Of the stores that a thread asked for,
-// `stores_read` waits until their shared memory may be written again.
+// The box at (c0, c1) of a matrix from shared memory; what lies outside is left out. Of the stores that a thread
+// asked for, `stores_read` waits until their shared memory may be written again.
 INLINE void store_box(const TensorMap* map, unsigned from, int c0, int c1) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from), "r"(c0),
-               "r"(c1)
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),
+               "r"(c0), "r"(c1)
                : "memory");
 }
 INLINE void stores_commit() {
@@ -115,7 +119,8 @@ INLINE void fence_copies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Four 8x8 matrices of pairs of bf16, as the pieces of a product lie; lane l gives the address of row l % 8 of matrix l / 8.
+// Four 8x8 matrices of pairs of bf16, as the pieces of a product lie; lane l gives the address of row l % 8 of matrix
+// l / 8.
 INLINE void store_matrices(unsigned address, const unsigned (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
                "r"(v[2]), "r"(v[3])
@@ -154,7 +159,8 @@ INLINE void registers_fewer() {
 template <int N, bool ALONG_N>
 INLINE void wgmma(float* d, unsigned long long a, unsigned long long b);
 
-// wgmma_turned<N>: the same for an a whose rows of 64 values run along M in shared memory, and a b whose rows run along N.
+// wgmma_turned<N>: the same for an a whose rows of 64 values run along M in shared memory, and a b whose rows run
+// along N.
 template <int N>
 INLINE void wgmma_turned(float* d, unsigned long long a, unsigned long long b);
 
@@ -179,21 +185,27 @@ INLINE void wgmma_turned(float* d, unsigned long long a, unsigned long long b);
 #define IN96 IN80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
 // COUNT: registers a thread, N / 2. A, B: the numbers of the descriptors among the asm's operands, COUNT and COUNT + 1.
-#define DEFINE_WGMMA(N, COUNT, A, B)                                                                        \
-  template <>                                                                                               \
-  INLINE void wgmma<N, false>(float* d, unsigned long long a, unsigned long long b) {                       \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT "}, %" TEXT(   \
-        A) ", %" TEXT(B) ", 1, 1, 1, 0, 0;" : OUT##COUNT : "l"(a), "l"(b));                                 \
-  }                                                                                                         \
-  template <>                                                                                               \
-  INLINE void wgmma<N, true>(float* d, unsigned long long a, unsigned long long b) {                        \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT "}, %" TEXT(   \
-        A) ", %" TEXT(B) ", 1, 1, 1, 0, 1;" : OUT##COUNT : "l"(a), "l"(b));                                 \
-  }                                                                                                         \
-  template <>                                                                                               \
-  INLINE void wgmma_turned<N>(float* d, unsigned long long a, unsigned long long b) {                       \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT "}, %" TEXT(   \
-        A) ", %" TEXT(B) ", 1, 1, 1, 1, 1;" : OUT##COUNT : "l"(a), "l"(b));                                 \
+#define DEFINE_WGMMA(N, COUNT, A, B)                                                         \
+  template <>                                                                                \
+  INLINE void wgmma<N, false>(float* d, unsigned long long a, unsigned long long b) {        \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT \
+                 "}, %" TEXT(A) ", %" TEXT(B) ", 1, 1, 1, 0, 0;"                             \
+                 : OUT##COUNT                                                                \
+                 : "l"(a), "l"(b));                                                          \
+  }                                                                                          \
+  template <>                                                                                \
+  INLINE void wgmma<N, true>(float* d, unsigned long long a, unsigned long long b) {         \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT \
+                 "}, %" TEXT(A) ", %" TEXT(B) ", 1, 1, 1, 0, 1;"                             \
+                 : OUT##COUNT                                                                \
+                 : "l"(a), "l"(b));                                                          \
+  }                                                                                          \
+  template <>                                                                                \
+  INLINE void wgmma_turned<N>(float* d, unsigned long long a, unsigned long long b) {        \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT \
+                 "}, %" TEXT(A) ", %" TEXT(B) ", 1, 1, 1, 1, 1;"                             \
+                 : OUT##COUNT                                                                \
+                 : "l"(a), "l"(b));                                                          \
   }
 DEFINE_WGMMA(40, 20, 20, 21)
 DEFINE_WGMMA(64, 32, 32, 33)

@@ -1,19 +1,20 @@
-// A convolution (or a product over single positions) by the Kronecker product of w1 and w2, without either of its halves in
-// memory:
+// A convolution (or a product over single positions) by the Kronecker product of w1 and w2, without either of its
+// halves in memory:
 //
 //   y[p, o * OUT + c] = add[p, o * OUT + c]
 //                     + scale * sum over blocks b of w1[o, b] * sum over taps t and i of x[p + t, b * IN + i] * w2[t, i, c]
 //
-// and with TURNED=1 its gradient for the input, where w1 is (b, o), w2 is (t, c, i) and its taps run in reverse, and beside it
+// and with TURNED=1 its gradient for the input, where w1 is (b, o), w2 is (t, c, i) and its taps run in reverse, and
+// beside it
 //
 //   dots[b, o] = sum over p and c of (sum over t and i of x[p + t, b * IN + i] * w2[t, c, i]) * z[p, o * OUT + c]
 //
 // which is the gradient of w1 when x is that of y and z is the input. For a stride of 1.
 //
-// A block has a multiprocessor of its own and keeps w2. Its two groups of four warps each go from piece to piece of the image, a
-// piece with its halo in shared memory, so that x is read once for all taps; a warp makes 16 positions of 8 * TILES columns of
-// every one of the BLOCKS products, whose sums meet in its registers and are mixed there. The groups wait for nobody: while one
-// multiplies, the other mixes, writes, and fetches its next piece.
+// A block has a multiprocessor of its own and keeps w2. Its two groups of four warps each go from piece to piece of
+// the image, a piece with its halo in shared memory, so that x is read once for all taps; a warp makes 16 positions
+// of 8 * TILES columns of every one of the BLOCKS products, whose sums meet in its registers and are mixed there. The
+// groups wait for nobody: while one multiplies, the other mixes, writes, and fetches its next piece.
 //
 // variants bf16: BLOCKS=8 TILES=2 TURNED=0 | BLOCKS=8 TILES=3 TURNED=0 | BLOCKS=8 TILES=4 TURNED=0 | BLOCKS=8 TILES=5 TURNED=0
 // variants bf16: BLOCKS=8 TILES=2 TURNED=1 | BLOCKS=8 TILES=3 TURNED=1 | BLOCKS=8 TILES=4 TURNED=1 | BLOCKS=8 TILES=5 TURNED=1
@@ -44,8 +45,8 @@ INLINE float over_warp(float* v) {
   }
 }
 
-// A warp's 16 positions of a pair of blocks of the output, on their way through shared memory: to and from the array in chunks of
-// 16 bytes, beside each other, to and from the lanes in pairs of columns, as the products hold them.
+// A warp's 16 positions of a pair of blocks of the output, on their way through shared memory: to and from the array
+// in chunks of 16 bytes, beside each other, to and from the lanes in pairs of columns, as the products hold them.
 struct Slot {
   static constexpr int CHUNKS = 2 * TILES;  // of a position, and one that keeps positions on different banks
   static constexpr unsigned ROW = 16 * (CHUNKS + 1);

@@ -1,12 +1,13 @@
-// A piece of an image in shared memory: 8 x 8 positions and the pixels around them that their windows read, with a part of
-// the channels of every block. What kron_conv.cu and kron_conv_dw.cu have in common.
+// A piece of an image in shared memory: 8 x 8 positions and the pixels around them that their windows read, with a
+// part of the channels of every block. What kron_conv.cu and kron_conv_dw.cu have in common.
 #pragma once
 #include "conv_walk.cuh"
 #include "mma.cuh"
 
 constexpr int SIDE = 8;
 
-// Bytes of a row of 16-byte chunks: an odd number of them, so that eight rows one after the other fall on different banks.
+// Bytes of a row of 16-byte chunks: an odd number of them, so that eight rows one after the other fall on different
+// banks.
 INLINE unsigned odd_row(int chunks) {
   return (chunks | 1) * 16;
 }
@@ -54,8 +55,8 @@ INLINE void list_channels(int* list, int blocks, int block, int part) {
   for (int c = threadIdx.x; c < blocks * chunks; c += blockDim.x) list[c] = c / chunks * block + c % chunks * 8;
 }
 
-// Copies `rows` x `columns` pixels from (top, left) of an image on, of each the `chunks` chunks listed in `channels`; zeros
-// outside. By `threads` threads, eight a pixel, which keep HELD entries of the list at hand.
+// Copies `rows` x `columns` pixels from (top, left) of an image on, of each the `chunks` chunks listed in `channels`;
+// zeros outside. By `threads` threads, eight a pixel, which keep HELD entries of the list at hand.
 template <int HELD>
 INLINE void copy_piece(int thread, int threads, unsigned to, unsigned row_bytes, const bf16* x, int pixels, int image,
                        int top, int left, int rows, int columns, int height, int width, int channels_all,
@@ -91,7 +92,8 @@ INLINE void prefetch_piece(int thread, int threads, const bf16* x, int pixels, i
   }
 }
 
-// Where the chunks of eight channels of all taps lie, from the pixel of tap 0 on; the last one again where their number is odd.
+// Where the chunks of eight channels of all taps lie, from the pixel of tap 0 on; the last one again where their
+// number is odd.
 INLINE void list_chunks(unsigned* list, int taps, int part, int columns, unsigned row_bytes, const Geometry& g) {
   const int chunks = part / 8, count = taps * chunks;
   for (int i = threadIdx.x; i < count + count % 2; i += blockDim.x) {

@@ -2,14 +2,14 @@
 //
 //   dw2[t, i, c] = sum over positions p and blocks b of x[p + t, b * IN + i] * (sum over o of w1[o, b] * g[p, o * OUT + c])
 //
-// For a stride of 1. A block has a multiprocessor of its own and goes from piece to piece of the image; the next piece is on its
-// way while one is multiplied. Each warp mixes, on the tensor cores, the positions of g that it has copied itself, so that one
-// barrier a piece is enough.
+// For a stride of 1. A block has a multiprocessor of its own and goes from piece to piece of the image; the next
+// piece is on its way while one is multiplied. Each warp mixes, on the tensor cores, the positions of g that it has
+// copied itself, so that one barrier a piece is enough.
 //
-// A warp holds 16 rows of the sum, HELD times DOWN taps one below the other, by 8 * TILES columns. Such taps read the same pixels
-// some rows further: with DOWN=3 a pair of rows of the image, one ldmatrix, serves 3 * TILES products. Where fewer warps hold the
-// whole sum, groups of them take the blocks of channels in turn, and their sums meet at the end. The parts of all blocks of
-// threads are added afterwards in a fixed order (conv_dw_sum of conv.cu).
+// A warp holds 16 rows of the sum, HELD times DOWN taps one below the other, by 8 * TILES columns. Such taps read the
+// same pixels some rows further: with DOWN=3 a pair of rows of the image, one ldmatrix, serves 3 * TILES products.
+// Where fewer warps hold the whole sum, groups of them take the blocks of channels in turn, and their sums meet at
+// the end. The parts of all blocks of threads are added afterwards in a fixed order (conv_dw_sum of conv.cu).
 //
 // variants bf16: DOWN=1 TILES=2 | DOWN=1 TILES=3 | DOWN=1 TILES=4 | DOWN=1 TILES=5
 // variants bf16: DOWN=3 TILES=2 | DOWN=3 TILES=3 | DOWN=3 TILES=4 | DOWN=3 TILES=5
@@ -42,8 +42,9 @@ INLINE unsigned mixing(const bf16* w1, int blocks, int outs) {
   return round_pair(widen(w1[o * blocks + b]), widen(w1[(o + 1) * blocks + b]));
 }
 
-// Mixes the warp's own positions of g where they lie: tiles of `outs` chunks become tiles of `most`, the last one first, so that
-// none falls on one that is still to be read. A chunk of zeros behind them stands for what outs lacks of 8.
+// Mixes the warp's own positions of g where they lie: tiles of `outs` chunks become tiles of `most`, the last one
+// first, so that none falls on one that is still to be read. A chunk of zeros behind them stands for what outs lacks
+// of 8.
 INLINE void mix_own(unsigned flow, unsigned row_bytes, unsigned w, int blocks, int outs, int most) {
   const int lane = threadIdx.x % 32, o = lane % 8;
   const unsigned own = flow + threadIdx.x / 32 * OWN * row_bytes, from = own + lane / 8 * row_bytes;
@@ -97,7 +98,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int count = taps / DOWN * chunks, pairs = (count + 1) / 2;  // of the first of DOWN taps
   const int across = (pairs + HELD - 1) / HELD, groups = min(WARPS / across, blocks), group = warp / across;
   const int steps = (blocks + groups - 1) / groups;
-  // Of the warps beside each other on a tensor core half copies and mixes a step later, while the other half multiplies.
+  // Of the warps beside each other on a tensor core half copies and mixes a step later, while the other half
+  // multiplies.
   const int later = warp / 4 % 2, copies = min(later, steps - 1), mixes = max(steps - 1 + later, 1);
   const int wide = SIDE + (walk.kernel[2] - 1) * walk.dilation[2],
             high = SIDE + (walk.kernel[1] - 1) * walk.dilation[1];
@@ -119,7 +121,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const unsigned w = mixing(w1, blocks, outs);
   __syncthreads();
 
-  // Two groups of copies, also where there is no such piece: g, eight threads a position, so that a warp copies what it mixes; x.
+  // Two groups of copies, also where there is no such piece: g, eight threads a position, so that a warp copies what
+  // it mixes; x.
   auto load = [&](int piece, int turn) {
     const Piece at(piece, walk);
     if (piece < pieces)

@@ -20,8 +20,8 @@ INLINE void list_weight(int* list, int taps, int IN, int OUT, int part) {
   }
 }
 
-// w2 from `from` on, as the second operand: rows of COLUMNS columns, a row a channel and tap; or, TURNED, rows of channels and
-// taps, a row a column.
+// w2 from `from` on, as the second operand: rows of COLUMNS columns, a row a channel and tap; or, TURNED, rows of
+// channels and taps, a row a column.
 INLINE void copy_weight(unsigned to, const bf16* from, const int* list, int whole, int IN, int OUT) {
   if (TURNED) {
     for (int c = threadIdx.x / 32; c < COLUMNS; c += WARPS)

@@ -1,5 +1,6 @@
-// Squared norms of W + s * (w1 kron w2) in closed form. W: (taps, M * N, L * K), read as it lies; w1 (L, M) and w2 (taps, N, K)
-// are small and wide. "cross" is W against w2: (M, L * K) for a norm per output, (L, M * N) for one per input.
+// Squared norms of W + s * (w1 kron w2) in closed form. W: (taps, M * N, L * K), read as it lies; w1 (L, M) and w2
+// (taps, N, K) are small and wide. "cross" is W against w2: (M, L * K) for a norm per output, (L, M * N) for one per
+// input.
 #include "types.cuh"
 
 // partial[part][m][l * K + k] = sum over a share of (t, n) of W[t][m * N + n][l * K + k] * w2[t][n][k].
@@ -19,7 +20,8 @@ extern "C" __global__ void __launch_bounds__(256) NAME(kron_cross_out)(const A* 
   partial[((long long)blockIdx.z * M + m) * L * K + column] = sum;
 }
 
-// out[l][m * N + n] = sum over t and k of W[t][m * N + n][l * K + k] * w2[t][n][k]: a warp an element. Grid (M * N / 8, L).
+// out[l][m * N + n] = sum over t and k of W[t][m * N + n][l * K + k] * w2[t][n][k]: a warp an element. Grid (M * N /
+// 8, L).
 extern "C" __global__ void __launch_bounds__(256) NAME(kron_cross_in)(const A* w2, const T* weight,
                                                                       A* out,  // (L, M * N)
                                                                       int L, int M, int taps, int N, int K) {
@@ -36,8 +38,8 @@ extern "C" __global__ void __launch_bounds__(256) NAME(kron_cross_in)(const A* w
   if (threadIdx.x == 0) out[(long long)l * M * N + row] = sum;
 }
 
-// partial[part][t][n][k] = sum over m and a share of l of W[t][m * N + n][l * K + k] * g, g being [m][l * K + k] or, by_row,
-// [l][m * N + n]. Grid (taps * N * K / 256, parts).
+// partial[part][t][n][k] = sum over m and a share of l of W[t][m * N + n][l * K + k] * g, g being [m][l * K + k] or,
+// by_row, [l][m * N + n]. Grid (taps * N * K / 256, parts).
 extern "C" __global__ void __launch_bounds__(256) NAME(kron_cross_d)(const A* g, const T* weight,
                                                                      A* partial,  // (gridDim.y, taps * N * K)
                                                                      int L, int M, int taps, int N, int K, int by_row) {
@@ -57,15 +59,16 @@ extern "C" __global__ void __launch_bounds__(256) NAME(kron_cross_d)(const A* g,
   partial[blockIdx.y * size + i] = sum;
 }
 
-// Element j of the result is (outer, inner); w1 is read at outer * outer_step + loop * loop_step, so that both axes share
-// the code. out[j] = 2 s sum over loop of w1 * cross[loop][j] + s^2 |w1[outer]|^2 * inner_square[inner]. Grid (length / 128).
-extern "C" __global__ void __launch_bounds__(128) NAME(kron_norm)(const A* w1,
-                                                                  const A* inner_square,  // (inner)
-                                                                  const A* cross,         // (loops, outer * inner)
-                                                                  const A* scale,         // (1,)
-                                                                  A* out,                 // (outer * inner)
-                                                                  int outer, int loops, int inner, int outer_step,
-                                                                  int loop_step) {
+// Element j of the result is (outer, inner); w1 is read at outer * outer_step + loop * loop_step, so that both axes
+// share the code. out[j] = 2 s sum over loop of w1 * cross[loop][j] + s^2 |w1[outer]|^2 * inner_square[inner]. Grid
+// (length / 128).
+extern "C" __global__ void __launch_bounds__(128)
+    NAME(kron_norm)(const A* w1,
+                    const A* inner_square,  // (inner)
+                    const A* cross,         // (loops, outer * inner)
+                    const A* scale,         // (1,)
+                    A* out,                 // (outer * inner)
+                    int outer, int loops, int inner, int outer_step, int loop_step) {
   const int j = blockIdx.x * 128 + threadIdx.x, length = outer * inner;
   if (j >= length) return;
   const A* w = w1 + (long long)(j / inner) * outer_step;
@@ -96,13 +99,13 @@ extern "C" __global__ void __launch_bounds__(128)
   if (threadIdx.x == 0) dw1[at] = A(2) * s * (warps[0] + warps[1] + warps[2] + warps[3]);
 }
 
-// dcross[loop][j] = 2 s g[j] w1, and terms[j] = s^2 g[j] |w1[outer]|^2, whose sum over outer is the gradient of inner_square.
-// Grid (length / 128).
-extern "C" __global__ void __launch_bounds__(128) NAME(kron_norm_d)(const A* g, const A* w1, const A* scale,
-                                                                    A* terms,   // (outer, inner)
-                                                                    A* dcross,  // (loops, outer * inner)
-                                                                    int outer, int loops, int inner, int outer_step,
-                                                                    int loop_step) {
+// dcross[loop][j] = 2 s g[j] w1, and terms[j] = s^2 g[j] |w1[outer]|^2, whose sum over outer is the gradient of
+// inner_square. Grid (length / 128).
+extern "C" __global__ void __launch_bounds__(128)
+    NAME(kron_norm_d)(const A* g, const A* w1, const A* scale,
+                      A* terms,   // (outer, inner)
+                      A* dcross,  // (loops, outer * inner)
+                      int outer, int loops, int inner, int outer_step, int loop_step) {
   const int j = blockIdx.x * 128 + threadIdx.x, length = outer * inner;
   if (j >= length) return;
   const A* w = w1 + (long long)(j / inner) * outer_step;

@@ -10,9 +10,9 @@
 constexpr int LANES = 8, THREADS = 256;
 
 struct Job {
-  int size[3], a[3], b[3];           // of the result: its axes, and the strides of a and b along them
+  int size[3], a[3], b[3];               // of the result: its axes, and the strides of a and b along them
   int inner[2], a_inner[2], b_inner[2];  // likewise what is summed over
-  int blocks;                        // that do this one
+  int blocks;                            // that do this one
 };
 
 __device__ __forceinline__ void sums(const A* a, const T* b, A factor, A* out, const Job& job, int block) {
@@ -24,7 +24,8 @@ __device__ __forceinline__ void sums(const A* a, const T* b, A factor, A* out, c
   A sum = 0;
   for (int k = lane; inside && k < job.inner[0] * job.inner[1]; k += LANES) {
     const int outer = k / job.inner[1], own = k % job.inner[1];
-    sum += a[outer * job.a_inner[0] + own * job.a_inner[1]] * A(widen(b[outer * job.b_inner[0] + own * job.b_inner[1]]));
+    sum +=
+        a[outer * job.a_inner[0] + own * job.a_inner[1]] * A(widen(b[outer * job.b_inner[0] + own * job.b_inner[1]]));
   }
 #pragma unroll
   for (int step = LANES / 2; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
@@ -33,7 +34,8 @@ __device__ __forceinline__ void sums(const A* a, const T* b, A factor, A* out, c
 
 // Grid (the blocks of all jobs).
 extern "C" __global__ void __launch_bounds__(THREADS)
-    NAME(small_sums)(const A* a1, const T* b1, A* out1, const A* a2, const T* b2, A* out2, const A* a3, const T* b3, A* out3,
+    NAME(small_sums)(const A* a1, const T* b1, A* out1, const A* a2, const T* b2, A* out2, const A* a3, const T* b3,
+                     A* out3,
                      const A* scale,  // (1,), or null for 1
                      const __grid_constant__ Job first, const __grid_constant__ Job second,
                      const __grid_constant__ Job third) {

@@ -1,9 +1,11 @@
-// out[p, r] = scale * sum over k of x[p, k] * w[k, r], rounded once: a wide x with up to 16 columns, x @ down. For Hopper.
+// out[p, r] = scale * sum over k of x[p, k] * w[k, r], rounded once: a wide x with up to 16 columns, x @ down. For
+// Hopper.
 //
-// It costs what reading x costs, and what decides is how many bytes are under way on every multiprocessor: a block has 128
-// rows and a share of the inner axis, one warp copies boxes of 64 of its steps into a ring of stages, four multiply. Where
-// there are too few tiles for all multiprocessors, the SPLITS blocks of a cluster share the inner axis, and add up what they
-// have from each other's shared memory, always in the same order. What lies outside x and w is copied as zeros.
+// It costs what reading x costs, and what decides is how many bytes are under way on every multiprocessor: a block
+// has 128 rows and a share of the inner axis, one warp copies boxes of 64 of its steps into a ring of stages, four
+// multiply. Where there are too few tiles for all multiprocessors, the SPLITS blocks of a cluster share the inner
+// axis, and add up what they have from each other's shared memory, always in the same order. What lies outside x and
+// w is copied as zeros.
 //
 // only sm_90a
 // variants bf16: SPLITS=1 | SPLITS=2 | SPLITS=4 | SPLITS=8
@@ -18,10 +20,11 @@
 constexpr int TILE_M = 128, TILE_K = 64, STAGES = 4, RANKS = 16;
 constexpr int WORKERS = 4, THREADS = 32 * (WORKERS + 1);  // warps that multiply, 32 rows each, and the one that copies
 constexpr int X_BYTES = TILE_M * TILE_K * 2, W_BYTES = TILE_K * RANKS * 2, STAGE = X_BYTES + W_BYTES;
-constexpr int PITCH = RANKS + 8;           // floats of a row of sums: what 16 lanes write falls on different banks
-constexpr int SHARE = TILE_M / SPLITS;     // rows that a block of the cluster adds up and writes
+constexpr int PITCH = RANKS + 8;        // floats of a row of sums: what 16 lanes write falls on different banks
+constexpr int SHARE = TILE_M / SPLITS;  // rows that a block of the cluster adds up and writes
 
-// Where a lane finds its row of the four 8 x 8 matrices of x that make an operand: rows `m` to `m` + 15, steps `k` to `k` + 15.
+// Where a lane finds its row of the four 8 x 8 matrices of x that make an operand: rows `m` to `m` + 15, steps `k` to
+// `k` + 15.
 INLINE unsigned x_place(int m, int k, int lane) {
   const int row = m + lane % 16;
   return row * ROW_BYTES + (k / 8 + lane / 16 ^ row % 8) * 16;
@@ -46,7 +49,8 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
   const unsigned full = shared_address(barriers), empty = full + 8 * STAGES;
   const int split = blockIdx.x % SPLITS, row = blockIdx.x / SPLITS * TILE_M;
   const int steps = (inner + TILE_K - 1) / TILE_K;
-  const int count = (steps - split + SPLITS - 1) / SPLITS;  // the blocks' steps alternate: together they read whole rows
+  const int count =
+      (steps - split + SPLITS - 1) / SPLITS;  // the blocks' steps alternate: together they read whole rows
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   auto copy = [&](int i) {

@@ -1,5 +1,5 @@
-// Two small products in one launch: out1[t] = a1[t] @ b1[t] and out2[t] = a2[t] @ b2[t]. What a weight's change is made of is
-// so small that launching takes longer than multiplying.
+// Two small products in one launch: out1[t] = a1[t] @ b1[t] and out2[t] = a2[t] @ b2[t]. What a weight's change is
+// made of is so small that launching takes longer than multiplying.
 #include "low_rank.cuh"
 
 // What a product is of: `a_taps` and `b_taps` are the taps or 1, which serves all.
@@ -24,5 +24,6 @@ extern "C" __global__ void __launch_bounds__(256)
   A* out = (one ? out1 : out2) + (long long)t * s.rows * s.columns;
   A sum[4][4] = {};
   low_rank_tile(a, b, s.rows, s.ranks, s.columns, i0, o0, left, right, sum);
-  each_element(s.rows, s.columns, i0, o0, [&](int i, int o, int p, int q) { out[(long long)i * s.columns + o] = sum[p][q]; });
+  each_element(s.rows, s.columns, i0, o0,
+               [&](int i, int o, int p, int q) { out[(long long)i * s.columns + o] = sum[p][q]; });
 }
