@@ -8,24 +8,11 @@
 //
 // only sm_90a sm_100a sm_120
 // variants bf16: none
+#include "cluster.cuh"
 #include "exchange.cuh"
 #include "mma.cuh"
 
 constexpr int CLUSTER = 8, THREADS = 256, COLUMNS = 8, LOADS = 4;
-
-// All threads of the cluster meet; what each wrote to shared memory before is seen by all after.
-__device__ __forceinline__ void meet() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// The value at the place of `own` in the shared memory of a block of the cluster.
-__device__ __forceinline__ float read_of(const float* own, int block) {
-  unsigned there;
-  float value;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(block));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
-  return value;
-}
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS)
     NAME(column_sum_once)(const bf16* x,       // (rows, columns), columns a multiple of 8
@@ -69,7 +56,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   if (block == 0 && threadIdx.x < COLUMNS) {
     float total = 0;
 #pragma unroll
-    for (int b = 0; b < CLUSTER; ++b) total += read_of(totals + threadIdx.x, b);
+    for (int b = 0; b < CLUSTER; ++b) total += read_there(place_in(shared_address(totals + threadIdx.x), b));
     out[column + threadIdx.x] = total * (scale ? *scale : 1.0f);
   }
   meet();  // no block ends before it has been read

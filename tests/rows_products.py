@@ -69,6 +69,9 @@ def _extended_cases():
     flat, square = _window(), _window((3, 3), padding=1)
     return {
         "linear": (flat, (5, 24), (1, 24, 40), flat, (5, 8), (1, 8, 40)),
+        "linear, few": (flat, (64, 200), (1, 200, 264), flat, (64, 72), (1, 72, 264)),
+        "linear, vector": (flat, (136,), (1, 136, 72), flat, (16,), (1, 16, 72)),
+        "linear, few blocks": (flat, (33, 64), (1, 64, 120), _window(groups=3, shared=True), (33, 72), (1, 24, 40)),
         "linear, odd": (flat, (2, 3, 7), (1, 7, 11), flat, (2, 3, 5), (1, 5, 11)),
         "linear, long": (flat, (1100, 16), (1, 16, 24), flat, (1100, 8), (1, 8, 24)),
         "linear, tiles": (flat, (2, 150, 72), (1, 72, 136), flat, (2, 150, 24), (1, 24, 136)),

@@ -3,6 +3,7 @@ gradient.
 
     library    cuBLASLt, where each output position reads one input position
     extended   one kernel for both sums, linear or convolution; on Hopper
+    skinny     the same for linear products of at most 64 positions: see `skinny_gpu`
     portable   a convolution by mma.sync or, for groups of a few channels, a thread an output; of
                both sums where `joins` says so, and `extended` does not take them
     narrow     a convolution to a few columns, which reads x once: see `narrow_gpu`
@@ -10,8 +11,8 @@ gradient.
 
     apart      portable or extended for the first sum, where neither takes both
 
-All but `extended` and `portable` write x2 * w2 by itself first and add it. `plan` estimates the
-time of each way that is possible.
+All but `extended`, `skinny` and `portable` write x2 * w2 by itself first and add it. `plan`
+estimates the time of each way that is possible.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from math import prod
 
 from .. import plan
 from ..arrays import Array
-from . import conv_extended_plan, outer_gpu
+from . import conv_extended_plan, outer_gpu, skinny_gpu
 from .columns import rows_of
 from .conv_extended_plan import joins, term_of
 from .conv_gpu import conv, conv_dw, conv_dx, conv_extended, conv_extended_dx, processors
@@ -31,6 +32,7 @@ from .extended_plan import plan_blocks_dx, plan_dx, plan_forward
 from .narrow_gpu import narrow_conv, narrow_dw, narrow_dx, narrow_extra, suits
 from .pointwise_gpu import pointwise, pointwise_dw, pointwise_dx
 from .scale_columns import scale_columns_gpu
+from .skinny_gpu import skinny_dx, skinny_forward
 from .window import Window
 
 __all__ = ["Extra", "dw", "dx", "forward", "scaled_forward"]
@@ -40,12 +42,15 @@ def forward(x, w, window: Window, *, scale, add, bias, extra: Extra | None = Non
     """add + scale * (x * w) + bias + extra.  Both a scale and an extra are never there."""
     second = () if extra is None else (extra.x, extra.w, extra.bias)
     sizes = None if extra is None else extra.beside(x)
-    hopper = scale is None and x.size > 0 and takes(x, w, add, bias, *second)
+    hopper = x.size > 0 and takes(x, w, add, bias, *second)
     whole = extra is not None and _whole(x, w, add, bias, *second)
     ways = _forward_ways(
-        tuple(x.shape), tuple(w.shape), window, sizes, hopper, x.dtype, processors(), whole
-    )
+        tuple(x.shape), tuple(w.shape), window, sizes, hopper, scale is None, x.dtype,
+        processors(), whole,
+    )  # fmt: skip
     way = plan.choose(*ways)
+    if way == "skinny":
+        return skinny_forward(x, w, window, extra=extra, scale=scale, add=add, bias=bias)
     if way == "extended":
         return extended_forward(x, w, window, extra=extra, add=add, bias=bias)[0]
     if extra is not None and way == "portable":
@@ -90,6 +95,8 @@ def dx(g, w, window: Window, in_space, *, scale, add, extra: Extra | None = None
         g.dtype, processors(), extra is not None and _whole(g, w, add, *second),
     )  # fmt: skip
     way = plan.choose(*ways)
+    if way == "skinny":
+        return skinny_dx(g, w, window, extra=extra, scale=scale, add=add)
     if way == "extended":
         return extended_dx(g, w, window, in_space, extra=extra, add=add)
     if extra is not None and way == "portable":
@@ -138,9 +145,12 @@ def dw(x, g, window: Window, *, scale) -> Array:
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int, whole: bool = True):
+def _forward_ways(
+    x, w, window: Window, extra, hopper: bool, plain: bool, dtype, count: int, whole: bool = True
+):
     """(what, seconds of each way, operations, bytes) of a forward product, from shapes alone.
-    whole: the portable kernel may take both sums.
+    hopper: what Hopper's kernels can read. plain: without a scale. whole: the portable kernel may
+    take both sums.
     """
     space = window.out_space(x[1:-1]) if window.axes else x[1:-1]
     positions = prod((x[0], *space)) if len(x) > 1 else 1
@@ -151,7 +161,7 @@ def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int, 
     moved = prod(x) * dtype.itemsize + prod(w) * dtype.itemsize + result
     pixels = prod(x[:-1])
     ways = _ways(window, operations, x[-1], w[2], dtype, moved, pixels)
-    planned = plan_forward(x, w, window, extra, count) if hopper else None
+    planned = plan_forward(x, w, window, extra, count) if hopper and plain else None
     if planned is not None:
         ways["extended"] = plan.extended(planned.tile.cycles)
     if extra is not None:
@@ -159,7 +169,8 @@ def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int, 
         later = plan.apart(result, beside, more)
         if not extra.window.pointwise and extra.window.grouped(1) == window.grouped(1):
             channels = extra.shape[1] * extra.window.groups
-            own = _forward_ways((*x[:-1], channels), *extra[:2], None, hopper, dtype, count)[1]
+            beside_x = (*x[:-1], channels)
+            own = _forward_ways(beside_x, *extra[:2], None, hopper, True, dtype, count)[1]
             later = max(later, min(own.values()))
         alone = plan_forward(x, w, window, None, count) if hopper else None
         ways = _apart(ways, later, alone)
@@ -172,6 +183,9 @@ def _forward_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int, 
             ways["portable"] = _portable(
                 window, total, x[-1], w[2], dtype, moved, pixels, both.busiest
             )
+    few = skinny_gpu.plan_forward(x, w, window, extra, count) if hopper else None
+    if few is not None:
+        ways["skinny"] = few.seconds(moved)
     what = f"x {x} * w {w}" + (f" + x2 * w2 {extra[0]}" if extra else "")
     return what, ways, operations + more, moved
 
@@ -229,6 +243,9 @@ def _dx_ways(
             ways["portable"] = _portable(
                 window, total, inputs, w[2], dtype, moved, positions, both.busiest
             )
+    few = skinny_gpu.plan_dx(g, w, window, extra, count) if hopper else None
+    if few is not None:
+        ways["skinny"] = few.seconds(moved)
     what = f"g {g} * w {w} turned" + (f" + g2 * w2 {extra[0]} turned" if extra else "")
     return what, ways, operations + more, moved
 

@@ -1,0 +1,281 @@
+"""Products of at most 64 positions: the kernel by every variant, what a plan covers, and when the
+planner takes it.
+
+The kernel is called itself, whatever the planner would take, on a GPU of its kind. Elsewhere its
+division of the work is followed in Python.
+"""
+
+from math import prod
+
+import numpy as np
+import pytest
+
+from lycoris_cupy import bf16, plan, to_device
+from lycoris_cupy.ops import conv_cpu, extended_gpu, product_gpu, skinny_gpu
+from lycoris_cupy.ops.extended_gpu import Extra
+from lycoris_cupy.ops.extended_plan import Second
+from lycoris_cupy.ops.window import Window
+from tests.bounds import assert_within, bound
+
+FLAT, ONE = Window(), Window.of((1, 1))
+SCALE = np.array([0.703125], np.float32)
+
+# x, columns; width of x2 (of a block), blocks, terms. Tails in rows, columns and channels; strips that
+# end with a block; more steps than a ring has stages, fewer than a cluster has blocks.
+FORWARD = {
+    "one position": ((72,), 136, 0, 1, ""),
+    "scaled": ((1, 264), 40, 0, 1, "scale add bias"),
+    "few steps": ((64, 64), 64, 0, 1, "bias"),
+    "full": ((64, 3072), 1024, 0, 1, ""),
+    "rank 16": ((17, 328), 648, 16, 1, "add bias bias2"),
+    "rank 72": ((64, 200), 264, 72, 1, "add bias2"),
+    "a long second sum": ((33, 8), 136, 1096, 1, "bias"),
+    "an image": ((2, 3, 5, 72), 24, 8, 1, "add"),
+    "blocks of 384": ((64, 1536), 1536, 384, 4, ""),
+    "blocks of 8": ((5, 40), 40, 24, 5, "add bias bias2"),
+    "blocks of 200": ((40, 128), 800, 136, 4, "bias2"),
+}
+# g, inputs, width of the second sum, terms.
+BACKWARD = {
+    "one position": ((72,), 136, 0, ""),
+    "scaled": ((3, 264), 40, 0, "scale add"),
+    "full": ((64, 3072), 1024, 0, "add"),
+    "rank 16": ((17, 328), 648, 16, "add"),
+    "rank 72": ((64, 200), 264, 72, ""),
+    "an image": ((2, 3, 5, 72), 24, 8, "add"),
+}
+PLAIN = {name: case for name, case in FORWARD.items() if "scale" not in case[-1]}
+
+
+def draw(rng, shape):
+    return rng.standard_normal(shape, np.float32).astype(bf16).astype(np.float64)
+
+
+def times(x, w, window=FLAT):
+    """x * w in f64, which tests/test_rows.py holds against plain loops."""
+    y = conv_cpu.conv(x.reshape(-1, x.shape[-1]), w, window)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def on_gpu(*arrays):
+    return [None if a is None else to_device(a.astype(bf16), "cuda:0") for a in arrays]
+
+
+def wide(array):
+    return to_device(array, "cpu").astype(np.float64)
+
+
+@pytest.fixture(params=[None, *skinny_gpu.VARIANTS], ids=str)
+def variant(request, monkeypatch):
+    if not extended_gpu.hopper():
+        pytest.skip("not a Hopper GPU")
+    if request.param is not None:
+        monkeypatch.setattr(skinny_gpu, "_choose", lambda *sizes: request.param)
+    skinny_gpu._plan.cache_clear()
+    yield request.param
+    skinny_gpu._plan.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward(name, variant):
+    shape, columns, width2, blocks, terms = FORWARD[name]
+    rng = np.random.default_rng([*name.encode()])
+    x, w = draw(rng, shape), draw(rng, (1, shape[-1], columns))
+    y, size, depth = times(x, w), times(abs(x), abs(w)), shape[-1] + width2 + 4
+    if "scale" in terms:
+        y = SCALE * y
+    add = draw(rng, y.shape) if "add" in terms.split() else None
+    bias = draw(rng, (columns,)) if "bias" in terms.split() else None
+    window = ONE if len(shape) == 4 else FLAT
+    extra = None
+    if width2:
+        own = FLAT.grouped(blocks, shared=True) if blocks > 1 else FLAT
+        x2 = draw(rng, (*shape[:-1], blocks * width2))
+        w2 = draw(rng, (1, width2, columns // blocks))
+        bias2 = draw(rng, (columns,)) if "bias2" in terms else None
+        b2 = 0 if bias2 is None else bias2
+        y = y + SCALE * (times(x2, w2, own) + b2)
+        size = size + times(abs(x2), abs(w2), own) + abs(b2)
+        x2, w2, bias2 = on_gpu(x2, w2, bias2)
+        extra = Extra(x2, w2, own.grouped(blocks, shared=True), to_device(SCALE, "cuda:0"), bias2)
+        if window.axes:
+            extra = extra._replace(window=window)
+    for more in (add, bias):
+        if more is not None:
+            y, size = y + more, size + abs(more)
+    scale = to_device(SCALE, "cuda:0") if "scale" in terms else None
+    x, w, add, bias = on_gpu(x, w, add, bias)
+    assert extended_gpu.takes(x, w, add, bias)
+    run = skinny_gpu.skinny_forward
+    out = [wide(run(x, w, window, extra=extra, scale=scale, add=add, bias=bias)) for _ in range(3)]
+    assert (out[0] == out[1]).all() and (out[0] == out[2]).all()
+    assert_within(out[0], y, bound(y, size, depth, bf16), name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward(name, variant):
+    shape, inputs, width2, terms = BACKWARD[name]
+    rng = np.random.default_rng([*name.encode()])
+    g, w = draw(rng, shape), draw(rng, (1, inputs, shape[-1]))
+    dx, size = times(g, w.swapaxes(1, 2)), times(abs(g), abs(w).swapaxes(1, 2))
+    depth = shape[-1] + width2 + 4
+    if "scale" in terms:
+        dx = SCALE * dx
+    extra, add = None, draw(rng, dx.shape) if "add" in terms else None
+    if width2:
+        g2, w2 = draw(rng, (prod(shape[:-1]), width2)), draw(rng, (1, inputs, width2))
+        dx = dx + SCALE * times(g2, w2.swapaxes(1, 2)).reshape(dx.shape)
+        size = size + times(abs(g2), abs(w2).swapaxes(1, 2)).reshape(dx.shape)
+        extra = Extra(*on_gpu(g2, w2), FLAT, to_device(SCALE, "cuda:0"))
+    if add is not None:
+        dx, size = dx + add, size + abs(add)
+    scale = to_device(SCALE, "cuda:0") if "scale" in terms else None
+    g, w, add = on_gpu(g, w, add)
+    window = ONE if len(shape) == 4 else FLAT
+    out = wide(skinny_gpu.skinny_dx(g, w, window, extra=extra, scale=scale, add=add))
+    assert_within(out, dx, bound(dx, size, depth, bf16), name)
+
+
+# -- the division of the work, and the planner, which need no GPU -----------------------------------
+
+
+def second_of(width2, blocks, columns):
+    if not width2:
+        return None
+    return Second((1, width2, columns // blocks), FLAT.grouped(blocks, shared=True))
+
+
+def followed(planned, x, w, x2, w2):
+    """What skinny.cu computes by its own indices: x (P, K) @ w (K, N) + the blocks of x2 @ w2. Fails
+    where a value is written twice."""
+    positions, columns, width, width2, block = planned.numbers
+    tile, cluster, (grid,) = planned.tile, planned.cluster, planned.grid
+    y = np.full((positions, columns), np.nan)
+    for strip in range(grid // cluster):
+        strips = -(-block // tile)
+        b = strip // strips
+        column = b * block + strip % strips * tile
+        past = min(column + tile, (b + 1) * block)
+        steps2 = -(-width2 // 64)
+        steps = steps2 + -(-width // 64)
+        sums, taken = np.zeros((cluster, positions, past - column)), 0
+        for rank in range(cluster):
+            first, last = rank * steps // cluster, (rank + 1) * steps // cluster
+            for s in range(first, min(last, steps2)):
+                k = slice(s * 64, min(s * 64 + 64, width2))
+                part = x2[:, b * width2 : (b + 1) * width2][:, k]
+                sums[rank] += part @ w2[k, column - b * block : past - b * block]
+                taken += 1
+            for s in range(max(first, steps2) - steps2, last - steps2):
+                k = slice(s * 64, s * 64 + 64)
+                sums[rank] += x[:, k] @ w[k, column:past]
+                taken += 1
+        assert taken == steps
+        for rank in range(cluster):
+            for i in range(64 // cluster * (tile // 8)):
+                row, n = i // (tile // 8) * cluster + rank, column + i % (tile // 8) * 8
+                if row >= positions or n >= past:
+                    continue
+                assert np.isnan(y[row, n : n + 8]).all() and n + 8 <= past
+                y[row, n : n + 8] = sums[:, row, n - column : n - column + 8].sum(axis=0)
+    return y
+
+
+@pytest.mark.parametrize("tile", [None, *skinny_gpu.VARIANTS], ids=str)
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_blocks_cover_the_sum_once(name, tile, monkeypatch):
+    if tile is not None:
+        monkeypatch.setattr(skinny_gpu, "_choose", lambda *sizes: tile)
+    skinny_gpu._plan.cache_clear()
+    shape, columns, width2, blocks, _ = PLAIN[name]
+    second = second_of(width2, blocks, columns)
+    planned = skinny_gpu.plan_forward(shape, (1, shape[-1], columns), FLAT, second, 132)
+    skinny_gpu._plan.cache_clear()
+    rng = np.random.default_rng(0)
+    # Whole numbers, so that the order of a sum makes no difference.
+    x, w, x2, w2 = (
+        rng.integers(-8, 8, s).astype(np.float64)
+        for s in (
+            (prod(shape[:-1]), shape[-1]),
+            (shape[-1], columns),
+            (prod(shape[:-1]), blocks * width2),
+            (width2, columns // blocks),
+        )
+    )
+    expected = x @ w
+    for b in range(blocks):
+        at = slice(b * columns // blocks, (b + 1) * columns // blocks)
+        expected[:, at] += x2[:, b * width2 : (b + 1) * width2] @ w2
+    assert (followed(planned, x, w, x2, w2) == expected).all()
+
+
+@pytest.mark.parametrize("columns", [3072, 4096, 12288, 14336, 640, 2048, 128256, 8])
+def test_a_plan_fills_the_device(columns):
+    planned = skinny_gpu.plan_forward((64, 3072), (1, 3072, columns), FLAT, None, 132)
+    (grid,) = planned.grid
+    assert grid == -(-columns // planned.tile) * planned.cluster
+    assert planned.launch.defines == {
+        "TILE_N": str(planned.tile), "B_ROWS": "1", "CLUSTER": str(planned.cluster),
+    }  # fmt: skip
+    if 2048 <= columns <= 14336:
+        assert 132 <= grid <= 264
+    if columns == 128256:  # several turns each: no more parts of a sum than must be
+        assert planned.cluster == 1
+    if columns < 2048:  # as many blocks as there are
+        assert planned.cluster == 8 and planned.tile == 64
+
+
+def test_a_turned_plan():
+    planned = skinny_gpu.plan_dx(
+        (64, 12288), (1, 3072, 12288), FLAT, Second((1, 3072, 16), FLAT), 132
+    )
+    assert planned.numbers == (64, 3072, 12288, 16, 3072)
+    assert planned.w_box == (1, 128, 64) and planned.launch.defines["B_ROWS"] == "0"
+
+
+def test_what_has_no_plan():
+    x, w = (64, 72), (1, 72, 40)
+    forward, dx = skinny_gpu.plan_forward, skinny_gpu.plan_dx
+    assert forward(x, w, FLAT, None, 132) is not None
+    assert forward((65, 72), w, FLAT, None, 132) is None
+    assert forward((0, 72), w, FLAT, None, 132) is None
+    assert forward(x, (1, 36, 40), FLAT.grouped(2), None, 132) is None
+    assert forward((1, 3, 3, 72), (9, 72, 40), Window.of((3, 3)), None, 132) is None
+    assert (
+        forward(x, (1, 72, 24), FLAT, Second((1, 8, 12), FLAT.grouped(2, shared=True)), 132) is None
+    )
+    assert forward(x, w, FLAT, Second((1, 4, 8), FLAT.grouped(5, shared=True)), 132) is None
+    assert (
+        forward(x, w, FLAT, Second((1, 4, 40), FLAT.grouped(2)), 132) is None
+    )  # columns of their own
+    assert dx((64, 40), (1, 72, 40), FLAT, Second((1, 72, 16), FLAT), 132) is not None
+    assert dx((64, 40), (1, 12, 40), FLAT, None, 132) is None
+    assert (
+        dx((64, 40), (1, 72, 40), FLAT, Second((1, 9, 40), FLAT.grouped(8, shared=True)), 132)
+        is None
+    )
+
+
+def test_few_positions_and_a_term_are_one_launch():
+    x, w = (64, 3072), (1, 3072, 3072)
+    blocks = Second((1, 384, 384), FLAT.grouped(8, shared=True))
+    for second in (Second((1, 16, 3072), FLAT), blocks):
+        ways = product_gpu._forward_ways(x, w, FLAT, second, True, True, bf16, 132)
+        assert plan.choose(*ways) == "skinny"
+        for other in (False, True):  # elsewhere, and with more positions
+            rows = (4608 if other else 64, 3072)
+            ways = product_gpu._forward_ways(rows, w, FLAT, second, other, True, bf16, 132)
+            assert "skinny" not in ways[1]
+    ways = product_gpu._dx_ways(
+        x, w, FLAT, (64,), Second((1, 3072, 16), FLAT), True, True, bf16, 132
+    )
+    assert plan.choose(*ways) == "skinny"
+
+
+def test_a_scale_goes_without_the_extended_product():
+    ways = product_gpu._forward_ways(
+        (64, 3072), (1, 3072, 3072), FLAT, None, True, False, bf16, 132
+    )
+    assert set(ways[1]) == {"library", "skinny"}
