@@ -35,14 +35,16 @@ FORWARD = {
     "blocks of 8": ((5, 40), 40, 24, 5, "add bias bias2"),
     "blocks of 200": ((40, 128), 800, 136, 4, "bias2"),
 }
-# g, inputs, width of the second sum, terms.
+# g, inputs, width of the second sum (of a block), blocks, terms.
 BACKWARD = {
-    "one position": ((72,), 136, 0, ""),
-    "scaled": ((3, 264), 40, 0, "scale add"),
-    "full": ((64, 3072), 1024, 0, "add"),
-    "rank 16": ((17, 328), 648, 16, "add"),
-    "rank 72": ((64, 200), 264, 72, ""),
-    "an image": ((2, 3, 5, 72), 24, 8, "add"),
+    "one position": ((72,), 136, 0, 1, ""),
+    "scaled": ((3, 264), 40, 0, 1, "scale add"),
+    "full": ((64, 3072), 1024, 0, 1, "add"),
+    "rank 16": ((17, 328), 648, 16, 1, "add"),
+    "rank 72": ((64, 200), 264, 72, 1, ""),
+    "an image": ((2, 3, 5, 72), 24, 8, 1, "add"),
+    "blocks of 384": ((64, 1536), 1536, 16, 4, ""),
+    "blocks of 72": ((5, 40), 360, 72, 5, "add"),
 }
 PLAIN = {name: case for name, case in FORWARD.items() if "scale" not in case[-1]}
 
@@ -116,7 +118,7 @@ def test_forward(name, variant):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward(name, variant):
-    shape, inputs, width2, terms = BACKWARD[name]
+    shape, inputs, width2, blocks, terms = BACKWARD[name]
     rng = np.random.default_rng([*name.encode()])
     g, w = draw(rng, shape), draw(rng, (1, inputs, shape[-1]))
     dx, size = times(g, w.swapaxes(1, 2)), times(abs(g), abs(w).swapaxes(1, 2))
@@ -125,10 +127,12 @@ def test_backward(name, variant):
         dx = SCALE * dx
     extra, add = None, draw(rng, dx.shape) if "add" in terms else None
     if width2:
-        g2, w2 = draw(rng, (prod(shape[:-1]), width2)), draw(rng, (1, inputs, width2))
-        dx = dx + SCALE * times(g2, w2.swapaxes(1, 2)).reshape(dx.shape)
-        size = size + times(abs(g2), abs(w2).swapaxes(1, 2)).reshape(dx.shape)
-        extra = Extra(*on_gpu(g2, w2), FLAT, to_device(SCALE, "cuda:0"))
+        own = FLAT.grouped(blocks, shared=True)
+        g2 = draw(rng, (prod(shape[:-1]), blocks * width2))
+        w2 = draw(rng, (1, inputs // blocks, width2))
+        dx = dx + SCALE * times(g2, w2.swapaxes(1, 2), own).reshape(dx.shape)
+        size = size + times(abs(g2), abs(w2).swapaxes(1, 2), own).reshape(dx.shape)
+        extra = Extra(*on_gpu(g2, w2), own, to_device(SCALE, "cuda:0"))
     if add is not None:
         dx, size = dx + add, size + abs(add)
     scale = to_device(SCALE, "cuda:0") if "scale" in terms else None
@@ -252,10 +256,9 @@ def test_what_has_no_plan():
     )  # columns of their own
     assert dx((64, 40), (1, 72, 40), FLAT, Second((1, 72, 16), FLAT), 132) is not None
     assert dx((64, 40), (1, 12, 40), FLAT, None, 132) is None
-    assert (
-        dx((64, 40), (1, 72, 40), FLAT, Second((1, 9, 40), FLAT.grouped(8, shared=True)), 132)
-        is None
-    )
+    nine = FLAT.grouped(9, shared=True)
+    assert dx((64, 40), (1, 72, 40), FLAT, Second((1, 8, 16), nine), 132) is not None
+    assert dx((64, 40), (1, 72, 40), FLAT, Second((1, 8, 12), nine), 132) is None
 
 
 def test_few_positions_and_a_term_are_one_launch():

@@ -59,31 +59,24 @@ class Plan(NamedTuple):
 
 def plan_forward(x, w, window: Window, extra: Second | None, count: int) -> Plan | None:
     """The plan of x * w + x2 * w2, from shapes. count: multiprocessors."""
-    if extra is not None and not (extra.window.pointwise and _one_or_shared(extra.window)):
-        return None
-    blocks = 1 if extra is None else extra.window.groups
-    width2 = 0 if extra is None else extra.shape[1]
-    return _plan(True, x, w[2], w[1], window, width2, blocks, count)
+    return _plan(True, x, w[2], w[1], window, extra, count)
 
 
 def plan_dx(g, w, window: Window, extra: Second | None, count: int) -> Plan | None:
     """The plan of the input's gradient, g * w^T + g2 * w2^T."""
-    if extra is not None and not (extra.window.pointwise and extra.window.groups == 1):
-        return None
-    width2 = 0 if extra is None else extra.shape[2]
-    return _plan(False, g, w[1], w[2], window, width2, 1, count)
-
-
-def _one_or_shared(window: Window) -> bool:
-    return window.groups == 1 or window.shared
+    return _plan(False, g, w[1], w[2], window, extra, count)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(b_rows, x, columns, width, window: Window, width2, blocks, count) -> Plan | None:
-    """b_rows: whether rows of w run along its columns. blocks: of columns, each with its x2."""
-    positions = prod(x[:-1])
+def _plan(b_rows, x, columns, width, window: Window, extra: Second | None, count) -> Plan | None:
+    """b_rows: whether rows of w, and of w2, run along the columns of the result."""
+    positions, width2, blocks = prod(x[:-1]), 0, 1
     if not window.pointwise or window.groups != 1 or not 1 <= positions <= MOST:
         return None
+    if extra is not None:
+        width2, blocks = extra.shape[1 if b_rows else 2], extra.window.groups
+        if not extra.window.pointwise or (blocks > 1 and not extra.window.shared):
+            return None
     # A row of y, and of each block of x2 and w2, is whole chunks of 16 bytes.
     if columns % (8 * blocks) or (blocks > 1 and width2 % 8):
         return None
