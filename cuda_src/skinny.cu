@@ -81,7 +81,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
   const float factor = scale ? *scale : 1.0f;
   if (threadIdx.x >= GROUP) {
     if (threadIdx.x == GROUP) {
-      prefetch_map(&w), prefetch_map(&x);
+      prefetch_map(&w), prefetch_map(&x), prefetch_map(&x2), prefetch_map(&w2);
       fetch(&x2, &w2, first, min(last, steps2), b, column - b * block, stage);
       fetch(&x, &w, max(first, steps2) - steps2, last - steps2, 0, column, stage);
     }
