@@ -1,4 +1,4 @@
-// A product of at most 64 positions: y = x @ w + scale * (x2 @ w2 + bias2) + add + bias in one sum, rounded once. For Hopper.
+// A product of few positions: y = x @ w + scale * (x2 @ w2 + bias2) + add + bias in one sum, rounded once. For Hopper.
 //
 //   y[p, n] = sum over k of x[p, k] * w[k, n] + scale * (bias2[n] + sum over k of x2[p, b * width2 + k] * w2[k, n - b * block])
 //           + add[p, n] + bias[n]                                                                              b = n / block
@@ -9,7 +9,8 @@
 // added through shared memory, in the order of the blocks: no workspace, no second launch, the same bits every time. The input
 // gradient is the same product with w turned (B_ROWS=0: rows of channels).
 //
-// Fewer than 64 positions are 64 all the same: the copy engine writes zeros for those that are not there, and reads nothing.
+// Positions go by 64, and each 64 read w again, from L2. Fewer are 64 all the same: the copy engine writes zeros for those that
+// are not there, and reads nothing.
 //
 // only sm_90a
 // variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=8 | TILE_N=128 B_ROWS=1 CLUSTER=4 | TILE_N=128 B_ROWS=1 CLUSTER=2
@@ -18,8 +19,9 @@
 // variants bf16: TILE_N=128 B_ROWS=0 CLUSTER=1 | TILE_N=64 B_ROWS=0 CLUSTER=8 | TILE_N=64 B_ROWS=0 CLUSTER=4
 #include "skinny.cuh"
 
-// Copies the operands of the steps [from, to) of one of the two sums. b: the block of x. n: the first column of w.
-INLINE void fetch(const TensorMap* x, const TensorMap* w, int from, int to, int b, int n, Stage& stage) {
+// Copies the operands of the steps [from, to) of one of the two sums. p: the first position. b: the block of x. n: the
+// first column of w.
+INLINE void fetch(const TensorMap* x, const TensorMap* w, int from, int to, int p, int b, int n, Stage& stage) {
 #pragma unroll 1
   for (int k = from * TILE_K; k < to * TILE_K; k += TILE_K) {
     stage.claim();
@@ -30,7 +32,7 @@ INLINE void fetch(const TensorMap* x, const TensorMap* w, int from, int to, int 
     } else {
       copy_box(stage.b(), w, stage.full(), k, n, 0);
     }
-    copy_box(stage.a(), x, stage.full(), k, b, 0);
+    copy_box(stage.a(), x, stage.full(), k, b, p);
     stage.next();
   }
 }
@@ -50,7 +52,7 @@ INLINE void add_chunk(float (&total)[8], const bf16* from, float factor) {
   }
 }
 
-// Grid: CLUSTER blocks for each strip, ceil(block / TILE_N) of them for each of columns / block blocks.
+// Grid (CLUSTER blocks for each strip, ceil(block / TILE_N) of them for each of columns / block blocks; positions / 64).
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GROUP + 32, 2)
     NAME(skinny)(const __grid_constant__ TensorMap x,   // (positions, 1, width)
                  const __grid_constant__ TensorMap w,   // (1, width, columns), or (1, columns, width)
@@ -70,6 +72,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
   const int rank = cluster_rank(), strips = (block + TILE_N - 1) / TILE_N, strip = blockIdx.x / CLUSTER;
   const int b = strip / strips, column = b * block + strip % strips * TILE_N;
   const int past = min(column + TILE_N, (b + 1) * block);
+  const int start = blockIdx.y * TILE_M, rows = min(positions - start, TILE_M);
   const int steps2 = (width2 + TILE_K - 1) / TILE_K, steps = steps2 + (width + TILE_K - 1) / TILE_K;
   const int first = rank * steps / CLUSTER, last = (rank + 1) * steps / CLUSTER;
 
@@ -82,15 +85,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
   if (threadIdx.x >= GROUP) {
     if (threadIdx.x == GROUP) {
       prefetch_map(&w), prefetch_map(&x), prefetch_map(&x2), prefetch_map(&w2);
-      fetch(&x2, &w2, first, min(last, steps2), b, column - b * block, stage);
-      fetch(&x, &w, max(first, steps2) - steps2, last - steps2, 0, column, stage);
+      fetch(&x2, &w2, first, min(last, steps2), start, b, column - b * block, stage);
+      fetch(&x, &w, max(first, steps2) - steps2, last - steps2, start, 0, column, stage);
     }
     __syncwarp();
   } else {
     for (int i = threadIdx.x; i < ITEMS; i += GROUP) {
       const int row = i / CHUNKS * CLUSTER + rank, n = column + i % CHUNKS * 8;
-      if (row >= positions || n >= past) continue;
-      if (add) prefetch(add + (long long)row * columns + n);
+      if (row >= rows || n >= past) continue;
+      if (add) prefetch(add + (long long)(start + row) * columns + n);
       if (bias) prefetch(bias + n);
       if (bias2) prefetch(bias2 + n);
     }
@@ -101,17 +104,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
 #pragma unroll
       for (int i = 0; i < TILE_N / 2; ++i) sum[i] *= factor;
     multiply<false, B_ROWS>(sum, last - max(first, steps2), stage);
-    leave(sum, sums, positions);
+    leave(sum, sums, rows);
   }
   meet();
 
   if (threadIdx.x < GROUP)
     for (int i = threadIdx.x; i < ITEMS; i += GROUP) {
       const int row = i / CHUNKS * CLUSTER + rank, n = column + i % CHUNKS * 8;
-      if (row >= positions || n >= past) continue;
+      if (row >= rows || n >= past) continue;
       float total[8];
       collect(total, sums, row, i % CHUNKS);
-      const long long at = (long long)row * columns + n;
+      const long long at = (long long)(start + row) * columns + n;
       if (bias2) add_chunk(total, bias2 + n, factor);
       if (bias) add_chunk(total, bias + n, 1);
       if (add) add_chunk(total, add + at, 1);

@@ -1,4 +1,4 @@
-"""Products of at most 64 positions: the kernel by every variant, what a plan covers, and when the
+"""Products of few positions: the kernel by every variant, what a plan covers, and when the
 planner takes it.
 
 The kernel is called itself, whatever the planner would take, on a GPU of its kind. Elsewhere its
@@ -27,6 +27,7 @@ FORWARD = {
     "scaled": ((1, 264), 40, 0, 1, "scale add bias"),
     "few steps": ((64, 64), 64, 0, 1, "bias"),
     "full": ((64, 3072), 1024, 0, 1, ""),
+    "two tiles of rows": ((2, 50, 136), 200, 24, 1, "add bias"),
     "rank 16": ((17, 328), 648, 16, 1, "add bias bias2"),
     "rank 72": ((64, 200), 264, 72, 1, "add bias2"),
     "a long second sum": ((33, 8), 136, 1096, 1, "bias"),
@@ -40,6 +41,7 @@ BACKWARD = {
     "one position": ((72,), 136, 0, 1, ""),
     "scaled": ((3, 264), 40, 0, 1, "scale add"),
     "full": ((64, 3072), 1024, 0, 1, "add"),
+    "two tiles of rows": ((2, 50, 136), 200, 24, 1, "add"),
     "rank 16": ((17, 328), 648, 16, 1, "add"),
     "rank 72": ((64, 200), 264, 72, 1, ""),
     "an image": ((2, 3, 5, 72), 24, 8, 1, "add"),
@@ -142,6 +144,27 @@ def test_backward(name, variant):
     assert_within(out, dx, bound(dx, size, depth, bf16), name)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("positions", [3, 40])
+def test_blocks_that_share_w(positions, variant):
+    """Rows of channels of one position each, forward and back."""
+    rng = np.random.default_rng(positions)
+    window = FLAT.grouped(5, shared=True)
+    x, w = draw(rng, (positions, 5 * 72)), draw(rng, (1, 72, 16))
+    g, add = draw(rng, (positions, 5 * 16)), draw(rng, (positions, 5 * 72))
+    y, size = times(x, w, window), times(abs(x), abs(w), window)
+    dx = add + SCALE * times(g, w.swapaxes(1, 2), window)
+    dx_size = abs(add) + times(abs(g), abs(w).swapaxes(1, 2), window)
+    x, w, g, add = on_gpu(x, w, g, add)
+    none = {"extra": None, "scale": None, "add": None, "bias": None}
+    assert_within(
+        wide(skinny_gpu.skinny_forward(x, w, window, **none)), y, bound(y, size, 72, bf16)
+    )
+    scale = to_device(SCALE, "cuda:0")
+    out = wide(skinny_gpu.skinny_dx(g, w, window, extra=None, scale=scale, add=add))
+    assert_within(out, dx, bound(dx, dx_size, 18, bf16))
+
+
 # -- the division of the work, and the planner, which need no GPU -----------------------------------
 
 
@@ -155,35 +178,37 @@ def followed(planned, x, w, x2, w2):
     """What skinny.cu computes by its own indices: x (P, K) @ w (K, N) + the blocks of x2 @ w2. Fails
     where a value is written twice."""
     positions, columns, width, width2, block = planned.numbers
-    tile, cluster, (grid,) = planned.tile, planned.cluster, planned.grid
+    tile, cluster, (grid, bands) = planned.tile, planned.cluster, planned.grid
     y = np.full((positions, columns), np.nan)
-    for strip in range(grid // cluster):
+    for band, strip in np.ndindex(bands, grid // cluster):
+        start = band * 64
+        rows = min(positions - start, 64)
         strips = -(-block // tile)
         b = strip // strips
         column = b * block + strip % strips * tile
         past = min(column + tile, (b + 1) * block)
         steps2 = -(-width2 // 64)
         steps = steps2 + -(-width // 64)
-        sums, taken = np.zeros((cluster, positions, past - column)), 0
+        sums, taken = np.zeros((cluster, rows, past - column)), 0
         for rank in range(cluster):
             first, last = rank * steps // cluster, (rank + 1) * steps // cluster
             for s in range(first, min(last, steps2)):
                 k = slice(s * 64, min(s * 64 + 64, width2))
-                part = x2[:, b * width2 : (b + 1) * width2][:, k]
+                part = x2[start : start + 64, b * width2 : (b + 1) * width2][:, k]
                 sums[rank] += part @ w2[k, column - b * block : past - b * block]
                 taken += 1
             for s in range(max(first, steps2) - steps2, last - steps2):
                 k = slice(s * 64, s * 64 + 64)
-                sums[rank] += x[:, k] @ w[k, column:past]
+                sums[rank] += x[start : start + 64, k] @ w[k, column:past]
                 taken += 1
         assert taken == steps
         for rank in range(cluster):
             for i in range(64 // cluster * (tile // 8)):
                 row, n = i // (tile // 8) * cluster + rank, column + i % (tile // 8) * 8
-                if row >= positions or n >= past:
+                if row >= rows or n >= past:
                     continue
-                assert np.isnan(y[row, n : n + 8]).all() and n + 8 <= past
-                y[row, n : n + 8] = sums[:, row, n - column : n - column + 8].sum(axis=0)
+                assert np.isnan(y[start + row, n : n + 8]).all() and n + 8 <= past
+                y[start + row, n : n + 8] = sums[:, row, n - column : n - column + 8].sum(axis=0)
     return y
 
 
@@ -218,7 +243,7 @@ def test_the_blocks_cover_the_sum_once(name, tile, monkeypatch):
 @pytest.mark.parametrize("columns", [3072, 4096, 12288, 14336, 640, 2048, 128256, 8])
 def test_a_plan_fills_the_device(columns):
     planned = skinny_gpu.plan_forward((64, 3072), (1, 3072, columns), FLAT, None, 132)
-    (grid,) = planned.grid
+    grid, _ = planned.grid
     assert grid == -(-columns // planned.tile) * planned.cluster
     assert planned.launch.defines == {
         "TILE_N": str(planned.tile), "B_ROWS": "1", "CLUSTER": str(planned.cluster),
@@ -239,11 +264,22 @@ def test_a_turned_plan():
     assert planned.w_box == (1, 128, 64) and planned.launch.defines["B_ROWS"] == "0"
 
 
+def test_rows_of_blocks_that_share_w():
+    shared = FLAT.grouped(8, shared=True)
+    planned = skinny_gpu.plan_forward((64, 3072), (1, 384, 16), shared, None, 132)
+    assert planned.numbers == (512, 16, 384, 0, 16) and planned.grid[1] == 8
+    planned = skinny_gpu.plan_dx((64, 128), (1, 384, 16), shared, None, 132)
+    assert planned.numbers == (512, 384, 16, 0, 384) and planned.grid[1] == 8
+    assert skinny_gpu.plan_forward((129, 3072), (1, 384, 16), shared, None, 132) is None
+    second = Second((1, 16, 16), FLAT)
+    assert skinny_gpu.plan_forward((64, 3072), (1, 384, 16), shared, second, 132) is None
+
+
 def test_what_has_no_plan():
     x, w = (64, 72), (1, 72, 40)
     forward, dx = skinny_gpu.plan_forward, skinny_gpu.plan_dx
     assert forward(x, w, FLAT, None, 132) is not None
-    assert forward((65, 72), w, FLAT, None, 132) is None
+    assert forward((129, 72), w, FLAT, None, 132) is None
     assert forward((0, 72), w, FLAT, None, 132) is None
     assert forward(x, (1, 36, 40), FLAT.grouped(2), None, 132) is None
     assert forward((1, 3, 3, 72), (9, 72, 40), Window.of((3, 3)), None, 132) is None

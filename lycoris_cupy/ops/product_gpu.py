@@ -3,7 +3,7 @@ gradient.
 
     library    cuBLASLt, where each output position reads one input position
     extended   one kernel for both sums, linear or convolution; on Hopper
-    skinny     the same for linear products of at most 64 positions: see `skinny_gpu`
+    skinny     the same for linear products of few positions: see `skinny_gpu`
     portable   a convolution by mma.sync or, for groups of a few channels, a thread an output; of
                both sums where `joins` says so, and `extended` does not take them
     narrow     a convolution to a few columns, which reads x once: see `narrow_gpu`
@@ -42,7 +42,8 @@ def forward(x, w, window: Window, *, scale, add, bias, extra: Extra | None = Non
     """add + scale * (x * w) + bias + extra.  Both a scale and an extra are never there."""
     second = () if extra is None else (extra.x, extra.w, extra.bias)
     sizes = None if extra is None else extra.beside(x)
-    hopper = x.size > 0 and takes(x, w, add, bias, *second)
+    own = bias is None or window.groups == 1  # Hopper's kernels know one bias for all groups
+    hopper = own and x.size > 0 and takes(x, w, add, bias, *second)
     whole = extra is not None and _whole(x, w, add, bias, *second)
     ways = _forward_ways(
         tuple(x.shape), tuple(w.shape), window, sizes, hopper, scale is None, x.dtype,

@@ -1,9 +1,9 @@
-"""Products of at most 64 positions on Hopper: scale * (x2 * w2 + bias2) + x * w + add + bias, one
+"""Products of few positions on Hopper: scale * (x2 * w2 + bias2) + x * w + add + bias, one
 rounding, in the time of reading w.
 
 For arrays that `extended_gpu.takes` allows, and shapes that `plan_forward` or `plan_dx` has a plan
-for: linear products, the second of which may have blocks of channels that share w2. See
-cuda_src/skinny.cu.
+for: linear products, of which the second, or one by itself, may have blocks of channels that share
+its w. See cuda_src/skinny.cu.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from .extended_gpu import Extra
 from .extended_plan import Second
 from .window import Window
 
-MOST = 64  # positions
+MOST = 128  # positions; more multiply for longer than it takes to read w
+_MOST_ROWS = 1024  # of all the blocks that share a w
+_ROWS = 64  # of a tile
 _THREADS = 160  # a warpgroup that multiplies, a warp that copies
 _SHARED = 97 * 1024  # 96 KiB of stages, and what their alignment may cost
 _TOGETHER = 2  # blocks on a multiprocessor
@@ -36,7 +38,7 @@ class Plan(NamedTuple):
     launch: Kernel
     tile: int
     cluster: int
-    grid: tuple[int]
+    grid: tuple[int, int]
     w_box: tuple[int, int, int]
     numbers: tuple[int, int, int, int, int]
     block_bytes: int  # that a place on a multiprocessor copies, by all the blocks it has in turn
@@ -46,7 +48,7 @@ class Plan(NamedTuple):
         positions = self.numbers[0]
         blocks = x.size // (positions * width)
         return (
-            matrix_map(x.data.ptr, (positions, blocks, width), (MOST, 1, ROW)),
+            matrix_map(x.data.ptr, (positions, blocks, width), (_ROWS, 1, ROW)),
             matrix_map(w.data.ptr, tuple(w.shape), self.w_box),
         )
 
@@ -70,8 +72,10 @@ def plan_dx(g, w, window: Window, extra: Second | None, count: int) -> Plan | No
 @functools.lru_cache(maxsize=4096)
 def _plan(b_rows, x, columns, width, window: Window, extra: Second | None, count) -> Plan | None:
     """b_rows: whether rows of w, and of w2, run along the columns of the result."""
-    positions, width2, blocks = prod(x[:-1]), 0, 1
-    if not window.pointwise or window.groups != 1 or not 1 <= positions <= MOST:
+    positions, width2, blocks = prod(x[:-1]) * window.groups, 0, 1
+    if not window.pointwise or not 1 <= positions <= (MOST if window.groups == 1 else _MOST_ROWS):
+        return None
+    if window.groups > 1 and (extra is not None or not window.shared):
         return None
     if extra is not None:
         width2, blocks = extra.shape[1 if b_rows else 2], extra.window.groups
@@ -81,14 +85,15 @@ def _plan(b_rows, x, columns, width, window: Window, extra: Second | None, count
     if columns % (8 * blocks) or (blocks > 1 and width2 % 8):
         return None
     block, steps = columns // blocks, -(-width // ROW) + -(-width2 // ROW)
-    tile, cluster = _choose(block, blocks, steps, count)
-    grid = blocks * -(-block // tile) * cluster
-    turns = -(-grid // (_TOGETHER * count))
-    copied = turns * -(-steps // cluster) * (tile + MOST) * ROW * 2
+    bands = -(-positions // _ROWS)
+    tile, cluster = _choose(block, blocks * bands, steps, count)
+    grid = blocks * -(-block // tile) * cluster, bands
+    turns = -(-prod(grid) // (_TOGETHER * count))
+    copied = turns * -(-steps // cluster) * (tile + _ROWS) * ROW * 2
     launch = kernel("skinny.cu", "skinny", bf16, TILE_N=tile, B_ROWS=int(b_rows), CLUSTER=cluster)
     w_box = (1, ROW if b_rows else tile, ROW)
     numbers = (positions, columns, width, width2, block)
-    return Plan(launch, tile, cluster, (grid,), w_box, numbers, copied)
+    return Plan(launch, tile, cluster, grid, w_box, numbers, copied)
 
 
 def _choose(block: int, blocks: int, steps: int, count: int) -> tuple[int, int]:
@@ -128,7 +133,7 @@ def _run(planned: Plan | None, x, w, extra: Extra | None, scale, add, bias) -> A
 
     assert planned is not None
     positions, columns, width, width2, block = planned.numbers
-    out = cupy.empty((*x.shape[:-1], columns), x.dtype)
+    out = cupy.empty((*x.shape[:-1], positions * columns // prod(x.shape[:-1])), x.dtype)
     maps = planned.maps(x, w, width)
     if scale is not None:  # a second sum without a first
         maps, width, width2 = (NOTHING, NOTHING, *maps), 0, width
