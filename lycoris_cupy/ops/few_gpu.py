@@ -17,11 +17,10 @@ from ..kernels import Kernel, kernel
 from ..tensor_map import ROW, matrix_map
 from .conv_gpu import processors
 from .extended_gpu import takes
+from .skinny_gpu import SHARED, THREADS
 from .window import Window
 
 _MOST, _WIDEST = 1024, 512  # rows; columns of dx
-_THREADS = 160  # a warpgroup that multiplies, a warp that copies
-_SHARED = 97 * 1024  # 96 KiB of stages, and what their alignment may cost
 _BOX = (ROW, ROW)
 
 
@@ -51,7 +50,7 @@ def few_gradients(g, x, w, window: Window, scale) -> tuple[Array, Array] | None:
     )
     dx, dw = cupy.empty(x.shape, bf16), cupy.empty(w.shape, f32)
     args = (*maps, scale, dx, dw, *planned.numbers)
-    planned.launch(planned.grid, (_THREADS,), *args, shared=_SHARED)
+    planned.launch(planned.grid, (THREADS,), *args, shared=SHARED)
     return dx, dw
 
 

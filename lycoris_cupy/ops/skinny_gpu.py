@@ -24,8 +24,9 @@ from .window import Window
 MOST = 128  # positions; more multiply for longer than it takes to read w
 _MOST_ROWS = 1024  # of all the blocks that share a w
 _ROWS = 64  # of a tile
-_THREADS = 160  # a warpgroup that multiplies, a warp that copies
-_SHARED = 97 * 1024  # 96 KiB of stages, and what their alignment may cost
+# Of the kernels that share skinny.cuh: a warpgroup that multiplies and a warp that copies; 96 KiB
+# of stages, and what their alignment may cost.
+THREADS, SHARED = 160, 97 * 1024
 _TOGETHER = 2  # blocks on a multiprocessor
 # (TILE_N, CLUSTER) of the variants, the preferred first: wide strips read x fewer times, and many
 # blocks to a strip share out its work.
@@ -143,5 +144,5 @@ def _run(planned: Plan | None, x, w, extra: Extra | None, scale, add, bias) -> A
         maps, scale = (*maps, *planned.maps(extra.x, extra.w, width2)), extra.scale
     bias2 = None if extra is None else extra.bias
     args = (*maps, scale, add, bias, bias2, out, positions, columns, width, width2, block)
-    planned.launch(planned.grid, (_THREADS,), *args, shared=_SHARED)
+    planned.launch(planned.grid, (THREADS,), *args, shared=SHARED)
     return out
