@@ -119,7 +119,7 @@ struct Lanes {
 };
 
 // out[p][l * N + n] = sum over m of w1[l][m] * x[p][m * N + n], w1[l][m] lying at l * l_step + m * m_step. Grid
-// (positions * N / VEC / 256, L / 8): one reading of x serves 8 rows l. 8 rows of w1, 128 columns at a time, wait in shared
+// (positions * N / VEC / blockDim.x, L / 8): one reading of x serves 8 rows l. 8 rows of w1, 128 columns at a time, wait in shared
 // memory, read by all threads at once. (Tensor cores with a warp to 64 values of n were no faster at N = 384, and slower at
 // N = 80: the bytes decide, not the products.)
 extern "C" __global__ void __launch_bounds__(256)
@@ -130,18 +130,18 @@ extern "C" __global__ void __launch_bounds__(256)
   constexpr int CHUNK = 128;
   __shared__ A rows[CHUNK][SIDE];
   const int first = blockIdx.y * SIDE, chunks = N / VEC;
-  const long long i = blockIdx.x * 256LL + threadIdx.x, p = i / chunks;
+  const long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x, p = i / chunks;
   const int n = (i - p * chunks) * VEC;
   Lanes<VEC> sum[SIDE] = {};
   for (int m0 = 0; m0 < M; m0 += CHUNK) {
+    const int past = min(M, m0 + CHUNK);
     __syncthreads();
-    for (int e = threadIdx.x; e < CHUNK * SIDE; e += 256) {
+    for (int e = threadIdx.x; e < (past - m0) * SIDE; e += blockDim.x) {
       const int l = first + e % SIDE, m = m0 + e / SIDE;
-      rows[e / SIDE][e % SIDE] = l < L && m < M ? widen(w1[(long long)l * l_step + (long long)m * m_step]) : A(0);
+      rows[e / SIDE][e % SIDE] = l < L ? widen(w1[(long long)l * l_step + (long long)m * m_step]) : A(0);
     }
     __syncthreads();
     if (p >= positions) continue;
-    const int past = min(M, m0 + CHUNK);
 #pragma unroll(sizeof(T) == 2 ? 4 : 1)
     for (int m = m0; m < past; m++) {
       Lanes<VEC> v;

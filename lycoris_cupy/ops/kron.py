@@ -158,9 +158,12 @@ def _mix_blocks_gpu(x, w1, *, turned):
     if out.size:
         vector = _vector(n, x, out)
         steps = (1, rows) if turned else (columns, 1)
-        grid = ((positions * n // vector + 255) // 256, (rows + 7) // 8)
+        threads = positions * n // vector
+        # Smaller blocks where larger ones are fewer than the multiprocessors.
+        block = 256 if threads > 256 * processors() else 64
+        grid = ((threads + block - 1) // block, (rows + 7) // 8)
         kernel("kron.cu", "mix_blocks", x.dtype, VEC=vector)(
-            grid, (256,), x, w1, out, positions, rows, columns, n, *steps
+            grid, (block,), x, w1, out, positions, rows, columns, n, *steps
         )
     return out
 
