@@ -21,25 +21,25 @@ __device__ __forceinline__ int cluster_rank() {
   return rank;
 }
 
-// The address, in the shared memory of a block of the cluster, of the place of `own` in this block's.
-__device__ __forceinline__ unsigned address_in(const void* own, int block) {
+// The place in a block of the cluster of what stands at this address in the own shared memory.
+__device__ __forceinline__ unsigned place_in(unsigned address, int block) {
   unsigned there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(block));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
   return there;
 }
 
-// The values at the place of `own` in the shared memory of a block of the cluster.
-__device__ __forceinline__ float read_of(const float* own, int block) {
+__device__ __forceinline__ float read_there(unsigned there) {
   float value;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address_in(own, block)) : "memory");
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
   return value;
 }
 
-__device__ __forceinline__ float4 read_of(const float4* own, int block) {
+// Four values at a multiple of 16 bytes.
+__device__ __forceinline__ float4 read4_there(unsigned there) {
   float4 v;
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address_in(own, block))
+               : "r"(there)
                : "memory");
   return v;
 }
@@ -47,9 +47,5 @@ __device__ __forceinline__ float4 read_of(const float4* own, int block) {
 // Arrives at the barrier that stands at this address in a block of the cluster. Without a release over the cluster,
 // which is a fence of the whole GPU: it says that products have read their operands, and orders no writes.
 __device__ __forceinline__ void barrier_arrive_at(unsigned barrier, int block) {
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
-      "r"(block)
-      : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(place_in(barrier, block)) : "memory");
 }

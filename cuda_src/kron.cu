@@ -23,16 +23,15 @@ extern "C" __global__ void NAME(kron_weight)(const T* w1,     // (L, M)
   }
 }
 
-// The weight with this product added, rounded once. Of each factor one pointer is null: it is T or wide. A thread does VEC
-// columns, which lie in one l, of ROWS rows that share an n, so that it reads w2 once for all of them; all are under way at a
-// time. Grid (columns / VEC / blockDim, N * (M / ROWS), up to 65535, taps).
-extern "C" __global__ void __launch_bounds__(256, 3)
-    NAME(kron_changed)(const T* weight,                // (taps, M * N, L * K)
-                       const T* w1, const A* w1_wide,  // (L, M)
-                       const T* w2, const A* w2_wide,  // (taps, N, K)
-                       const A* scale,                 // (1,)
-                       T* out,                         // (taps, M * N, L * K)
-                       int L, int M, int N, int K) {
+// The weight with this product added, rounded once. Of each factor one pointer is null: it is T or wide. A thread
+// does VEC columns, which lie in one l, of ROWS rows that share an n, so that it reads w2 once for all of them; all
+// are under way at a time. Grid (columns / VEC / blockDim, N * (M / ROWS), up to 65535, taps).
+extern "C" __global__ void __launch_bounds__(256, 3) NAME(kron_changed)(const T* weight,  // (taps, M * N, L * K)
+                                                                        const T* w1, const A* w1_wide,  // (L, M)
+                                                                        const T* w2, const A* w2_wide,  // (taps, N, K)
+                                                                        const A* scale,                 // (1,)
+                                                                        T* out,  // (taps, M * N, L * K)
+                                                                        int L, int M, int N, int K) {
   const int column = (blockIdx.x * blockDim.x + threadIdx.x) * VEC, l = column / K, k = column - l * K;
   const long long t = blockIdx.z;
   if (column >= L * K) return;
@@ -131,9 +130,9 @@ struct Lanes {
 };
 
 // out[p][l * N + n] = sum over m of w1[l][m] * x[p][m * N + n], w1[l][m] lying at l * l_step + m * m_step. Grid
-// (positions * N / VEC / 256, L / 8): one reading of x serves 8 rows l. 8 rows of w1, 128 columns at a time, wait in shared
-// memory, read by all threads at once. (Tensor cores with a warp to 64 values of n were no faster at N = 384, and slower at
-// N = 80: the bytes decide, not the products.)
+// (positions * N / VEC / blockDim.x, L / 8): one reading of x serves 8 rows l. 8 rows of w1, 128 columns at a time,
+// wait in shared memory, read by all threads at once. (Tensor cores with a warp to 64 values of n were no faster at N
+// = 384, and slower at N = 80: the bytes decide, not the products.)
 extern "C" __global__ void __launch_bounds__(256)
     NAME(mix_blocks)(const T* x,   // (positions, M * N)
                      const T* w1,  // (L, M), or (M, L) turned
@@ -144,18 +143,18 @@ extern "C" __global__ void __launch_bounds__(256)
   constexpr int CHUNK = 128;
   __shared__ A rows[CHUNK][SIDE];
   const int first = blockIdx.y * SIDE, chunks = N / VEC;
-  const long long i = blockIdx.x * 256LL + threadIdx.x, p = i / chunks;
+  const long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x, p = i / chunks;
   const int n = (i - p * chunks) * VEC;
   Lanes<VEC> sum[SIDE] = {};
   for (int m0 = 0; m0 < M; m0 += CHUNK) {
+    const int past = min(M, m0 + CHUNK);
     __syncthreads();
-    for (int e = threadIdx.x; e < CHUNK * SIDE; e += 256) {
+    for (int e = threadIdx.x; e < (past - m0) * SIDE; e += blockDim.x) {
       const int l = first + e % SIDE, m = m0 + e / SIDE;
-      rows[e / SIDE][e % SIDE] = l < L && m < M ? widen(w1[(long long)l * l_step + (long long)m * m_step]) : A(0);
+      rows[e / SIDE][e % SIDE] = l < L ? widen(w1[(long long)l * l_step + (long long)m * m_step]) : A(0);
     }
     __syncthreads();
     if (p >= positions) continue;
-    const int past = min(M, m0 + CHUNK);
 #pragma unroll(sizeof(T) == 2 ? 4 : 1)
     for (int m = m0; m < past; m++) {
       Lanes<VEC> v;
@@ -174,10 +173,12 @@ extern "C" __global__ void __launch_bounds__(256)
     if (first + j < L) sum[j].store(out + (p * L + first + j) * N + n);
 }
 
-// partial[part][l][m] = sum over a share of (positions, n) of g[p][l * N + n] * x[p][m * N + n], parts being gridDim.z. Lanes,
-// then warps, then (outside) parts are added in a fixed order. bf16 that moves 16 bytes at a time has kron_mix.cu.
+// partial[part][l][m] = sum over a share of (positions, n) of g[p][l * N + n] * x[p][m * N + n], parts being
+// gridDim.z. Lanes, then warps, then (outside) parts are added in a fixed order. bf16 that moves 16 bytes at a time
+// has kron_mix.cu.
 #if !defined(T_BF16) || VEC == 1
-// Grid (m / 8, l / 16, parts), 4 warps: a thread sums its share of an 8 x 8 tile in registers; two tiles after each other.
+// Grid (m / 8, l / 16, parts), 4 warps: a thread sums its share of an 8 x 8 tile in registers; two tiles after each
+// other.
 constexpr int TILE_L = 16, THREADS = 128;
 
 extern "C" __global__ void __launch_bounds__(THREADS) NAME(mix_blocks_dw1)(const T* g,  // (positions, L * N)

@@ -117,7 +117,7 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
     float4 total = {};
 #pragma unroll
     for (int s = 0; s < SPLITS; ++s) {
-      const float4 v = read_of(reinterpret_cast<const float4*>(sums + m * PITCH + r), s);
+      const float4 v = read4_there(place_in(shared_address(sums + m * PITCH + r), s));
       total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
     }
     if (row + m < rows && r < ranks)

@@ -12,6 +12,7 @@ import numpy as np
 
 from lycoris_cupy import ops
 from tests.row import FACTOR, Row
+from tests.rows_kron import kron_rows
 from tests.rows_network import network_rows
 from tests.rows_norms import norm_rows
 from tests.rows_products import product_rows
@@ -183,6 +184,7 @@ def _column_rows():
 
 ROWS = [
     *product_rows(),
+    *kron_rows(),
     *weight_rows(),
     *_elementwise_rows(),
     *_shape_rows(),

@@ -7,7 +7,6 @@ from __future__ import annotations
 import numpy as np
 
 from lycoris_cupy import ops
-from lycoris_cupy.ops.kron_product import _kron_product
 from lycoris_cupy.ops.window import Window
 from tests import naive
 from tests.row import FACTOR, Row
@@ -16,7 +15,6 @@ from tests.row import FACTOR, Row
 def product_rows():
     yield from _product_rows()
     yield from _extended_rows()
-    yield from _kron_product_rows()
 
 
 def _window(kernel=(), stride=1, padding=0, dilation=1, groups=1, shared=False) -> Window:
@@ -69,6 +67,9 @@ def _extended_cases():
     flat, square = _window(), _window((3, 3), padding=1)
     return {
         "linear": (flat, (5, 24), (1, 24, 40), flat, (5, 8), (1, 8, 40)),
+        "linear, few": (flat, (64, 200), (1, 200, 264), flat, (64, 72), (1, 72, 264)),
+        "linear, vector": (flat, (136,), (1, 136, 72), flat, (16,), (1, 16, 72)),
+        "linear, few blocks": (flat, (33, 64), (1, 64, 120), _window(groups=3, shared=True), (33, 72), (1, 24, 40)),
         "linear, odd": (flat, (2, 3, 7), (1, 7, 11), flat, (2, 3, 5), (1, 5, 11)),
         "linear, long": (flat, (1100, 16), (1, 16, 24), flat, (1100, 8), (1, 8, 24)),
         "linear, tiles": (flat, (2, 150, 72), (1, 72, 136), flat, (2, 150, 24), (1, 24, 136)),
@@ -154,50 +155,6 @@ def _extended_rows():
             wide=(6,),
             roundings=3.0,  # elsewhere both sums are written by themselves, and rounded
             gradient_roundings=2.0,  # c * g, and x * w beside it
-        )
-
-
-def _kron_product_cases():
-    """name: (window, x without its channels, w1, w2); the last ones are for the kernel in one piece,
-    the wide ones in parts of their channels, the large one for blocks that do several pieces each."""
-    flat, square = _window(), _window((3, 3), padding=1)
-    return {
-        "odd": (square, (2, 4, 5), (3, 2), (9, 3, 5)),
-        "linear, odd": (flat, (7,), (2, 5), (1, 3, 4)),
-        "1d": (_window((3,), padding=1), (2, 9), (4, 4), (3, 8, 16)),
-        "stride": (_window((3, 3), stride=2, padding=1), (1, 9, 7), (4, 8), (9, 16, 16)),
-        "empty": (flat, (0,), (4, 4), (1, 16, 16)),
-        "one tap": (_window((1, 1)), (3, 5, 7), (4, 4), (1, 40, 80)),
-        "8 of 16": (square, (2, 9, 11), (8, 8), (9, 16, 24)),
-        "4 of 24": (square, (1, 8, 13), (8, 4), (9, 24, 16)),
-        "8 to 4": (square, (1, 7, 8), (4, 8), (9, 16, 64)),
-        "8 of 40": (square, (1, 10, 6), (8, 8), (9, 40, 40)),
-        "8 of 80": (square, (1, 8, 8), (8, 8), (9, 80, 80)),
-        "dilated": (_window((3, 2), dilation=(1, 2), padding=(2, 0)), (2, 7, 9), (4, 4), (6, 16, 32)),
-        "25 taps": (_window((5, 5), padding=2), (1, 8, 8), (8, 8), (25, 32, 16)),
-        "large": (_window((1, 2)), (1, 199, 199), (4, 4), (2, 16, 16)),
-    }  # fmt: skip
-
-
-def _kron_product_rows():
-    for name, (window, lead, w1, w2) in _kron_product_cases().items():
-        x = (*lead, w1[1] * w2[1])
-        space = window.out_space(lead[1:]) if window.axes else lead[1:]
-        y = (*lead[:1], *space, w1[0] * w2[2])
-        positions = int(np.prod(y[:-1]))
-        yield Row(
-            "kron_product",
-            name,
-            lambda x, w1, w2, a, s, window=window: _kron_product(x, w1, w2, a, s, window=window),
-            lambda x, w1, w2, a, s, window=window: (
-                a + s * naive.product(x, naive.kron(w1, w2), window)
-            ),
-            (x, w1, w2, y, FACTOR),
-            w1[1] * w2[0] * w2[1] + positions * max(w1[0], w1[1]) * max(w2[1:]) + 2,
-            wide=(4,),
-            fixed=(4,),
-            roundings=2.0,  # where x is mixed by itself, that is rounded
-            gradient_roundings=2.0,
         )
 
 

@@ -47,6 +47,7 @@ def _kron_rows():
         ("eight blocks", (53,), (8, 7), 96),
         ("sixteen blocks", (2, 19), (13, 16), 40),
         ("more positions than warps", (13001,), (3, 2), 8),
+        ("sixteen blocks, many positions", (1103,), (13, 9), 8),
     ):
         rows, columns = w1
         x, g = (*lead, columns * n), (*lead, rows * n)

@@ -183,7 +183,7 @@ def test_blocks_of_a_tile():
     ],
 )  # fmt: skip
 def test_it_is_offered_where_hopper_refuses(x, w, window, second, hopper):
-    ways = product_gpu._forward_ways(x, w, window, second, hopper, bf16, 132)
+    ways = product_gpu._forward_ways(x, w, window, second, hopper, True, bf16, 132)
     assert plan.choose(*ways) == "portable"
     g = (x[0], *window.out_space(x[1:-1]), w[2])
     second = Second((1, x[-1] // second.window.groups, 16 * second.window.groups), second.window)
@@ -201,7 +201,14 @@ def test_it_is_offered_where_an_input_gradient_has_a_stride():
 def test_it_is_not_offered_where_hopper_takes_both():
     for hopper in (True, False):
         ways = product_gpu._forward_ways(
-            (4, 64, 64, 640), (9, 640, 640), SAME, Second((1, 16, 640), ONE), hopper, bf16, 132
+            (4, 64, 64, 640),
+            (9, 640, 640),
+            SAME,
+            Second((1, 16, 640), ONE),
+            hopper,
+            True,
+            bf16,
+            132,
         )
         assert plan.choose(*ways) == ("extended" if hopper else "portable")
         assert ("portable" in ways[1]) != hopper and "apart" in ways[1]
@@ -209,7 +216,7 @@ def test_it_is_not_offered_where_hopper_takes_both():
 
 def test_wide_products_stay_with_the_library():
     ways = product_gpu._forward_ways(
-        (4608, 3072), (1, 3072, 12288), FLAT, Second((1, 16, 12288), FLAT), False, bf16, 132
+        (4608, 3072), (1, 3072, 12288), FLAT, Second((1, 16, 12288), FLAT), False, True, bf16, 132
     )
     assert plan.choose(*ways) == "library" and "portable" in ways[1]
 
@@ -218,7 +225,7 @@ def test_a_term_of_another_walk_is_written_by_itself():
     """Its own extents, which the first sum's plan does not know."""
     wide = Second((25, 8, 72), Window.of((5, 5), 1, 0))
     x, w, g, space = (2, 3, 3, 24), (9, 24, 72), (2, 3, 3, 72), (3, 3)
-    ways = product_gpu._forward_ways(x, w, SAME, wide, True, bf16, 132)
+    ways = product_gpu._forward_ways(x, w, SAME, wide, True, True, bf16, 132)
     assert "portable" not in ways[1] and plan.choose(*ways) == "apart"
     turned = Second((25, 24, 8), wide.window)
     ways = product_gpu._dx_ways(g, w, SAME, space, turned, True, True, bf16, 132)
@@ -237,7 +244,7 @@ def test_what_does_not_join():
     assert not joins(bf16, (1, 3, 72), FLAT, (1, 4, 72), FLAT)  # cuBLASLt is better at those
     assert not joins(bf16, (9, 4, 32), SAME.grouped(4), (1, 8, 32), ONE.grouped(4))  # no tiles
     ways = product_gpu._forward_ways(
-        (2, 9, 11, 24), (9, 24, 72), SAME, Second((1, 16, 72), ONE), False, bf16, 132, False
+        (2, 9, 11, 24), (9, 24, 72), SAME, Second((1, 16, 72), ONE), False, True, bf16, 132, False
     )
     assert "portable" not in ways[1] and "apart" in ways[1]
 

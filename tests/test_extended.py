@@ -477,19 +477,21 @@ SHAPES = {
 def ways(name, hopper, extra=((1, 16, None), FLAT)):
     x, w, window = SHAPES[name]
     second = Second((extra[0][0], extra[0][1], w[2]), window.pointwise_like())
-    return product_gpu._forward_ways(x, w, window, second, hopper, bf16, 132)
+    return product_gpu._forward_ways(x, w, window, second, hopper, True, bf16, 132)
 
 
 def test_the_term_is_taken_in_where_that_saves_a_pass():
     assert plan.choose(*ways("a wide linear layer", True)) == "extended"
     assert plan.choose(*ways("a convolution", True)) == "extended"
-    assert plan.choose(*ways("few rows", True)) == "library"
+    assert plan.choose(*ways("few rows", True)) == "skinny"
 
 
 def test_no_way_needs_a_hopper():
     for name in SHAPES:
         what, seconds, operations, moved = ways(name, False)
-        assert "extended" not in seconds and seconds and operations > 0 and moved > 0
+        assert (
+            not {"extended", "skinny"} & set(seconds) and seconds and operations > 0 and moved > 0
+        )
         assert plan.choose(what, seconds, operations, moved) in ("library", "portable")
 
 
@@ -507,7 +509,7 @@ def test_choices_are_recorded_and_readable():
 
 def test_a_narrow_convolution_is_one():
     x, w, window = (4, 64, 64, 640), (9, 640, 16), square(padding=1)
-    what = product_gpu._forward_ways(x, w, window, None, True, bf16, 132)
+    what = product_gpu._forward_ways(x, w, window, None, True, True, bf16, 132)
     assert plan.choose(*what) == "narrow"
 
 

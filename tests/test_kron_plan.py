@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from math import prod
 
+import numpy as np
 import pytest
 
-from lycoris_cupy.ops import kron_gpu
+from lycoris_cupy import bf16
+from lycoris_cupy.ops import kron_gpu, mixed
 from lycoris_cupy.ops.window import Window
 
 SQUARE = Window.of((3, 3), padding=1)
@@ -60,3 +62,13 @@ def test_a_piece_with_its_halo():
     back = walk.back()
     assert (back.blocks, back.outs, back.inner, back.outer) == (8, 8, 80, 40)
     assert back.window.padding == (1, 1) and back.pixels == walk.positions
+
+
+@pytest.mark.parametrize(
+    ("positions", "rank", "one"), [(64, 16, True), (1, 8, True), (4608, 16, False), (64, 12, False)]
+)
+def test_the_first_factor_of_few_positions_is_mixed_at_once(positions, rank, one, monkeypatch):
+    """Where the copy engine could read the arrays, which is looked at by their shapes alone."""
+    monkeypatch.setattr(mixed, "takes", lambda *arrays: all(a.shape[-1] % 8 == 0 for a in arrays))
+    x, w, w1 = (np.zeros(s, bf16) for s in ((positions, 3072), (1, 384, rank), (8, 8)))
+    assert mixed._in_one_launch(x, w, w1, Window().grouped(8, shared=True)) == one

@@ -220,6 +220,11 @@ def f(*shape, dtype=np.float32):
         (lambda: ops.kron_weight(f(2, 3, 1), f(1, 2, 2)), ShapeError, "w1 has shape.*\\(L, M\\)"),
         (lambda: ops.mix_blocks(f(2, 5), f(3, 2)), ShapeError, "multiple of the 2 columns"),
         (
+            lambda: ops.mixed_product(f(2, 6), f(1, 3, 2), f(3, 4), Window(groups=2, shared=True)),
+            ShapeError,
+            "a column for each of 2 groups",
+        ),
+        (
             lambda: ops.low_rank_weight(f(2, 3, 4), f(1, 5, 6)),
             ShapeError,
             "expected \\(2 or 1, 4, OUT\\)",

@@ -98,7 +98,8 @@ def test_more_than_16_columns_have_no_plan():
 def forward_ways(rows, inner, ranks, window=FLAT, bare=True):
     groups = window.groups
     w = (1, inner // groups, ranks)
-    return product_gpu._forward_ways((rows, inner), w, window, None, True, bf16, 132, False, bare)
+    arguments = (rows, inner), w, window, None, True, True, bf16, 132, False, bare
+    return product_gpu._forward_ways(*arguments)
 
 
 def test_where_it_is_chosen():

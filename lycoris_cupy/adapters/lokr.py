@@ -28,6 +28,7 @@ from ..ops.kron import kron_weight, mix_blocks
 from ..ops.kron_product import in_one_piece, kron_product
 from ..ops.kron_square import kron_square
 from ..ops.low_rank import low_rank_weight, tucker_weight
+from ..ops.mixed import mixed_product
 from ..ops.product import product
 from ..ops.shapes import reshape
 from ..ops.squares import changed_square
@@ -248,14 +249,13 @@ class LoKr(Adapter):
             # Blocks of channels are mixed, then every block goes through w2.
             w2, blocked = by_columns(p["w2"], columns), window.grouped(rows, shared=shared)
             return pending(mix_blocks(x, w1), w2, blocked, add=change, scale=scale)
+        inner, last, walk = x, p["w2_down"], window.grouped(blocks, shared=True)
         if self.tucker:
-            inner = product(x, p["w2_down"], window.pointwise_like(blocks, shared=True))
-            inner = product(inner, p["t2"], window.grouped(blocks, shared=True))
-        else:
-            inner = product(x, p["w2_down"], window.grouped(blocks, shared=True))
+            inner, last = product(x, last, window.pointwise_like(blocks, shared=True)), p["t2"]
         # The mix runs between the factors, where the blocks are only rank wide.
+        mixed = mixed_product(inner, last, w1, walk)
         up, outer = by_columns(p["w2_up"], columns), window.pointwise_like(rows, shared=shared)
-        return pending(mix_blocks(inner, w1), up, outer, add=change, scale=scale)
+        return pending(mixed, up, outer, add=change, scale=scale)
 
     @classmethod
     def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:

@@ -28,6 +28,7 @@ from .aligned import aligned
 from .columns import column_sum
 from .conv_gpu import processors
 from .elementwise import cast, require_factor
+from .extended_gpu import takes
 
 
 def kron_weight(w1: Array, w2: Array, scale: Array | None = None) -> Array:
@@ -157,9 +158,12 @@ def _mix_blocks_gpu(x, w1, *, turned):
     if out.size:
         vector = _vector(n, x, out)
         steps = (1, rows) if turned else (columns, 1)
-        grid = ((positions * n // vector + 255) // 256, (rows + 7) // 8)
+        threads = positions * n // vector
+        # Smaller blocks where larger ones are fewer than the multiprocessors.
+        block = 256 if threads > 256 * processors() else 64
+        grid = ((threads + block - 1) // block, (rows + 7) // 8)
         kernel("kron.cu", "mix_blocks", x.dtype, VEC=vector)(
-            grid, (256,), x, w1, out, positions, rows, columns, n, *steps
+            grid, (block,), x, w1, out, positions, rows, columns, n, *steps
         )
     return out
 
@@ -214,6 +218,9 @@ def mix_gradients(g: Array, x: Array, w1: Array, *, turned: bool = False) -> tup
 
 _SIDES = (8, 16)  # rows and columns of w1 that a block of kron_mix.cu does
 _GRADIENT_WARPS = 8
+# Rows of 32 values up to which one cluster is faster than many blocks and one more launch for their
+# sum: four turns of its 128 warps, each about 1 us. Estimated, not measured.
+_ONCE = 4 * 128 * 32
 
 
 def _in_chunks(g, x, n):
@@ -234,17 +241,23 @@ def _gradients(g, x, shape, w1=None, *, turned=False):
     n = x.shape[-1] // columns
     side = next((s for s in _SIDES if max(shape) <= s), _SIDES[-1])
     tiles = -(-rows // side), -(-columns // side)
+    dx = None if w1 is None else cupy.empty(x.shape, x.dtype)
+    items = prod(x.shape[:-1]) * -(-n // 32)
+    numbers = (items, rows, columns, n, *steps)
+    if items * side <= _ONCE and takes(g, x):
+        dw1 = cupy.empty(shape, wide_dtype(x.dtype))
+        kernel("kron_mix_once.cu", "mix_gradients_once", x.dtype, SIDE=side)(
+            (8, *tiles), (512,), g, x, w1, dx, dw1, *numbers
+        )
+        return dx, dw1
     # A warp does 128 values of n at a time, or half of that with 16 rows. Three blocks on each
     # multiprocessor, unless there is work for fewer.
-    items = prod(x.shape[:-1]) * -(-n // 32)
     blocks = -(-items * side // (32 * _GRADIENT_WARPS))
     parts = max(min(blocks, 3 * processors() // prod(tiles)), 1)
-    dx = None if w1 is None else cupy.empty(x.shape, x.dtype)
     partial = cupy.empty((parts, prod(shape)), wide_dtype(x.dtype))
     kernel("kron_mix.cu", "mix_gradients", x.dtype, SIDE=side)(
-        (parts, *tiles), (32 * _GRADIENT_WARPS,), g, x, w1, dx, partial, items,
-        rows, columns, n, *steps,
-    )  # fmt: skip
+        (parts, *tiles), (32 * _GRADIENT_WARPS,), g, x, w1, dx, partial, *numbers
+    )
     return dx, column_sum(partial).reshape(shape)
 
 

@@ -15,6 +15,7 @@ from ..tape import Deferred, Primitive, Var, value_of
 from . import conv_cpu, product_gpu
 from .columns import column_sum, rows_of
 from .elementwise import cast, require_factor
+from .few_gpu import few_gradients
 from .shapes import reshape
 from .thin_gpu import thin_gradients
 from .window import Window
@@ -177,9 +178,12 @@ _product = Primitive("product", _product_cpu, _product_gpu, _product_vjp)
 def product_gradients(g, x, w, scale, window, in_space):
     """The gradients of a product's x and w; None for that of x without w, of w without x."""
     if x is not None and w is not None and on_gpu(g):
-        both = thin_gradients(g, x, w, window, scale)
-        if both is not None:
-            return both.dx, both.dw
+        thin = thin_gradients(g, x, w, window, scale)
+        if thin is not None:
+            return thin.dx, thin.dw
+        few = few_gradients(g, x, w, window, scale)
+        if few is not None:
+            return few
     return (
         None if w is None else deferred_dx(g, w, scale, window, in_space),
         None if x is None else _product_dw(x, g, scale, window=window),

@@ -3,6 +3,7 @@ gradient.
 
     library    cuBLASLt, where each output position reads one input position
     extended   one kernel for both sums, linear or convolution; on Hopper
+    skinny     the same for linear products of few positions: see `skinny_gpu`
     portable   a convolution by mma.sync or, for groups of a few channels, a thread an output; of
                both sums where `joins` says so, and `extended` does not take them
     narrow     a convolution to a few columns, which reads x once: see `narrow_gpu`
@@ -11,8 +12,8 @@ gradient.
 
     apart      portable or extended for the first sum, where neither takes both
 
-All but `extended` and `portable` write x2 * w2 by itself first, and their own sum over it. `plan`
-estimates the time of each way that is possible.
+All but `extended`, `skinny` and `portable` write x2 * w2 by itself first, and their own sum over
+it. `plan` estimates the time of each way that is possible.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from math import prod
 
 from .. import plan
 from ..arrays import Array
-from . import conv_extended_plan, outer_gpu
+from . import conv_extended_plan, outer_gpu, skinny_gpu
 from .columns import rows_of
 from .conv_extended_plan import joins, term_of
 from .conv_gpu import conv, conv_dw, conv_dx, conv_extended, conv_extended_dx, processors
@@ -32,6 +33,7 @@ from .extended_plan import plan_blocks_dx, plan_dx, plan_forward
 from .narrow_gpu import narrow_conv, narrow_dw, narrow_dx, suits
 from .pointwise_gpu import pointwise, pointwise_dw, pointwise_dx
 from .scale_columns import scale_columns_gpu
+from .skinny_gpu import skinny_dx, skinny_forward
 from .thin_product_gpu import plan_thin, thin_product
 from .window import Window
 
@@ -47,15 +49,19 @@ def forward(
     out = add if spend else None
     second = () if extra is None else (extra.x, extra.w, extra.bias)
     sizes = None if extra is None else extra.beside(x)
-    hopper = scale is None and x.size > 0 and takes(x, w, add, bias, *second)
+    own = bias is None or window.groups == 1  # Hopper's kernels know one bias for all groups
+    hopper = own and x.size > 0 and takes(x, w, add, bias, *second)
     whole = extra is not None and _whole(x, w, add, bias, *second)
     bare = extra is None and add is None and bias is None and takes(x, w)
     ways = _forward_ways(
-        tuple(x.shape), tuple(w.shape), window, sizes, hopper, x.dtype, processors(), whole, bare
-    )
+        tuple(x.shape), tuple(w.shape), window, sizes, hopper, scale is None, x.dtype,
+        processors(), whole, bare,
+    )  # fmt: skip
     way = plan.choose(*ways)
     if way == "thin":
         return thin_product(x, w, scale=scale)
+    if way == "skinny":
+        return skinny_forward(x, w, window, extra=extra, scale=scale, add=add, bias=bias)
     if way == "extended":
         return extended_forward(x, w, window, extra=extra, add=add, bias=bias, out=out)[0]
     if extra is not None and way == "portable":
@@ -105,6 +111,8 @@ def dx(
         g.dtype, processors(), extra is not None and _whole(g, w, add, *second),
     )  # fmt: skip
     way = plan.choose(*ways)
+    if way == "skinny":
+        return skinny_dx(g, w, window, extra=extra, scale=scale, add=add)
     if way == "extended":
         return extended_dx(g, w, window, in_space, extra=extra, add=add, out=out)
     if extra is not None and way == "portable":
@@ -154,11 +162,12 @@ def dw(x, g, window: Window, *, scale) -> Array:
 
 @functools.lru_cache(maxsize=4096)
 def _forward_ways(
-    x, w, window: Window, extra, hopper: bool, dtype, count: int,
+    x, w, window: Window, extra, hopper: bool, plain: bool, dtype, count: int,
     whole: bool = True, bare: bool = False,
 ):  # fmt: skip
     """(what, seconds of each way, operations, bytes) of a forward product, from shapes alone.
-    whole: the portable kernel may take both sums. bare: nothing is added to the product.
+    hopper: what Hopper's kernels can read. plain: without a scale. whole: the portable kernel may
+    take both sums. bare: nothing is added to the product.
     """
     space = window.out_space(x[1:-1]) if window.axes else x[1:-1]
     positions = prod((x[0], *space)) if len(x) > 1 else 1
@@ -169,7 +178,7 @@ def _forward_ways(
     moved = prod(x) * dtype.itemsize + prod(w) * dtype.itemsize + result
     pixels = prod(x[:-1])
     ways = _ways(window, operations, x[-1], w[2], dtype, moved, pixels)
-    planned = plan_forward(x, w, window, extra, count) if hopper else None
+    planned = plan_forward(x, w, window, extra, count) if hopper and plain else None
     if planned is not None:
         ways["extended"] = plan.extended(planned.tile.cycles, moved)
     if bare and window.pointwise and window.groups == 1:
@@ -181,7 +190,8 @@ def _forward_ways(
         later = plan.apart(result, beside, more)
         if not extra.window.pointwise and extra.window.grouped(1) == window.grouped(1):
             channels = extra.shape[1] * extra.window.groups
-            own = _forward_ways((*x[:-1], channels), *extra[:2], None, hopper, dtype, count)[1]
+            beside_x = (*x[:-1], channels)
+            own = _forward_ways(beside_x, *extra[:2], None, hopper, True, dtype, count)[1]
             later = max(later, min(own.values()))
         alone = plan_forward(x, w, window, None, count) if hopper else None
         ways = _apart(ways, later, alone, moved)
@@ -194,6 +204,9 @@ def _forward_ways(
             ways["portable"] = _portable(
                 window, total, x[-1], w[2], dtype, moved, pixels, both.busiest
             )
+    few = skinny_gpu.plan_forward(x, w, window, extra, count) if hopper else None
+    if few is not None:
+        ways["skinny"] = few.seconds(moved)
     what = f"x {x} * w {w}" + (f" + x2 * w2 {extra[0]}" if extra else "")
     return what, ways, operations + more, moved
 
@@ -251,6 +264,9 @@ def _dx_ways(
             ways["portable"] = _portable(
                 window, total, inputs, w[2], dtype, moved, positions, both.busiest
             )
+    few = skinny_gpu.plan_dx(g, w, window, extra, count) if hopper else None
+    if few is not None:
+        ways["skinny"] = few.seconds(moved)
     what = f"g {g} * w {w} turned" + (f" + g2 * w2 {extra[0]} turned" if extra else "")
     return what, ways, operations + more, moved
 

@@ -1,0 +1,114 @@
+// What the products of a few rows share: 64 x TILE_N sums of one warpgroup, a ring of stages that one thread fills by
+// the copy engine, and sums that the blocks of a cluster add through shared memory, in the order of the blocks. For
+// Hopper.
+#pragma once
+#include "cluster.cuh"
+#include "exchange.cuh"
+#include "hopper.cuh"
+
+constexpr int TILE_M = 64, TILE_K = 64;
+constexpr int BOX = TILE_K * ROW_BYTES;  // 64 rows of 64 values
+constexpr int A_BYTES = BOX, B_BYTES = TILE_N * ROW_BYTES, STAGE = A_BYTES + B_BYTES;
+constexpr int STAGES = 96 * 1024 / STAGE;  // two blocks share a multiprocessor's 228 KiB
+// f32 of a row of sums in shared memory: eight banks from row to row, so that the pairs of a half warp, 4 rows x 8,
+// meet none twice.
+constexpr int PITCH = TILE_N + 8;
+static_assert(TILE_M * PITCH * 4 <= STAGES * STAGE, "the sums take the place of the stages");
+constexpr int CHUNKS = TILE_N / 8;  // of eight columns
+
+// A place in the ring, and how often it was passed. A stage has a barrier that it is full, and one that it may be
+// written again.
+struct Stage {
+  unsigned memory, barriers;  // of the ring
+  int index = 0;
+  unsigned parity = 0;
+
+  INLINE unsigned a() const { return memory + index * STAGE; }
+  INLINE unsigned b() const { return a() + A_BYTES; }
+  INLINE unsigned full() const { return barriers + 8 * index; }
+  INLINE unsigned empty() const { return barriers + 8 * (STAGES + index); }
+
+  // Before the first use, by one thread; then all threads of the block meet.
+  INLINE void begin() const {
+    for (int i = 0; i < 2 * STAGES; ++i) barrier_init(barriers + 8 * i, 1);
+    barrier_init_done();
+  }
+  // The next copies go here: the stage is free, and full after all its bytes.
+  INLINE void claim() const {
+    barrier_wait(empty(), parity ^ 1);
+    barrier_expect(full(), STAGE);
+  }
+  INLINE void next() {
+    if (++index == STAGES) index = 0, parity ^= 1;
+  }
+};
+
+// The compiler keeps its own uses of the sums before or behind this point.
+INLINE void settle(float (&sum)[TILE_N / 2]) {
+#pragma unroll
+  for (int i = 0; i < TILE_N / 2; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+}
+
+// sum += the products of so many stages. A_ALONG_M, B_ALONG_N: the rows of 64 values of an operand run along the side
+// of the sums, not along their inner axis.
+template <bool A_ALONG_M, bool B_ALONG_N>
+INLINE void multiply(float (&sum)[TILE_N / 2], int steps, Stage& stage) {
+  if (steps <= 0) return;
+  settle(sum);
+#pragma unroll 1
+  for (; steps > 0; --steps) {
+    barrier_wait(stage.full(), stage.parity);
+    products_begin();
+#pragma unroll
+    for (int s = 0; s < TILE_K / 16; ++s) {
+      const auto at = [s](unsigned from, bool along) {
+        return along ? operand(from + s * 16 * ROW_BYTES, BOX) : operand(from + s * 32, 16);
+      };
+      if constexpr (A_ALONG_M)
+        wgmma_turned<TILE_N>(sum, at(stage.a(), true), at(stage.b(), B_ALONG_N));
+      else
+        wgmma<TILE_N, B_ALONG_N>(sum, at(stage.a(), false), at(stage.b(), B_ALONG_N));
+    }
+    products_commit();
+    products_wait<0>();  // the copies go on meanwhile
+    if (threadIdx.x == 0) barrier_arrive(stage.empty());
+    stage.next();
+  }
+  settle(sum);
+}
+
+// The sums of the warpgroup's first `rows` rows, into shared memory at `sums`: the stages, which nobody reads any more.
+INLINE void leave(const float (&sum)[TILE_N / 2], unsigned sums, int rows) {
+  group_barrier(0);  // the last stage is read by all warps
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+  const unsigned to = sums + (row * PITCH + lane % 4 * 2) * 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    if (row + 8 * half < rows)
+#pragma unroll
+      for (int j = 0; j < CHUNKS; ++j)
+        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to + (8 * half * PITCH + 8 * j) * 4),
+                     "f"(sum[4 * j + 2 * half]), "f"(sum[4 * j + 2 * half + 1])
+                     : "memory");
+}
+
+// What all blocks of the cluster have left for eight columns of a row.
+INLINE void collect(float (&total)[8], unsigned sums, int row, int chunk) {
+  const unsigned from = sums + (row * PITCH + chunk * 8) * 4;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) total[i] = 0;
+#pragma unroll
+  for (int part = 0; part < CLUSTER; ++part) {
+    const unsigned there = place_in(from, part);
+    const float4 low = read4_there(there), high = read4_there(there + 16);
+    total[0] += low.x, total[1] += low.y, total[2] += low.z, total[3] += low.w;
+    total[4] += high.x, total[5] += high.y, total[6] += high.z, total[7] += high.w;
+  }
+}
+
+INLINE void store_rounded(bf16* to, const float (&total)[8]) {
+  unsigned out[4];
+#pragma unroll
+  for (int v = 0; v < 4; ++v) out[v] = round_pair(total[2 * v], total[2 * v + 1]);
+  *reinterpret_cast<uint4*>(to) = make_uint4(out[0], out[1], out[2], out[3]);
+}
