@@ -62,5 +62,5 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for (int b = 0; b < CLUSTER; ++b) total += read_there(place_in(shared_address(totals + threadIdx.x), b));
     out[column + threadIdx.x] = total * (scale ? *scale : 1.0f);
   }
-  meet();  // no block ends before it has been read
+  meet_relaxed();  // no block ends before it has been read
 }

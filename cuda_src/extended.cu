@@ -245,9 +245,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__((WO
           for (int i = 0; i < TILE_N / 2; ++i) sum[r][i] += factor * more[r][i];
       } else {
         if (other.taps) {
-          begin<true>(sum, 0, nullptr, bias2, tile, columns);
+          const bool between = scale || (bias2 && bias);  // else both terms are one row of products
+          begin<true>(sum, 0, nullptr, bias2 || between ? bias2 : bias, tile, columns);
           accumulate_other(sum, other, tile, columns, group, chief, ring, stage);
-          begin<false>(sum, factor, nullptr, bias, tile, columns);
+          if (between) begin<false>(sum, factor, nullptr, bias, tile, columns);
         } else {
           begin<true>(sum, 0, nullptr, bias, tile, columns);
         }

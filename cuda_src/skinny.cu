@@ -124,6 +124,5 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
       if (add) add_chunk(total, add + at, 1);
       store_rounded(y + at, total);
     }
-  __syncwarp();
-  meet();  // no block ends before it has been read
+  meet_relaxed();  // no block ends before it has been read
 }

@@ -124,5 +124,5 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
       *reinterpret_cast<uint2*>(out + (long long)(row + m) * ranks + r) =
           make_uint2(round_pair(factor * total.x, factor * total.y), round_pair(factor * total.z, factor * total.w));
   }
-  meet();  // no block ends before it has been read
+  meet_relaxed();  // no block ends before it has been read
 }

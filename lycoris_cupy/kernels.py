@@ -175,8 +175,11 @@ class Kernel:
         # device -> [launch function, RawKernel, dynamic shared memory it may use]
         self._loaded: dict[int, list] = {}
 
-    def __call__(self, grid: tuple, block: tuple, *args, shared: int = 0) -> None:
+    def __call__(
+        self, grid: tuple, block: tuple, *args, shared: int = 0, early: bool = True
+    ) -> None:
         """Launch on the current stream and device, with `shared` bytes of dynamic shared memory.
+        early: in a capture a kernel that waits by itself may begin while the one before it ends.
 
         Arrays for pointers (None: a null pointer), numbers for scalars, one structured NumPy value
         for a struct.
@@ -204,7 +207,7 @@ class Kernel:
         entry = self._loaded.get(device) or self._load(device)
         if shared > entry[2]:
             entry[1].max_dynamic_shared_size_bytes = entry[2] = shared
-        if self.waits and dependent.possible(device):
+        if early and self.waits and dependent.possible(device):
             stream = _current_stream()
             if stream.is_capturing():  # elsewhere the host is what takes time
                 dependent.launch(entry[0].ptr, grid, block, values, shared, stream.ptr)

@@ -147,17 +147,17 @@ def test_what_has_no_plan():
 
 
 def test_few_positions_and_a_term_are_one_launch():
-    x, w = (64, 3072), (1, 3072, 3072)
+    x, w = (16, 3072), (1, 3072, 3072)
     blocks = Second((1, 384, 384), FLAT.grouped(8, shared=True))
     for second in (Second((1, 16, 3072), FLAT), blocks):
         ways = product_gpu._forward_ways(x, w, FLAT, second, True, True, bf16, 132)
         assert plan.choose(*ways) == "skinny"
         for other in (False, True):  # elsewhere, and with more positions
-            rows = (4608 if other else 64, 3072)
+            rows = (4608 if other else 16, 3072)
             ways = product_gpu._forward_ways(rows, w, FLAT, second, other, True, bf16, 132)
             assert "skinny" not in ways[1]
     ways = product_gpu._dx_ways(
-        x, w, FLAT, (64,), Second((1, 3072, 16), FLAT), True, True, bf16, 132
+        x, w, FLAT, (16,), Second((1, 3072, 16), FLAT), True, True, bf16, 132
     )
     assert plan.choose(*ways) == "skinny"
 

@@ -103,7 +103,7 @@ def forward_ways(rows, inner, ranks, window=FLAT, bare=True):
 
 
 def test_where_it_is_chosen():
-    for rows, inner, ranks in ((4608, 3072, 16), (64, 3072, 16), (65536, 320, 8)):
+    for rows, inner, ranks in ((4608, 3072, 16), (1024, 3072, 16), (65536, 320, 8)):
         assert plan.choose(*forward_ways(rows, inner, ranks)) == "thin"
     for other in (
         forward_ways(4608, 3072, 16, bare=False),

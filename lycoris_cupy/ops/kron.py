@@ -28,7 +28,6 @@ from .aligned import aligned
 from .columns import column_sum
 from .conv_gpu import processors
 from .elementwise import cast, require_factor
-from .extended_gpu import takes
 
 
 def kron_weight(w1: Array, w2: Array, scale: Array | None = None) -> Array:
@@ -218,9 +217,6 @@ def mix_gradients(g: Array, x: Array, w1: Array, *, turned: bool = False) -> tup
 
 _SIDES = (8, 16)  # rows and columns of w1 that a block of kron_mix.cu does
 _GRADIENT_WARPS = 8
-# Rows of 32 values up to which one cluster is faster than many blocks and one more launch for their
-# sum: four turns of its 128 warps, each about 1 us. Estimated, not measured.
-_ONCE = 4 * 128 * 32
 
 
 def _in_chunks(g, x, n):
@@ -243,21 +239,15 @@ def _gradients(g, x, shape, w1=None, *, turned=False):
     tiles = -(-rows // side), -(-columns // side)
     dx = None if w1 is None else cupy.empty(x.shape, x.dtype)
     items = prod(x.shape[:-1]) * -(-n // 32)
-    numbers = (items, rows, columns, n, *steps)
-    if items * side <= _ONCE and takes(g, x):
-        dw1 = cupy.empty(shape, wide_dtype(x.dtype))
-        kernel("kron_mix_once.cu", "mix_gradients_once", x.dtype, SIDE=side)(
-            (8, *tiles), (512,), g, x, w1, dx, dw1, *numbers
-        )
-        return dx, dw1
     # A warp does 128 values of n at a time, or half of that with 16 rows. Three blocks on each
     # multiprocessor, unless there is work for fewer.
     blocks = -(-items * side // (32 * _GRADIENT_WARPS))
     parts = max(min(blocks, 3 * processors() // prod(tiles)), 1)
     partial = cupy.empty((parts, prod(shape)), wide_dtype(x.dtype))
     kernel("kron_mix.cu", "mix_gradients", x.dtype, SIDE=side)(
-        (parts, *tiles), (32 * _GRADIENT_WARPS,), g, x, w1, dx, partial, *numbers
-    )
+        (parts, *tiles), (32 * _GRADIENT_WARPS,), g, x, w1, dx, partial, items,
+        rows, columns, n, *steps,
+    )  # fmt: skip
     return dx, column_sum(partial).reshape(shape)
 
 

@@ -214,7 +214,9 @@ def _forward_ways(
 @functools.lru_cache(maxsize=4096)
 def _scaled_ways(x, w, window: Window, extra, hopper: bool, dtype, count: int):
     """As `_forward_ways`, for a product with scaled columns, which else is one more pass."""
-    what, ways, operations, moved = _forward_ways(x, w, window, extra, False, dtype, count, False)
+    what, ways, operations, moved = _forward_ways(
+        x, w, window, extra, False, True, dtype, count, False
+    )
     result = moved - (prod(x) + prod(w)) * dtype.itemsize
     ways = {name: seconds + plan.moving(3 * result) for name, seconds in ways.items()}
     planned = plan_forward(x, w, window, extra, count, True) if hopper else None
