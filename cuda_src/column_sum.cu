@@ -9,7 +9,6 @@
 //
 // only sm_90a sm_100a sm_120
 // variants bf16: none
-#include "after.cuh"
 #include "cluster.cuh"
 #include "exchange.cuh"
 
@@ -20,8 +19,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                           const float* scale,  // (1,), or null for 1
                           float* out,          // (columns)
                           int rows, int columns) {
-  await_previous();
-  let_next();
   __shared__ float shares[THREADS / 32][COLUMNS], totals[COLUMNS];
   const int block = blockIdx.x % CLUSTER, column = blockIdx.x / CLUSTER * COLUMNS;
   const int span = (rows + CLUSTER - 1) / CLUSTER, end = min(block * span + span, rows);

@@ -13,7 +13,6 @@
 // variants bf16: TILE_M=128 TILE_N=32 VEC_A=8 VEC_B=8 | TILE_M=128 TILE_N=32 VEC_A=8 VEC_B=1
 // variants bf16: TILE_M=64 TILE_N=64 VEC_A=1 VEC_B=8 | TILE_M=64 TILE_N=64 VEC_A=1 VEC_B=1 | DIRECT=1
 // variants f32 f64: TILE_M=64 TILE_N=64 | DIRECT=1
-#include "after.cuh"
 #include "types.cuh"
 
 #ifndef DIRECT
@@ -120,8 +119,6 @@ extern "C" __global__ void __launch_bounds__(1024)
                       const A* scale,     // (1,)
                       A* dw,              // (rows, columns)
                       int splits, int rows, int repeats, int columns) {
-  await_previous();
-  let_next();
   constexpr int LOADS = 8;
   __shared__ A shares[1024];
   const long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x, size = (long long)rows * columns;

@@ -1,6 +1,5 @@
 // Elementwise work in bf16 (f32, f64): values are widened, computed in the accumulator type and rounded once.
 // Every kernel strides over n elements with the whole grid; `columns` is the extent of the last axis.
-#include "after.cuh"
 #include "each.cuh"
 
 #define EACH(i, n) \
@@ -66,8 +65,6 @@ extern "C" __global__ void __launch_bounds__(1024) NAME(column_sum)(const T* x, 
                                                                     const A* scale,  // (1,), or null for 1
                                                                     A* partial,      // (gridDim.y, columns)
                                                                     long long rows, int columns) {
-  await_previous();
-  let_next();
   __shared__ A lane[32][33];
   const int column = blockIdx.x * 32 + threadIdx.x;
   const long long share = (rows + gridDim.y - 1) / gridDim.y;

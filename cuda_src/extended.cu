@@ -36,7 +36,6 @@
 // variants bf16: TILE_M=128 TILE_N=128 B_ROWS=1 PAIR=1
 // variants bf16: TILE_N=160 B_ROWS=1 EXT_N=40 | TILE_N=160 B_ROWS=1 EXT_N=80
 // variants bf16: TILE_N=160 B_ROWS=0 EXT_N=40 | TILE_N=160 B_ROWS=0 EXT_N=80
-#include "after.cuh"
 #include "extended_ends.cuh"
 
 // Copies this block's share of a stage's weights, to every block of the cluster: rows of a box, or columns.
@@ -196,7 +195,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__((WO
   extern __shared__ char memory[];
   __shared__ unsigned long long barriers[2 * STAGES];
   const Ring ring = {(shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers)};
-  const unsigned out = ring.memory + STAGES * STAGE;
+  const unsigned slots = ring.memory + STAGES * STAGE;
   const int tiles_m = (positions + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M),
             tiles_n = (columns + TILE_N - 1) / TILE_N;
   const bool image = own.axes || other.axes;
@@ -207,13 +206,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__((WO
   }
   __syncthreads();
   if (CLUSTER > 1) meet_relaxed();
-  await_previous();
-  let_next();
   Stage stage;
   if (group == WORKERS) {
     registers_fewer<WORKERS == 2 ? 40 : 32>();
     if (threadIdx.x == WORKERS * GROUP) {
       prefetch_map(&x), prefetch_map(&w), prefetch_map(&x2), prefetch_map(&w2);
+      if (STAGED) prefetch_map(&y_map);
       for (int t = blockIdx.x / CLUSTER; t < tiles_m * tiles_n; t += gridDim.x / CLUSTER) {
         const Tile tile(t, tiles_m, tiles_n, band, g, image);
         if (!SCALED && !PAIR) fetch_other(&x2, &w2, other, tile, columns, g, ring, stage);
@@ -231,7 +229,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__((WO
       if constexpr (SCALED) {
         begin<true>(sum, 0, nullptr, nullptr, tile, columns);
         accumulate<TILE_N, 0>(sum, sum, own, group, chief, ring, stage);
-        if (kept) finish<false>(sum, tile, group, nullptr, kept, &kept_map, out, positions, columns);
+        if (kept) finish<false>(sum, tile, group, nullptr, kept, &kept_map, slots, positions, columns);
         begin<false>(sum, 0, c, bias, tile, columns);
         accumulate_other(sum, other, tile, columns, group, chief, ring, stage);
       } else if constexpr (PAIR) {
@@ -245,21 +243,20 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__((WO
           for (int i = 0; i < TILE_N / 2; ++i) sum[r][i] += factor * more[r][i];
       } else {
         if (other.taps) {
-          const bool between = scale || (bias2 && bias);  // else both terms are one row of products
-          begin<true>(sum, 0, nullptr, bias2 || between ? bias2 : bias, tile, columns);
+          begin<true>(sum, 0, nullptr, bias2, tile, columns);
           accumulate_other(sum, other, tile, columns, group, chief, ring, stage);
-          if (between) begin<false>(sum, factor, nullptr, bias, tile, columns);
+          begin<false>(sum, factor, nullptr, bias, tile, columns);
         } else {
           begin<true>(sum, 0, nullptr, bias, tile, columns);
         }
         accumulate<TILE_N, 0>(sum, sum, own, group, chief, ring, stage);
       }
       if (add)
-        finish<true>(sum, tile, group, add, y, &y_map, out, positions, columns);
+        finish<true>(sum, tile, group, add, y, &y_map, slots, positions, columns);
       else
-        finish<false>(sum, tile, group, add, y, &y_map, out, positions, columns);
+        finish<false>(sum, tile, group, add, y, &y_map, slots, positions, columns);
     }
-    if (STAGED && threadIdx.x % 32 == 0) stores_read();  // shared memory ends with the block
+    if (STAGED && threadIdx.x % 32 == 0) stores_read<0>();  // shared memory ends with the block
   }
   if (CLUSTER > 1) meet_relaxed();  // the other block may still copy into this one, or give stages back to it
 }

@@ -27,27 +27,52 @@ INLINE void begin(float (&sum)[ROWS][TILE_N / 2], float factor, const float* fac
   }
 }
 
-// Where a warp's 16 rows of slab r wait for the copy engine: boxes of OUT_BOX columns, swizzled as the map of y says.
-INLINE unsigned waiting(unsigned out, int worker, int warp, int r, int box) {
-  return out + ((((worker * 4 + warp) * ROWS + r) * (TILE_N / OUT_BOX) + box) * 16) * OUT_BOX * 2;
+// Rounds, and has the copy engine write, 32 columns of 16 rows at a time through the two slots of the warp at `slots`,
+// whose rows of 64 bytes are swizzled as the map of y says.
+INLINE void finish_staged(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int worker, const TensorMap* map,
+                          unsigned slots, int positions) {
+  const int lane = threadIdx.x % 32, warp = worker * 4 + threadIdx.x / 32 % 4;
+  const int first = tile.row + worker * (TILE_M / WORKERS) + warp % 4 * 16, chunk = lane / 8 ^ lane / 2 % 4;
+  const unsigned own = slots + warp * 2 * BOX_BYTES, to = own + lane % 8 * BOX_COLUMNS * 2 + chunk * 16;
+  if (lane == 0) stores_read<0>();  // of the tile before
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    if (first + r * 64 >= positions) break;
+#pragma unroll
+    for (int box = 0; box < TILE_N / BOX_COLUMNS; ++box) {
+      const unsigned slot = (r * (TILE_N / BOX_COLUMNS) + box) % 2 * BOX_BYTES;
+      if (lane == 0) stores_read<1>();  // the other slot's may be under way
+      __syncwarp();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        unsigned v[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* values = &sum[r][(box * 4 + i) * 4 + half * 2];
+          v[i] = round_pair(values[0], values[1]);
+        }
+        store_matrices(to + slot + half * 8 * BOX_COLUMNS * 2, v);
+      }
+      fence_copies();
+      __syncwarp();
+      if (lane == 0) {
+        store_box(map, own + slot, tile.column + box * BOX_COLUMNS, first + r * 64);
+        stores_commit();
+      }
+    }
+  }
 }
 
-INLINE void put(unsigned out, int worker, int warp, int r, int half, int four, const unsigned (&v)[4]) {
-  const int lane = threadIdx.x % 32, piece = four * 4 + lane / 8, row = half * 8 + lane % 8;
-  const int chunk = piece % (OUT_BOX / 8) ^ (OUT_BOX == 64 ? row % 8 : row / 2 % 4);
-  store_matrices(waiting(out, worker, warp, r, piece / (OUT_BOX / 8)) + row * OUT_BOX * 2 + chunk * 16, v);
-}
-
-// Adds `add` (ADD), rounds, and writes: STAGED through shared memory `out` and the copy engine, else 16 bytes a lane.
-// What is added to a row is read while the row before is written, where there are registers for it.
+// Adds `add` (ADD), rounds, and writes: 16 bytes a lane. What is added to a row is read while the row before is written,
+// where there are registers for it.
 template <bool ADD>
 INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int worker, const bf16* add, bf16* y,
-                   const TensorMap* map, unsigned out, int positions, int columns) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  if constexpr (STAGED) {
-    if (lane == 0) stores_read();  // of the tile before
-    __syncwarp();
+                   const TensorMap* map, unsigned slots, int positions, int columns) {
+  if constexpr (STAGED && !ADD) {
+    finish_staged(sum, tile, worker, map, slots, positions);
+    return;
   }
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   constexpr int FOURS = TILE_N / 32, AHEAD = ADD && WORKERS == 2 && TILE_N < 160;
   const int first = tile.row + worker * (TILE_M / WORKERS) + warp * 16 + lane / 4;
   uint4 rows[AHEAD + 1][ADD ? FOURS : 1];
@@ -84,10 +109,6 @@ INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int w
         v[i] =
             round_pair(values[at] + (ADD ? low_half(added[i]) : 0), values[at + 1] + (ADD ? high_half(added[i]) : 0));
       }
-      if constexpr (STAGED) {
-        put(out, worker, warp, q / 2, q % 2, four, v);
-        continue;
-      }
       exchange(v);
       if (n < left) *reinterpret_cast<uint4*>(y + start + n) = make_uint4(v[0], v[1], v[2], v[3]);
     }
@@ -98,18 +119,6 @@ INLINE void finish(const float (&sum)[ROWS][TILE_N / 2], const Tile& tile, int w
       const unsigned v = round_pair(values[piece * 4] + (ADD ? low_half(added) : 0),
                                     values[piece * 4 + 1] + (ADD ? high_half(added) : 0));
       if (n < left) *reinterpret_cast<unsigned*>(y + start + n) = v;
-    }
-  }
-  if constexpr (STAGED) {
-    fence_copies();
-    __syncwarp();
-    if (lane == 0) {
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-        for (int box = 0; box < TILE_N / OUT_BOX; ++box)
-          store_box(map, waiting(out, worker, warp, r, box), tile.column + box * OUT_BOX, first + r * 64);
-      stores_commit();
     }
   }
 }

@@ -32,12 +32,11 @@ constexpr int B_BOX = TILE_K * ROW_BYTES;
 constexpr int B_BYTES = (box_bytes(TILE_N) + 1023) / 1024 * 1024;
 constexpr int STAGE = A_BYTES + (PAIR ? 2 : 1) * B_BYTES;
 constexpr int MEMORY = 227 * 1024 - 2048;  // 2048: the barriers, and what the alignment may cost
-// Where three stages stand beside it, a finished tile waits in shared memory for the copy engine, which writes it
-// while the next one is multiplied.
-constexpr int OUT_BYTES = TILE_M * TILE_N * 2;
-constexpr bool STAGED = TILE_N % 32 == 0 && MEMORY - OUT_BYTES >= 3 * STAGE;
-constexpr int STAGES = (STAGED ? MEMORY - OUT_BYTES : MEMORY) / STAGE;
-constexpr int OUT_BOX = TILE_N % 64 ? 32 : 64;  // columns of a box of y
+// Where four stages stand beside them, two boxes of a warp's 16 rows by 32 columns wait in shared memory at a time: the
+// copy engine writes a finished tile while the next one is multiplied.
+constexpr int BOX_COLUMNS = 32, BOX_BYTES = 16 * BOX_COLUMNS * 2, SLOT_BYTES = 2 * BOX_BYTES * 4 * WORKERS;
+constexpr bool STAGED = TILE_N % BOX_COLUMNS == 0 && MEMORY - SLOT_BYTES >= 4 * STAGE;
+constexpr int STAGES = (STAGED ? MEMORY - SLOT_BYTES : MEMORY) / STAGE;
 
 // One of the two sums.
 struct Term {

@@ -8,7 +8,6 @@
 // only sm_90a
 // variants bf16: CLUSTER=1 | CLUSTER=8
 #define TILE_N 64
-#include "after.cuh"
 #include "skinny.cuh"
 
 // Grid: CLUSTER blocks for each tile of dx, and one for each tile of dw, up to whole clusters; tiles are 64 x 64.
@@ -36,8 +35,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
 
   if (threadIdx.x == 0) stage.begin();
   __syncthreads();
-  await_previous();
-  let_next();
   const float factor = scale ? *scale : 1.0f;
   if (threadIdx.x >= GROUP) {
     if (threadIdx.x == GROUP)

@@ -7,7 +7,6 @@
 // stages.
 //
 // variants bf16: none
-#include "after.cuh"
 #include "types.cuh"
 #include "conv_walk.cuh"
 #include "mma.cuh"
@@ -33,8 +32,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                     const bf16* bias,    // (R), or null
                     bf16* y,             // (positions, R)
                     const __grid_constant__ Geometry g, int channels, int R) {
-  await_previous();
-  let_next();
   extern __shared__ char memory[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int reach_x = (g.kernel[2] - 1) * g.dilation[2], reach_y = (g.kernel[1] - 1) * g.dilation[1];

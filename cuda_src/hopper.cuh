@@ -110,8 +110,9 @@ INLINE void store_box(const TensorMap* map, unsigned from, int c0, int c1) {
 INLINE void stores_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
+template <int PENDING>
 INLINE void stores_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
 
 // What this thread wrote to shared memory becomes visible to the copy engine.

@@ -4,7 +4,6 @@
 // variants bf16: VEC=8 | VEC=1
 // variants f32: VEC=4 | VEC=1
 // variants f64: VEC=2 | VEC=1
-#include "after.cuh"
 #include "types.cuh"
 
 // Grid (columns of the weight / 256, up to 65535 of its rows, taps): one element a thread and row, writes coalesced.
@@ -138,8 +137,6 @@ extern "C" __global__ void __launch_bounds__(256)
                      const T* w1,  // (L, M), or (M, L) turned
                      T* out,       // (positions, L * N)
                      long long positions, int L, int M, int N, int l_step, int m_step) {
-  await_previous();
-  let_next();
   constexpr int CHUNK = 128;
   __shared__ A rows[CHUNK][SIDE];
   const int first = blockIdx.y * SIDE, chunks = N / VEC;

@@ -22,7 +22,6 @@
 // variants bf16: BLOCKS=4 TILES=5 TURNED=0 | BLOCKS=4 TILES=8 TURNED=0
 // variants bf16: BLOCKS=4 TILES=2 TURNED=1 | BLOCKS=4 TILES=3 TURNED=1 | BLOCKS=4 TILES=4 TURNED=1
 // variants bf16: BLOCKS=4 TILES=5 TURNED=1 | BLOCKS=4 TILES=8 TURNED=1
-#include "after.cuh"
 #include "types.cuh"
 #include "kron_products.cuh"
 #include "exchange.cuh"
@@ -126,8 +125,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const unsigned weight = shared_address(memory) + (lists + 15) / 16 * 16;
   const unsigned image = weight + stages * weight_bytes + group * wide * high * pixel_bytes;
   const unsigned slots = image + (GROUPS - group) * wide * high * pixel_bytes;
-  await_previous();
-  let_next();
   const float by = scale ? *scale : 1.0f;
   for (int i = threadIdx.x; i < outs * BLOCKS; i += THREADS) {
     const int o = i / BLOCKS, b = i % BLOCKS;

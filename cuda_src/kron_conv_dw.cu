@@ -13,7 +13,6 @@
 //
 // variants bf16: DOWN=1 TILES=2 | DOWN=1 TILES=3 | DOWN=1 TILES=4 | DOWN=1 TILES=5
 // variants bf16: DOWN=3 TILES=2 | DOWN=3 TILES=3 | DOWN=3 TILES=4 | DOWN=3 TILES=5
-#include "after.cuh"
 #include "types.cuh"
 #include "kron_conv.cuh"
 
@@ -52,6 +51,7 @@ INLINE void mix_own(unsigned flow, unsigned row_bytes, unsigned w, int blocks, i
   for (int tile = TILES - 1; tile >= 0; --tile) {
     unsigned v[OWN];
     load_matrices<true>(v, from + (o < outs ? tile * outs + o : TILES * most) * 16);
+    __syncwarp();  // all lanes have read what is written next
 #pragma unroll
     for (int p = 0; p < OWN; ++p) {
       float mixed[4];
@@ -116,8 +116,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   list_channels(channels, blocks, IN, part);
   for (int i = threadIdx.x; i < outs * TILES; i += THREADS) g_channels[i] = i % outs * OUT + i / outs * 8;
   if (threadIdx.x < 2 * SIDE * SIDE) store_chunk(flow + threadIdx.x * g_bytes + most * TILES * 16, Chunk{});
-  await_previous();
-  let_next();
   const unsigned w = mixing(w1, blocks, outs);
   __syncthreads();
 

@@ -10,7 +10,6 @@
 // after movmatrix has turned them, and the lane's sums are then those of the very n that it brought, 16 bytes of dx.
 //
 // variants bf16: SIDE=8 | SIDE=16
-#include "after.cuh"
 #include "mma.cuh"
 
 constexpr int HALVES = SIDE / 8, ITEMS = 4 / HALVES;  // items in flight: 8 loads of 16 bytes a lane
@@ -40,8 +39,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
                         T* dx,        // (positions, M * N), or null; then L and M are SIDE at most
                         A* partial,   // (gridDim.x, L, M), or (gridDim.x, M, L)
                         unsigned items, int L, int M, int N, int l_step, int m_step) {
-  await_previous();
-  let_next();
   __shared__ float sums[WARPS][SIDE * SIDE];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, q = lane % 4;
   const int l0 = blockIdx.y * SIDE, m0 = blockIdx.z * SIDE;

@@ -9,7 +9,6 @@
 // variants bf16: none
 #define TILE_N 64
 #define CLUSTER 1
-#include "after.cuh"
 #include "skinny.cuh"
 
 // Grid (positions / (64 / M), R / 64).
@@ -29,8 +28,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
 
   if (threadIdx.x == 0) stage.begin();
   __syncthreads();
-  await_previous();
-  let_next();
   if (threadIdx.x >= GROUP) {
     if (threadIdx.x == GROUP)
 #pragma unroll 1

@@ -5,7 +5,6 @@
 //
 // x is then read once, not once a tap. A thread does VEC neighbouring r.
 // variants bf16: VEC=8 | VEC=4 | VEC=1
-#include "after.cuh"
 #include "types.cuh"
 #include "conv_walk.cuh"
 
@@ -22,8 +21,6 @@ extern "C" __global__ void __launch_bounds__(256)
                       const T* bias,   // (R), or null
                       T* y,            // (positions, R)
                       const Geometry g, int positions, int R) {
-  await_previous();
-  let_next();
   const int chunks = R / VEC, taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
   const unsigned i = blockIdx.x * 256u + threadIdx.x;  // positions * R is below 2^31
   const int p = i / chunks, r = i % chunks * VEC;
@@ -54,8 +51,6 @@ extern "C" __global__ void __launch_bounds__(256)
     NAME(spread)(const T* g,  // (positions, R)
                  T* columns,  // (pixels, taps, R)
                  const Geometry walk, int pixels, int R) {
-  await_previous();
-  let_next();
   const int chunks = R / VEC, taps = walk.kernel[0] * walk.kernel[1] * walk.kernel[2];
   const long long i = blockIdx.x * 256LL + threadIdx.x;
   const long long place = i / chunks;  // (pixel, tap)

@@ -13,7 +13,6 @@
 // variants bf16: WORKERS=2 TILE_N=160
 // variants bf16: WORKERS=3 TILE_N=40 | WORKERS=3 TILE_N=64 | WORKERS=3 TILE_N=80 | WORKERS=3 TILE_N=128
 // variants bf16: WORKERS=3 TILE_N=160
-#include "after.cuh"
 #include "hopper.cuh"
 
 constexpr int TILE_K = 64;
@@ -53,8 +52,6 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
     barrier_init_done();
   }
   __syncthreads();
-  await_previous();
-  let_next();
   int stage = 0;
   unsigned parity = 0;
   if (group == WORKERS) {

@@ -18,7 +18,6 @@
 // variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=1 | TILE_N=64 B_ROWS=1 CLUSTER=8 | TILE_N=64 B_ROWS=1 CLUSTER=4
 // variants bf16: TILE_N=128 B_ROWS=0 CLUSTER=8 | TILE_N=128 B_ROWS=0 CLUSTER=4 | TILE_N=128 B_ROWS=0 CLUSTER=2
 // variants bf16: TILE_N=128 B_ROWS=0 CLUSTER=1 | TILE_N=64 B_ROWS=0 CLUSTER=8 | TILE_N=64 B_ROWS=0 CLUSTER=4
-#include "after.cuh"
 #include "skinny.cuh"
 
 // Copies the operands of the steps [from, to) of one of the two sums. p: the first position. b: the block of x. n: the
@@ -81,8 +80,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
   if (threadIdx.x == 0) stage.begin();
   __syncthreads();
 
-  await_previous();
-  let_next();
   // At the end an item is eight columns of a row, and the rows go round the blocks of the cluster.
   constexpr int ITEMS = TILE_M / CLUSTER * CHUNKS;
   const float factor = scale ? *scale : 1.0f;

@@ -4,7 +4,6 @@
 //
 // What a weight's factors get of its gradient is so small that a launch takes longer than the sums. A few lanes have an
 // element, and add up what they have always in the same order.
-#include "after.cuh"
 #include "types.cuh"
 
 constexpr int LANES = 8, THREADS = 256;
@@ -39,8 +38,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                      const A* scale,  // (1,), or null for 1
                      const __grid_constant__ Job first, const __grid_constant__ Job second,
                      const __grid_constant__ Job third) {
-  await_previous();
-  let_next();
   const A factor = scale ? *scale : A(1);
   const int block = blockIdx.x;
   if (block < first.blocks)

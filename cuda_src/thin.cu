@@ -11,7 +11,6 @@
 // variants bf16: RANKS=32 SLICES=5 SCALED=0 | RANKS=32 SLICES=6 SCALED=0
 // variants bf16: RANKS=16 SLICES=4 SCALED=1 | RANKS=16 SLICES=5 SCALED=1
 // variants bf16: RANKS=32 SLICES=4 SCALED=1
-#include "after.cuh"
 #include "types.cuh"
 #include "mma.cuh"
 #include "exchange.cuh"
@@ -66,8 +65,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                bf16* gc,            // (rows, columns), with SCALED
                float* dc,           // (gridDim.y, columns), with SCALED
                long long rows, int columns, int ranks, int span) {
-  await_previous();
-  let_next();
   extern __shared__ char memory[];
   __shared__ float parts[WARPS][ROWS][RANKS];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -212,8 +209,6 @@ extern "C" __global__ void __launch_bounds__(256)
                    const float* scale,                                                   // (1,), or null for 1
                    bf16* dx, float* dw, float* dc, long long rows, int columns, int ranks, int chunks, int strips,
                    int thin_blocks, int shares) {
-  await_previous();
-  let_next();
   __shared__ float all[256];
   const bool thin = blockIdx.x < thin_blocks;
   const int across = thin ? 256 : 256 / shares, share = threadIdx.x / across;

@@ -9,7 +9,6 @@
 //
 // only sm_90a
 // variants bf16: SPLITS=1 | SPLITS=2 | SPLITS=4 | SPLITS=8
-#include "after.cuh"
 #include "cluster.cuh"
 #include "hopper.cuh"
 
@@ -64,11 +63,8 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
   if (copies) {
     for (int i = 0; i < STAGES; ++i) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WORKERS);
     barrier_init_done();
-  }
-  await_previous();
-  let_next();
-  if (copies)
     for (int i = 0; i < min(count, STAGES); ++i) copy(i);
+  }
   __syncwarp();
   __syncthreads();  // the barriers are there
 

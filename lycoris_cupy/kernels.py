@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from . import dependent
 from .arrays import DTYPES, bf16, dtype_name, f32, f64
 from .cuda_source import Parameter, define_sets, expand, signatures
 from .errors import KernelError
@@ -117,12 +116,6 @@ def _current_device() -> int:
     return cupy.cuda.runtime.getDevice()
 
 
-def _current_stream():
-    import cupy
-
-    return cupy.cuda.get_current_stream()
-
-
 _asked: ContextVar[list[Kernel] | None] = ContextVar("asked", default=None)
 
 
@@ -159,27 +152,17 @@ class Kernel:
     """
 
     def __init__(
-        self,
-        file: str,
-        op: str,
-        dtype: str,
-        defines: dict,
-        parameters: tuple[Parameter, ...],
-        waits: bool = False,
+        self, file: str, op: str, dtype: str, defines: dict, parameters: tuple[Parameter, ...]
     ):
-        """waits: for the kernel before it, by itself; see `dependent`."""
         self.file, self.op, self.dtype, self.defines = file, op, dtype, defines
-        self.parameters, self.waits = parameters, waits
+        self.parameters = parameters
         self.name = f"{op}_{dtype}"
         self._converters = tuple(converter(p, dtype) for p in parameters)
         # device -> [launch function, RawKernel, dynamic shared memory it may use]
         self._loaded: dict[int, list] = {}
 
-    def __call__(
-        self, grid: tuple, block: tuple, *args, shared: int = 0, early: bool = True
-    ) -> None:
+    def __call__(self, grid: tuple, block: tuple, *args, shared: int = 0) -> None:
         """Launch on the current stream and device, with `shared` bytes of dynamic shared memory.
-        early: in a capture a kernel that waits by itself may begin while the one before it ends.
 
         Arrays for pointers (None: a null pointer), numbers for scalars, one structured NumPy value
         for a struct.
@@ -207,11 +190,6 @@ class Kernel:
         entry = self._loaded.get(device) or self._load(device)
         if shared > entry[2]:
             entry[1].max_dynamic_shared_size_bytes = entry[2] = shared
-        if early and self.waits and dependent.possible(device):
-            stream = _current_stream()
-            if stream.is_capturing():  # elsewhere the host is what takes time
-                dependent.launch(entry[0].ptr, grid, block, values, shared, stream.ptr)
-                return
         entry[0](grid, block, values, shared)
 
     def load(self) -> None:
@@ -285,4 +263,4 @@ def _kernel(file: str, op: str, dtype: str, defines: tuple) -> Kernel:
         raise KernelError(
             f"{file} does not list the define set '{given}' for {dtype} in its '// variants' lines"
         )
-    return Kernel(file, op, dtype, chosen, known[op], dependent.waits(source, op))
+    return Kernel(file, op, dtype, chosen, known[op])

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .driver import driver
 from .errors import KernelError
 
 TENSOR_MAP = np.dtype([("words", np.uint64, 16)])  # struct TensorMap of hopper.cuh
@@ -38,7 +37,7 @@ def matrix_map(address: int, shape: tuple[int, ...], box: tuple[int, ...]) -> np
     strides = [2 * int(np.prod(dims[: i + 1], dtype=np.int64)) for i in range(len(dims) - 1)]
     out = np.zeros((), TENSOR_MAP)
     place, aligned = _aligned()
-    status = driver().cuTensorMapEncodeTiled(
+    status = _library().cuTensorMapEncodeTiled(
         place, _BF16, len(dims), ctypes.c_void_p(address),
         _array(ctypes.c_uint64, dims), _array(ctypes.c_uint64, strides),
         _array(ctypes.c_uint32, box[::-1]), _array(ctypes.c_uint32, [1] * len(dims)),
@@ -68,7 +67,7 @@ def pixel_map(
     strides = [2 * int(np.prod(dims[: i + 1], dtype=np.int64)) for i in range(len(dims) - 1)]
     out = np.zeros((), TENSOR_MAP)
     place, aligned = _aligned()
-    status = driver().cuTensorMapEncodeIm2col(
+    status = _library().cuTensorMapEncodeIm2col(
         place, _BF16, len(dims), ctypes.c_void_p(address),
         _array(ctypes.c_uint64, dims), _array(ctypes.c_uint64, strides),
         _array(ctypes.c_int, lower[::-1]), _array(ctypes.c_int, upper[::-1]),
@@ -97,3 +96,11 @@ def _require(status: int, kind: str, *told) -> None:
         raise KernelError(
             f"the driver refuses a {kind} map (error {status}) of {', '.join(map(str, told))}"
         )
+
+
+@functools.cache
+def _library():
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise KernelError(f"the driver's library cannot be loaded: {error}") from error

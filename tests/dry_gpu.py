@@ -174,7 +174,7 @@ def dry_gpu(capability: int = 90, processors: int = 132, shared: int = 227 * 102
             (gemm, "describe", lambda *args: None),
             (gemm, "constants", lambda *args: (0, 0)),
             (gemm, "workspace", lambda *args: 0),
-            (tensor_map, "driver", lambda: library),
+            (tensor_map, "_library", lambda: library),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         stack.enter_context(kernels.asking())  # kernels are not launched, their arguments checked

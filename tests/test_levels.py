@@ -15,8 +15,6 @@ LEVELS = [
     {"arrays"},
     {
         "cublaslt",
-        "dependent",
-        "driver",
         "cuda_source",
         "nvrtc",
         "kernels",

@@ -78,10 +78,10 @@ class Tile(NamedTuple):
             return 1
         return 2 if 128 <= self.columns == self.ext < 192 else 1
 
-    @property
-    def staged(self) -> bool:
-        """Whether a finished tile is written by the copy engine: STAGED of extended_tile.cuh."""
-        return (self.rows, self.columns) not in [(256, 144), (256, 160)]
+    def staged(self, b_rows: int) -> bool:
+        """Whether a finished tile to which nothing is added is written by the copy engine: STAGED
+        of extended_tile.cuh."""
+        return self.columns != 144 and not (b_rows and (self.rows, self.columns) == (256, 160))
 
     def launch(self, b_rows: int) -> Kernel:
         defines = {"TILE_N": self.columns, "B_ROWS": b_rows}
@@ -127,11 +127,7 @@ class Plan:
     other_image: tuple | None
     boxes: tuple[tuple[int, int, int], tuple[int, int, int]]  # of w and w2
     tile: Tile
-
-    @property
-    def out_box(self) -> tuple[int, int]:
-        """What a warp of the kernel writes at a time."""
-        return 16, 32 if self.tile.columns % ROW else ROW
+    b_rows: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -171,7 +167,7 @@ def plan_forward(
         tile.launch(1),
         tile.grid(positions, columns, count), geometry, own, other,
         (positions, columns, tile.band(count)), image, other_image,
-        tile.boxes(1), tile,
+        tile.boxes(1), tile, 1,
     )  # fmt: skip
 
 
@@ -208,7 +204,7 @@ def plan_dx(
     return Plan(
         tile.launch(0), tile.grid(positions, columns, count), geometry, own, other,
         (positions, columns, tile.band(count)), image, other_image,
-        tile.boxes(0), tile,
+        tile.boxes(0), tile, 0,
     )  # fmt: skip
 
 
@@ -278,7 +274,7 @@ def _choose(
         else:
             more = tile.columns // tile.ext * other * step(tile, tile.ext)
             steps = own * step(tile, tile.columns) + more
-        end = tile.rows * tile.columns * (_STAGED_END if tile.staged else _END)
+        end = tile.rows * tile.columns * (_STAGED_END if tile.staged(b_rows) else _END)
         return tile._replace(cycles=rounds * (steps + end))
 
     tiles = (timed(Tile(*choice[:3], 0.0, choice[3])) for choice in choices)
@@ -309,5 +305,5 @@ def plan_blocks_dx(g_shape, w_shape, window: Window, in_space, count: int) -> Pl
         tile.launch(0), tile.grid(positions, columns, count), geometry,
         _term(0, 0, None), _term(taps, outer, image, inner, flip=1),
         (positions, columns, tile.band(count)), None, image,
-        tile.boxes(0), tile,
+        tile.boxes(0), tile, 0,
     )  # fmt: skip

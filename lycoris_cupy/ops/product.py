@@ -17,7 +17,7 @@ from .columns import column_sum, rows_of
 from .elementwise import cast, require_factor
 from .few_gpu import few_gradients
 from .shapes import reshape
-from .thin_gpu import thin_gradients
+from .thin_gpu import pays, thin_gradients
 from .window import Window
 
 LINEAR = Window()
@@ -178,7 +178,7 @@ _product = Primitive("product", _product_cpu, _product_gpu, _product_vjp)
 def product_gradients(g, x, w, scale, window, in_space):
     """The gradients of a product's x and w; None for that of x without w, of w without x."""
     if x is not None and w is not None and on_gpu(g):
-        thin = thin_gradients(g, x, w, window, scale)
+        thin = thin_gradients(g, x, w, window, scale) if pays(g, w) else None
         if thin is not None:
             return thin.dx, thin.dw
         few = few_gradients(g, x, w, window, scale)

@@ -34,7 +34,7 @@ from .narrow_gpu import narrow_conv, narrow_dw, narrow_dx, suits
 from .pointwise_gpu import pointwise, pointwise_dw, pointwise_dx
 from .scale_columns import scale_columns_gpu
 from .skinny_gpu import skinny_dx, skinny_forward
-from .thin_product_gpu import plan_thin, thin_product
+from .thin_product_gpu import THIN_ROWS, plan_thin, thin_product
 from .window import Window
 
 __all__ = ["Extra", "dw", "dx", "forward", "scaled_forward"]
@@ -181,7 +181,7 @@ def _forward_ways(
     planned = plan_forward(x, w, window, extra, count) if hopper and plain else None
     if planned is not None:
         ways["extended"] = plan.extended(planned.tile.cycles, moved)
-    if bare and window.pointwise and window.groups == 1:
+    if bare and window.pointwise and window.groups == 1 and positions <= THIN_ROWS:
         thin = plan_thin(positions, w[1], w[2], count)
         if thin is not None:
             ways["thin"] = thin.seconds
