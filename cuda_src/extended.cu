@@ -118,17 +118,18 @@ INLINE void multiply(float (&sum)[ROWS][TILE_N / 2], float (&more)[ROWS][TILE_N 
   if (PAIR) settle(more);
 #pragma unroll 1
   for (; steps > 0; --steps) {
+    const unsigned at = ring.memory + stage.index * STAGE;
+    const unsigned long long a = operand(at + worker * (TILE_M / WORKERS) * ROW_BYTES, 16);
+    const unsigned long long b = operand(at + A_BYTES, leading);
     barrier_wait(ring.full(stage.index), stage.parity);
-    const unsigned a_at = ring.memory + stage.index * STAGE + worker * (TILE_M / WORKERS) * ROW_BYTES;
-    const unsigned b_at = ring.memory + stage.index * STAGE + A_BYTES;
     products_begin();
 #pragma unroll
     for (int s = 0; s < SLICES; ++s)
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        const unsigned long long a = operand(a_at + r * 64 * ROW_BYTES + s * 32, 16);
-        wgmma<COLUMNS, B_ROWS>(sum[r] + FIRST, a, operand(b_at + s * b_step, leading));
-        if (PAIR) wgmma<COLUMNS, B_ROWS>(more[r] + FIRST, a, operand(b_at + B_BYTES + s * b_step, leading));
+        const unsigned long long rows = further(a, r * 64 * ROW_BYTES + s * 32);
+        wgmma<COLUMNS, B_ROWS>(sum[r] + FIRST, rows, further(b, s * b_step));
+        if (PAIR) wgmma<COLUMNS, B_ROWS>(more[r] + FIRST, rows, further(b, B_BYTES + s * b_step));
       }
     products_commit();
     products_wait<0>();  // the other workers multiply meanwhile
@@ -194,7 +195,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__((WO
                    int band) {
   extern __shared__ char memory[];
   __shared__ unsigned long long barriers[2 * STAGES];
-  const Ring ring = {(shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers)};
+  Ring ring = {(shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers)};
+  asm volatile("" : "+r"(ring.memory), "+r"(ring.barriers));  // kept, not found anew at each step
   const unsigned slots = ring.memory + STAGES * STAGE;
   const int tiles_m = (positions + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M),
             tiles_n = (columns + TILE_N - 1) / TILE_N;

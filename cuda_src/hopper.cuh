@@ -135,6 +135,11 @@ INLINE unsigned long long operand(unsigned address, unsigned leading) {
          (unsigned long long)(1024 >> 4) << 32 | 1ull << 62;
 }
 
+// The descriptor of what lies so many bytes, a multiple of 16, behind an operand.
+INLINE unsigned long long further(unsigned long long operand, unsigned bytes) {
+  return operand & 0xFFFFFFFF00000000ull | (unsigned(operand) + bytes / 16);
+}
+
 INLINE void products_begin() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
