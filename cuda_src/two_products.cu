@@ -8,7 +8,7 @@ struct Sizes {
 };
 
 // Grid (tiles of both, 64 x 64), 256 threads; the first `tiles` blocks do the first product.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     NAME(two_products)(const T* a1, const T* b1,  // (a_taps, rows, ranks), (b_taps, ranks, columns)
                        const T* a2, const T* b2,  // likewise
                        A* out1, A* out2,          // (taps, rows, columns)
