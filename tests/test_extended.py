@@ -13,6 +13,7 @@ from lycoris_cupy.ops import (
     conv_cpu,
     extended_gpu,
     extended_plan,
+    extended_tile,
     halo_gpu,
     narrow_gpu,
     outer_gpu,
@@ -110,13 +111,13 @@ def on_gpu(*arrays):
     return [None if a is None else to_device(a.astype(bf16), "cuda:0") for a in arrays]
 
 
-TILES = [None, *extended_plan.TILES[True]]
-TURNED = [None, *extended_plan.TILES[False]]
+TILES = [None, *extended_tile.TILES[True]]
+TURNED = [None, *extended_tile.TILES[False]]
 
 
 def tile_of(tile):
     """The variant with a tile of so many rows and columns."""
-    return extended_plan.Tile(*tile, tile[1], 0.0)
+    return extended_tile.Tile(*tile, tile[1], 0.0)
 
 
 def need_hopper():
@@ -149,7 +150,7 @@ def test_forward(name, tile, monkeypatch):
         block = second[1][2] if second is not None and second[2].groups > 1 else tile[1]
         if block % tile[1]:
             pytest.skip("the tile does not fit the blocks")
-        monkeypatch.setattr(extended_plan, "_choose", lambda *args: tile_of(tile))
+        monkeypatch.setattr(extended_plan, "choose", lambda *args: tile_of(tile))
         extended_plan.plan_forward.cache_clear()
     add, bias = on_gpu(add, bias)
     x, w = on_gpu(x, w)
@@ -189,7 +190,7 @@ def test_scaled_columns(name, tile, monkeypatch):
         if more is not None:
             y, sizes = y + more, sizes + abs(more)
     if tile is not None:
-        monkeypatch.setattr(extended_plan, "_choose", lambda *args: tile_of(tile))
+        monkeypatch.setattr(extended_plan, "choose", lambda *args: tile_of(tile))
     extended_plan.plan_forward.cache_clear()
     extra = Extra(*on_gpu(x2, w2), second[2], None)
     add, bias = on_gpu(add, bias)
@@ -228,7 +229,7 @@ def test_backward(name, tile, monkeypatch):
         extra = Extra(*on_gpu(g2, w2), own, to_device(SCALE, "cuda:0"))
         depth += w2[:, 0].size
     if tile is not None:
-        monkeypatch.setattr(extended_plan, "_choose", lambda *args: tile_of(tile))
+        monkeypatch.setattr(extended_plan, "choose", lambda *args: tile_of(tile))
         extended_plan.plan_dx.cache_clear()
     g, w, add = on_gpu(g, w, add)
     assert extended_gpu.takes(g, w, add)
@@ -249,7 +250,7 @@ PAIRED = {
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [None, *extended_plan.PAIRS], ids=str)
+@pytest.mark.parametrize("tile", [None, *extended_tile.PAIRS], ids=str)
 @pytest.mark.parametrize("name", PAIRED)
 def test_both_sums_of_one_x(name, tile, monkeypatch):
     """x * w + scale * (x * w2 + bias2) + add + bias, and the gradient of x, where x is copied once."""
@@ -265,8 +266,8 @@ def test_both_sums_of_one_x(name, tile, monkeypatch):
     dx_size = conv_cpu.conv_dx(abs(g), sizes, window, space).reshape(x_shape)
     x, w, w2, g, add, bias, bias2 = on_gpu(x, w, w2, g, add, bias, bias2)
     if tile is not None:
-        forced = extended_plan.Tile(*tile, tile[1], 0.0, True)
-        monkeypatch.setattr(extended_plan, "_choose", lambda *args: forced)
+        forced = extended_tile.Tile(*tile, tile[1], 0.0, True)
+        monkeypatch.setattr(extended_plan, "choose", lambda *args: forced)
     extended_plan.plan_forward.cache_clear()
     extended_plan.plan_dx.cache_clear()
     scale = to_device(SCALE, "cuda:0")
