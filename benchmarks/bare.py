@@ -18,6 +18,7 @@ class Bare:
 
     def __init__(self, case: Case):
         self.case, self.notes = case, {}
+        case.engine.warmup(case.x)
         self._runs = {"own": case.runs(case.engine)}
         y, (dx, _) = self._runs["own"]["step"]()
         self._check(y, dx, case.base_y)

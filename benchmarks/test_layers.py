@@ -27,6 +27,7 @@ def test_layer(shape, name, cases, results, benchmark):
     case, bare = cases(shape)
     group = adapters(shape.layer)[name]
     engine = case.adapted(group)
+    engine.warmup(case.x)  # compiles in threads
     expected = case.expected(engine, group)
     runs = case.runs(engine)
     row = {"shape": shape.name, "adapter": name, "route": ", ".join(a.route for a in group)}
