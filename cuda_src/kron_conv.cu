@@ -1,5 +1,4 @@
-// A convolution (or a product over single positions) by the Kronecker product of w1 and w2, without either of its
-// halves in memory:
+// A convolution by the Kronecker product of w1 and w2, without either of its halves in memory:
 //
 //   y[p, o * OUT + c] = add[p, o * OUT + c]
 //                     + scale * sum over blocks b of w1[o, b] * sum over taps t and i of x[p + t, b * IN + i] * w2[t, i, c]

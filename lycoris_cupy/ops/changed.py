@@ -115,9 +115,8 @@ def kron_changed(weight: Array, w1: Array, w2: Array, scale: Array) -> Array:
         vec = width if k % width == 0 and whole else 1
         chunks = rows * k // vec
         across = -(-chunks // 256)
-        block = (
-            -(-chunks // across // 32) * 32
-        )  # a narrow weight leaves few threads without columns
+        # Of a narrow weight no thread of a block is without columns.
+        block = -(-chunks // across // 32) * 32
         grid = (-(-chunks // block), min(n * -(-columns // _KRON_ROWS), 65535), taps)
         factors = [(a, None) if a.dtype != kept else (None, a) for a in (w1, w2)]
         kernel("kron.cu", "kron_changed", weight.dtype, VEC=vec)(

@@ -19,9 +19,7 @@ from .conv_gpu import processors
 THIN_ROWS = 2048  # up to which it beats the library; at 4608 rows 16.8 us to 16.2 (H100)
 # As in thin_product.cu.
 _ROWS, _STEPS, _STAGES, _THREADS, _WIDTH = 128, 64, 4, 160, 16
-_BLOCKS = 3  # that a multiprocessor holds
-_SPLITS = (8, 4, 2, 1)  # among equals the most blocks, so that every multiprocessor has some
-_HELD = 0.9  # of the places for blocks, where clusters do not fit the last of a group
+_SPLITS = (8, 4, 2, 1)  # the most blocks first, so that every multiprocessor has some
 # Bytes a second of a block by itself: its stages every 0.9 us, somewhat more than a read of memory
 # takes that nobody else waits for. Estimated.
 _ALONE = _STAGES * _ROWS * _STEPS * 2 / 0.9e-6
@@ -60,23 +58,13 @@ def plan_thin(rows: int, inner: int, ranks: int, count: int) -> Plan | None:
     """The plan for shapes; None for more than 16 columns. count: multiprocessors."""
     if ranks > _WIDTH:
         return None
-    tiles, steps = -(-rows // _ROWS), -(-inner // _STEPS)
-    held = max(1, int(_HELD * count)) * _BLOCKS
+    steps = -(-inner // _STEPS)
+    splits = next(s for s in _SPLITS if s <= max(steps, 1))
+    blocks = -(-rows // _ROWS) * splits
+    begin = plan.LAUNCH + (_MEET if splits > 1 else 0)
     moved = 2 * inner * (rows + ranks) + 2 * rows * ranks
-
-    def rounds(splits: int) -> int:
-        return -(-tiles * splits // held)
-
-    def seconds(splits: int) -> float:
-        blocks, own = tiles * splits, -(-steps // splits) * _ROWS * _STEPS * 2  # bytes of x
-        begin = plan.LAUNCH + (_MEET if splits > 1 else 0)
-        rate = plan.READ * min(1.0, blocks / count)
-        # Blocks of a last round that are too few to keep the memory busy.
-        last = blocks - (rounds(splits) - 1) * held
-        tail = max(0.0, own / _ALONE - last * own / rate) if blocks > held else 0.0
-        return max(begin + moved / rate + tail, rounds(splits) * (begin + own / _ALONE))
-
-    possible = (s for s in _SPLITS if s <= max(steps, 1))
-    splits = min(possible, key=lambda s: (seconds(s), rounds(s)))
+    # Too few blocks do not keep the memory busy, and none is done before its own part is read.
+    together = moved / (plan.READ * min(1.0, blocks / count))
+    own = -(-steps // splits) * _ROWS * _STEPS * 2 / _ALONE
     launch = kernel("thin_product.cu", "thin_product", bf16, SPLITS=splits)
-    return Plan(launch, (tiles * splits,), seconds(splits))
+    return Plan(launch, (blocks,), begin + max(together, own))
