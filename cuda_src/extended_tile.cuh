@@ -19,6 +19,9 @@
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
+#ifndef LOW_RANK
+#define LOW_RANK 0
+#endif
 
 constexpr int TILE_K = 64,
               WORKERS = TILE_M == 192 ? 3 : 2;  // warpgroups that multiply, each an equal share of the rows
@@ -30,7 +33,8 @@ __device__ constexpr int box_bytes(int columns) {
 }
 constexpr int B_BOX = TILE_K * ROW_BYTES;
 constexpr int B_BYTES = (box_bytes(TILE_N) + 1023) / 1024 * 1024;
-constexpr int STAGE = A_BYTES + (PAIR ? 2 : 1) * B_BYTES;
+constexpr int RANKS = 16, DOWN_BYTES = LOW_RANK ? TILE_K * RANKS * 2 : 0;  // of a step of down, behind w's
+constexpr int STAGE = A_BYTES + (PAIR ? 2 : 1) * B_BYTES + DOWN_BYTES;
 constexpr int MEMORY = 227 * 1024 - 2048;  // 2048: the barriers, and what the alignment may cost
 // Where four stages stand beside them, two boxes of a warp's 16 rows by 32 columns wait in shared memory at a time: the
 // copy engine writes a finished tile while the next one is multiplied.

@@ -120,6 +120,11 @@ INLINE void fence_copies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// What this thread wrote to global memory becomes visible to the copy engine, and what it has seen that others wrote.
+INLINE void fence_copies_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // Four 8x8 matrices of pairs of bf16, as the pieces of a product lie; lane l gives the address of row l % 8 of matrix
 // l / 8.
 INLINE void store_matrices(unsigned address, const unsigned (&v)[4]) {
@@ -133,6 +138,12 @@ INLINE void store_matrices(unsigned address, const unsigned (&v)[4]) {
 INLINE unsigned long long operand(unsigned address, unsigned leading) {
   return (unsigned long long)((address & 0x3FFFF) >> 4) | (unsigned long long)(leading >> 4) << 16 |
          (unsigned long long)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+// The same of a box of 16 values a row, which are all along that side: 32-byte swizzle, groups of 8 rows 256 bytes apart.
+INLINE unsigned long long narrow_operand(unsigned address) {
+  return (unsigned long long)((address & 0x3FFFF) >> 4) | 1ull << 16 | (unsigned long long)(256 >> 4) << 32 |
+         3ull << 62;
 }
 
 // The descriptor of what lies so many bytes, a multiple of 16, behind an operand.
@@ -173,6 +184,7 @@ INLINE void wgmma_turned(float* d, unsigned long long a, unsigned long long b);
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
 #define OUT4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define OUT8 OUT4(0), OUT4(4)
 #define OUT20 OUT4(0), OUT4(4), OUT4(8), OUT4(12), OUT4(16)
 #define OUT32 OUT20, OUT4(20), OUT4(24), OUT4(28)
 #define OUT40 OUT32, OUT4(32), OUT4(36)
@@ -181,6 +193,7 @@ INLINE void wgmma_turned(float* d, unsigned long long a, unsigned long long b);
 #define OUT72 OUT64, OUT4(64), OUT4(68)
 #define OUT80 OUT72, OUT4(72), OUT4(76)
 #define OUT96 OUT80, OUT4(80), OUT4(84), OUT4(88), OUT4(92)
+#define IN8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define IN20 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19"
 #define IN32 IN20 ", %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define IN40 IN32 ", %32, %33, %34, %35, %36, %37, %38, %39"
@@ -213,6 +226,7 @@ INLINE void wgmma_turned(float* d, unsigned long long a, unsigned long long b);
                  : OUT##COUNT                                                                \
                  : "l"(a), "l"(b));                                                          \
   }
+DEFINE_WGMMA(16, 8, 8, 9)
 DEFINE_WGMMA(40, 20, 20, 21)
 DEFINE_WGMMA(64, 32, 32, 33)
 DEFINE_WGMMA(80, 40, 40, 41)

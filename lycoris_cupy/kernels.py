@@ -161,11 +161,14 @@ class Kernel:
         # device -> [launch function, RawKernel, dynamic shared memory it may use]
         self._loaded: dict[int, list] = {}
 
-    def __call__(self, grid: tuple, block: tuple, *args, shared: int = 0) -> None:
+    def __call__(
+        self, grid: tuple, block: tuple, *args, shared: int = 0, together: bool = False
+    ) -> None:
         """Launch on the current stream and device, with `shared` bytes of dynamic shared memory.
 
         Arrays for pointers (None: a null pointer), numbers for scalars, one structured NumPy value
-        for a struct.
+        for a struct. together: all blocks run at once, so that they may wait for each other (a
+        cooperative launch); an error where the device has no room for all.
         """
         converters = self._converters
         if len(args) != len(converters):
@@ -190,7 +193,7 @@ class Kernel:
         entry = self._loaded.get(device) or self._load(device)
         if shared > entry[2]:
             entry[1].max_dynamic_shared_size_bytes = entry[2] = shared
-        entry[0](grid, block, values, shared)
+        entry[0](grid, block, values, shared, None, together)
 
     def load(self) -> None:
         """Compile and load on the current device, so that a stream capture finds it ready."""

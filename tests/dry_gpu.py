@@ -143,6 +143,7 @@ def _cupy(attributes):
         getDevice=lambda: _Device.current,
         getDeviceCount=lambda: _Device.current + 1,
         deviceGetAttribute=lambda what, device: attributes[what],
+        streamIsCapturing=lambda stream: False,
     )
     out.cuda = types.SimpleNamespace(
         runtime=runtime,

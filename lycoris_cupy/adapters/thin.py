@@ -5,7 +5,6 @@ from __future__ import annotations
 from ..arrays import Array
 from ..layers import Layer, LayerShape
 from ..ops.extended import Pending, pending
-from ..ops.product import product
 from ..ops.scale_columns import spread_columns
 
 
@@ -36,6 +35,6 @@ def apply_low_rank(
     All groups share `down`; each has its own columns of `up`.
     """
     window = layer.window
-    inner = product(x, down, window.grouped(window.groups, shared=True))
+    inner = pending(x, down, window.grouped(window.groups, shared=True))
     up = by_columns(up, columns)
     return pending(inner, up, window.pointwise_like(window.groups), add=change, scale=scale)

@@ -9,12 +9,12 @@ it into its accumulators where that is cheaper (see `plan`), and else adds its r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..arrays import Array, like, on_gpu, require_same
 from ..errors import LycorisError, ShapeError
 from ..tape import Primitive, value_of
-from . import product_gpu
+from . import extended_low_rank, product_gpu
 from .columns import column_sum
 from .elementwise import cast
 from .elementwise import scale as scaled
@@ -35,10 +35,10 @@ from .window import Window
 @dataclass(frozen=True)
 class Pending:
     """add + scale * (x * w + bias), not computed yet; the arguments are those of `product`, but the
-    scale is the bias's too.
+    scale is the bias's too. x: may wait as well.
     """
 
-    x: Array
+    x: Array | Pending
     w: Array
     window: Window
     add: Array | None
@@ -52,7 +52,7 @@ class Pending:
 
 
 def pending(
-    x: Array,
+    x: Array | Pending,
     w: Array,
     window: Window = LINEAR,
     *,
@@ -75,7 +75,7 @@ def ready(change: Array | Pending | None, spend: bool = False) -> Array | None:
     p, bias = change, change.bias
     if bias is not None and p.scale is not None:
         bias = scaled(bias, p.scale)
-    return product(p.x, p.w, p.window, bias=bias, add=p.add, scale=p.scale, spend=spend)
+    return product(ready(p.x), p.w, p.window, bias=bias, add=p.add, scale=p.scale, spend=spend)
 
 
 def extended(
@@ -95,6 +95,12 @@ def extended(
     wide dtype, or None for 1; the change must have no scale then, it stands in its own w, and no
     bias. Returns (..., columns) in the dtype of x. Raises ShapeError, DtypeError.
     """
+    made = None
+    if isinstance(change.x, Pending):
+        first = change.x
+        made = extended_low_rank.made(x, w, window, change, bias) if c is None else None
+        h = product(first.x, first.w, first.window, made=made[1]) if made else ready(first)
+        change = replace(change, x=h)
     x2, w2, add = change.x, cast(change.w, x.dtype), change.add
     shape = out_shape(x.shape, w.shape, window)
     biases = ("bias", bias), ("bias2", change.bias)
@@ -117,7 +123,8 @@ def extended(
                 "bias"
             )
     args = (x, w, bias, add, x2, w2, change.bias, change.scale, c)
-    return _extended(*args, window=window, other=change.window, spend=spend)
+    out = None if made is None else (made[0], None)
+    return _extended(*args, window=window, other=change.window, spend=spend, made=out)
 
 
 def _cpu(x, w, bias, add, x2, w2, bias2, scale, c, *, window, other, spend, keep):

@@ -77,6 +77,26 @@ class Tile(NamedTuple):
         """Tiles, each as many rows as a cluster's blocks have together."""
         return ceil(positions, self.rows * self.cluster) * ceil(columns, self.columns)
 
+    def timed(self, b_rows, positions, columns, own: int, other: int, count: int) -> Tile:
+        """The same with the cycles that it takes on the busiest multiprocessor. own, other: steps
+        of the two sums, of the second for one block."""
+
+        def step(width, weights=1):
+            wide = ceil(width, ROW) * ROW if b_rows else width  # columns that are fetched
+            waste = 1 + _WASTE * (wide / width - 1)
+            products = weights * self.rows * width / 32
+            copies = (self.rows + weights * wide) * ROW * 2 / _TAKEN
+            return max(_STEP, max(products, copies) * waste)
+
+        rounds = ceil(self.clusters(positions, columns), count // self.cluster)
+        if self.pair:
+            steps = own * step(self.columns, 2)
+        else:
+            more = self.columns // self.ext * other * step(self.ext)
+            steps = own * step(self.columns) + more
+        end = self.rows * self.columns * (_STAGED_END if self.staged(b_rows) else _END)
+        return self._replace(cycles=rounds * (steps + end))
+
     def band(self, count: int) -> int:
         """As many rows as columns of operands are then in use at a time."""
         clusters, rows = count // self.cluster, self.rows * self.cluster
@@ -93,31 +113,16 @@ class Tile(NamedTuple):
 def choose(
     b_rows, positions, columns, own: int, other: int, count, block, pair=False
 ) -> Tile | None:
-    """The tile with the least time on the busiest multiprocessor; None if the blocks fit none. own,
-    other: steps of the two sums, of the second for one block. pair: whether both can be done at
-    once.
+    """The tile with the least time; None if the blocks fit none. own, other: as for `Tile.timed`.
+    pair: whether both sums can be done at once.
     """
     choices = [(m, n, n, False) for m, n in TILES[b_rows] if block == ALL or block % n == 0]
     if block in _NARROW_BLOCKS:
         choices = [(256, 160, block, False)]
     choices += [(m, n, n, True) for m, n in PAIRS if pair]
 
-    def step(tile, width, weights=1):
-        wide = ceil(width, ROW) * ROW if b_rows else width  # columns that are fetched
-        waste = 1 + _WASTE * (wide / width - 1)
-        products = weights * tile.rows * width / 32
-        copies = (tile.rows + weights * wide) * ROW * 2 / _TAKEN
-        return max(_STEP, max(products, copies) * waste)
-
     def timed(tile):
-        rounds = ceil(tile.clusters(positions, columns), count // tile.cluster)
-        if tile.pair:
-            steps = own * step(tile, tile.columns, 2)
-        else:
-            more = tile.columns // tile.ext * other * step(tile, tile.ext)
-            steps = own * step(tile, tile.columns) + more
-        end = tile.rows * tile.columns * (_STAGED_END if tile.staged(b_rows) else _END)
-        return tile._replace(cycles=rounds * (steps + end))
+        return tile.timed(b_rows, positions, columns, own, other, count)
 
     tiles = (timed(Tile(*choice[:3], 0.0, choice[3])) for choice in choices)
     return min(tiles, key=lambda tile: tile.cycles, default=None)

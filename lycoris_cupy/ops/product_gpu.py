@@ -29,7 +29,7 @@ from .conv_extended_plan import joins, term_of
 from .conv_gpu import conv, conv_dw, conv_dx, conv_extended, conv_extended_dx, processors
 from .elementwise import scale as scaled
 from .extended_gpu import Extra, blocks_dx, extended_dx, extended_forward, takes
-from .extended_plan import plan_blocks_dx, plan_dx, plan_forward
+from .extended_plan import Second, plan_blocks_dx, plan_dx, plan_forward
 from .narrow_gpu import narrow_conv, narrow_dw, narrow_dx, suits
 from .pointwise_gpu import pointwise, pointwise_dw, pointwise_dx
 from .scale_columns import scale_columns_gpu
@@ -77,6 +77,17 @@ def forward(
         return forward(x, w, window, scale=None, add=add, bias=bias, spend=True)
     run = {"library": pointwise, "portable": conv, "narrow": narrow_conv}[way]
     return run(x, w, window, scale=scale, add=add, bias=bias, out=out)
+
+
+def low_rank_seconds(x, w, down, up, window: Window) -> float:
+    """Estimated, of x * down and then x * w with that times up taken in; each reads x."""
+    extra = Second(tuple(up.shape), window)
+    shapes = tuple(x.shape), tuple(w.shape)
+    first = _forward_ways(
+        shapes[0], tuple(down.shape), window, None, True, True, x.dtype, processors(), bare=True
+    )
+    both = _forward_ways(*shapes, window, extra, True, True, x.dtype, processors())
+    return sum(min(ways.values()) for _, ways, *_ in (first, both))
 
 
 def scaled_forward(x, w, window: Window, c, *, add, bias, extra: Extra, keep: bool, spend: bool):

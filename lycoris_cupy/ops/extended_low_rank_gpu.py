@@ -1,0 +1,102 @@
+"""The launch of cuda_src/extended_low_rank.cu on Hopper: y = x @ w + scale * (x @ down) @ up + bias
+from one read of x, one rounding.
+
+For arrays that `extended_gpu.takes` allows, and shapes that there is a plan for.
+"""
+
+from __future__ import annotations
+
+import functools
+from math import prod
+from typing import NamedTuple
+
+from .. import plan
+from ..arrays import Array, bf16
+from ..kernels import Kernel, kernel
+from ..tensor_map import ROW, matrix_map
+from .conv_gpu import processors
+from .conv_plan import ceil
+from .extended_tile import Tile
+
+RANKS = 16  # as in extended_tile.cuh
+_OUT_BOX, _SHARED = (16, 32), 226 * 1024  # as of the extended product
+_TILE = Tile(192, 192, 192, 0.0)
+_THREADS = 512
+_MAKERS = 3  # tiles of a row of tiles that make its h
+_FLAGS = 1 << 10  # of 64 rows each, two numbers a flag; enough for 1024 multiprocessors
+_WAIT = 4000  # cycles until the first round has h: made, told and copied. Estimated
+
+
+class Plan(NamedTuple):
+    """A launch but for its arrays. numbers: positions, columns, inner, ranks, band."""
+
+    launch: Kernel
+    grid: tuple[int]
+    numbers: tuple[int, int, int, int, int]
+    seconds: float
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_low_rank(positions: int, inner: int, ranks: int, columns: int, count: int) -> Plan | None:
+    """The plan for shapes; None for more than 16 ranks, rows that are no multiple of 16 bytes,
+    more rows than one round of tiles has. count: multiprocessors.
+    """
+    if not 0 < ranks <= RANKS or ranks % 8 or inner % 8 or columns % 8 or not positions:
+        return None
+    height, width = ceil(positions, _TILE.rows), ceil(columns, _TILE.columns)
+    # The tiles that make h are the first of their blocks: else whole rounds would wait for a few.
+    if _MAKERS > width or _MAKERS * height > count:
+        return None
+    tile = _TILE.timed(True, positions, columns, ceil(inner, ROW), 1, count)
+    moved = bf16.itemsize * (positions * (inner + columns) + inner * columns)
+    defines = {"TILE_M": 192, "TILE_N": 192, "B_ROWS": 1}
+    launch = kernel("extended_low_rank.cu", "extended_low_rank", bf16, **defines)
+    seconds = plan.extended(tile.cycles + _WAIT, moved)
+    numbers = (positions, columns, inner, ranks, tile.band(count))
+    return Plan(launch, tile.grid(positions, columns, count), numbers, seconds)
+
+
+def low_rank(x, w, down, up, *, scale, bias) -> tuple[Array, Array]:
+    """(y, h = x @ down).  x: (..., IN). w: (1, IN, OUT). down: (1, IN, R). up: (1, R, OUT).
+
+    Only where `extended_gpu.takes` the arrays and there is a `plan_low_rank`.
+    """
+    import cupy
+
+    (_, inner, columns), ranks, positions = w.shape, down.shape[2], prod(x.shape[:-1])
+    planned = plan_low_rank(positions, inner, ranks, columns, processors())
+    assert planned is not None
+    y, h, scaled = (cupy.empty((*x.shape[:-1], n), bf16) for n in (columns, ranks, ranks))
+    maps = (
+        matrix_map(x.data.ptr, (positions, inner), (_TILE.rows, ROW)),
+        matrix_map(w.data.ptr, tuple(w.shape), (1, ROW, ROW)),
+        matrix_map(down.data.ptr, (inner, ranks), (ROW, RANKS)),
+        matrix_map(scaled.data.ptr, (positions, ranks), (ROW, RANKS)),
+        matrix_map(up.data.ptr, (ranks, columns), (RANKS, ROW)),
+        matrix_map(y.data.ptr, (positions, columns), _OUT_BOX),
+    )
+    args = (*maps, scale, bias, h, scaled, _flags(), *planned.numbers)
+    planned.launch(planned.grid, (_THREADS,), *args, shared=_SHARED, together=True)
+    return y, h
+
+
+_kept: dict[tuple[int, int], Array] = {}
+
+
+def _flags() -> Array:
+    """Zeros, which the kernel leaves as zeros, of the current stream: what it runs is one after the
+    other.
+
+    As with cuBLASLt's workspace, a graph must not run at the same time as another one that was
+    captured on the same stream.
+    """
+    import cupy
+
+    stream = cupy.cuda.get_current_stream()
+    key = cupy.cuda.runtime.getDevice(), stream.ptr
+    flags = _kept.get(key)
+    if flags is None:
+        flags = cupy.zeros(2 * _FLAGS, "uint32")
+        if not cupy.cuda.runtime.streamIsCapturing(stream.ptr):  # else zeros only when replayed
+            _kept[key] = flags
+    return flags

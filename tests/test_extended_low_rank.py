@@ -1,0 +1,165 @@
+"""A linear layer and a low-rank adapter from one read of x, against f64; the kernel is called
+itself, whatever the planner would take, on a GPU of its kind.
+"""
+
+import numpy as np
+import pytest
+
+from lycoris_cupy import bf16, ops, plan, to_device
+from lycoris_cupy.ops import extended_low_rank_gpu
+from lycoris_cupy.ops.extended_gpu import hopper
+from lycoris_cupy.ops.extended_low_rank_gpu import low_rank, plan_low_rank
+from lycoris_cupy.tape import Tape
+from tests.bounds import assert_within, bound
+
+SCALE = np.array([0.703125], np.float32)
+# positions, inputs, ranks, outputs: one row of tiles and many, rounds of them, tails of each; few columns and many;
+# fewer steps than are done before the assistants begin.
+SIZES = [
+    (1, 8, 8, 400), (192, 64, 16, 576), (200, 136, 16, 584), (63, 3072, 8, 800), (577, 72, 16, 1000),
+    (4608, 320, 16, 3072), (4608, 3072, 16, 3072), (8000, 640, 8, 392), (8448, 64, 16, 584), (6400, 4104, 16, 600),
+    (400, 200, 16, 30000),
+]  # fmt: skip
+
+
+def draw(rng, *shape):
+    return rng.standard_normal(shape, np.float32).astype(bf16).astype(np.float64)
+
+
+def on_gpu(*arrays):
+    return [None if a is None else to_device(a.astype(bf16), "cuda:0") for a in arrays]
+
+
+def wide(array):
+    return to_device(array, "cpu").astype(np.float64)
+
+
+@pytest.fixture
+def on_hopper():
+    if not hopper():
+        pytest.skip("the kernel is Hopper's")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("terms", ["", "scale", "scale bias"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_against_f64(size, terms, on_hopper):
+    positions, inputs, ranks, outputs = size
+    rng = np.random.default_rng(size)
+    x, w = draw(rng, positions, inputs), draw(rng, inputs, outputs)
+    down, up = draw(rng, inputs, ranks), draw(rng, ranks, outputs)
+    bias = draw(rng, outputs) if "bias" in terms else None
+    scale, factor = (to_device(SCALE, "cuda:0"), SCALE[0]) if terms else (None, 1.0)
+    arrays = on_gpu(x, w[None], down[None], up[None], bias)
+    runs = [low_rank(*arrays[:4], scale=scale, bias=arrays[4]) for _ in range(3)]
+    y, h = map(wide, runs[0])
+    for more in runs[1:]:
+        assert all((wide(a) == b).all() for a, b in zip(more, (y, h), strict=True))
+    first, size_of_h = x @ down, abs(x) @ abs(down)
+    limit = bound(first, size_of_h, inputs, bf16)
+    assert_within(h, first, limit, "h")
+    # What is multiplied with up is factor * h, rounded.
+    more, size_of_y = factor * first @ up, factor * size_of_h @ abs(up) + abs(x) @ abs(w)
+    rounded = bound(factor * first, factor * size_of_h, inputs + 1, bf16) @ abs(up)
+    expected = x @ w + more + (0 if bias is None else bias)
+    size_of_y += 0 if bias is None else abs(bias)
+    limit = bound(expected, size_of_y, inputs + ranks + 3, bf16) + rounded
+    assert_within(y, expected, limit, "y")
+    flags = list(extended_low_rank_gpu._kept.values())
+    assert flags and not any(wide(f.view(np.int32)).any() for f in flags)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 700, 3072), (2, 48, 64, 640)], ids=str)
+def test_a_layer_takes_it_and_its_gradients_are_the_same(shape, on_hopper, monkeypatch):
+    """With the kernel and without: products of the same numbers, h and what follows from it alike."""
+    rng = np.random.default_rng(0)
+    x, w, down, up = on_gpu(
+        draw(rng, *shape), draw(rng, 1, shape[-1], 3072), draw(rng, 1, shape[-1], 16),
+        draw(rng, 1, 16, 3072),
+    )  # fmt: skip
+    window = ops.Window.of((1, 1)) if len(shape) == 4 else ops.Window()
+    scale = to_device(SCALE, "cuda:0")
+
+    def step():
+        tape = Tape()
+        watched = [tape.watch(a) for a in (x, down, up)]
+        with plan.recording() as choices:
+            change = ops.pending(
+                ops.pending(watched[0], watched[1], window), watched[2], window, scale=scale
+            )
+            y = ops.extended(watched[0], w, window, change)
+        g = to_device(np.ones(y.shape, bf16), "cuda:0")
+        return choices[0].way, [wide(a) for a in (y.value, *tape.gradients(y, g, watched))]
+
+    way, found = step()
+    monkeypatch.setattr("lycoris_cupy.ops.extended_low_rank.plan_low_rank", lambda *sizes: None)
+    _, expected = step()
+    assert way == "low rank"
+    for a, b in zip(found, expected, strict=True):
+        assert np.linalg.norm(a - b) < 2.0**-8 * np.linalg.norm(b)
+
+
+@pytest.mark.gpu
+def test_what_is_not_a_number_stays_in_its_row(on_hopper):
+    """Past the ends are zeros of both operands, not products with what is there."""
+    x = np.ones((400, 72))
+    x[399, 71], x[3, 0] = np.nan, np.inf
+    ones = (np.ones((1, *shape)) for shape in ((72, 400), (72, 8), (8, 400)))
+    y, h = map(wide, low_rank(*on_gpu(x, *ones), scale=None, bias=None))
+    for a, value in ((h, 72), (y, 72 + 8 * 72)):
+        assert np.isnan(a[399]).all() and np.isinf(a[3]).all()
+        assert (np.delete(a, [3, 399], axis=0) == np.float64(np.float32(value).astype(bf16))).all()
+
+
+@pytest.mark.gpu
+def test_graphs_and_streams_have_flags_of_their_own(on_hopper):
+    """Two streams at once, each with its flags; a graph captured behind a warm-up, and one without."""
+    import cupy
+
+    rng = np.random.default_rng(5)
+    arrays = on_gpu(
+        draw(rng, 1536, 512), *(draw(rng, 1, *s) for s in ((512, 768), (512, 16), (16, 768)))
+    )
+    expected = wide(low_rank(*arrays, scale=None, bias=None)[0])
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+    cupy.cuda.Device().synchronize()
+    found = []
+    for _ in range(20):
+        for stream in streams:
+            with stream:
+                found.append(low_rank(*arrays, scale=None, bias=None)[0])
+    cold = cupy.cuda.Stream(non_blocking=True)
+    graphs = []
+    for stream in (streams[0], cold):
+        with stream:
+            stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
+            found.append(low_rank(*arrays, scale=None, bias=None)[0])
+            graphs.append(stream.end_capture())
+    for _ in range(3):
+        for graph, stream in zip(graphs, (streams[0], cold), strict=True):
+            graph.launch(stream)
+    cupy.cuda.Device().synchronize()
+    assert all((wide(y) == expected).all() for y in found)
+
+
+def test_plan():
+    planned = plan_low_rank(4608, 3072, 16, 3072, 132)
+    assert planned.grid == (132,) and planned.numbers[:-1] == (4608, 3072, 3072, 16)
+    assert plan_low_rank(5, 64, 8, 400, 132).grid == (3,)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_what_makes_h_comes_first(size):
+    """Three tiles of each row, all of them the first tiles of their blocks."""
+    planned = plan_low_rank(*size, 132)
+    assert 3 * -(-size[0] // 192) <= planned.grid[0] <= 132 and size[3] > 2 * 192
+
+
+@pytest.mark.parametrize(
+    "sizes", [(4608, 3072, 24, 3072), (4608, 3072, 4, 3072), (0, 64, 8, 600), (8500, 64, 8, 600),
+              (64, 60, 8, 600), (64, 64, 8, 604), (64, 64, 8, 384)], ids=str,
+)  # fmt: skip
+def test_what_has_no_plan(sizes):
+    """More ranks, rows that are no multiple of 16 bytes, no positions, too many, too few columns."""
+    assert plan_low_rank(*sizes, 132) is None
