@@ -8,26 +8,29 @@
 //
 // A warp owns 32 columns and a strip of tiles of 16 rows, with its part of b, and the core of the tap it is in, in
 // registers. The weight passes through shared memory, AHEAD tiles under way, where a lane reads only what it has copied
-// itself; a comes from L1, where the other warps of the block have brought it, a tile before it is multiplied. No warp
+// itself; a comes from L1, where the other warps of the block have brought it, a tile early if registers allow. No warp
 // waits for another. A product's inner steps and columns may be named in any order: in the one chosen here a lane reads
-// a row of a and of b in pieces of 16 bytes, its sums lie in eight neighbouring columns, 16 bytes of the weight, and the
-// sums of a core's product are the lane's own values of a.
+// its values of a row of a, and of b, in one piece; its sums lie in eight neighbouring columns, 16 bytes of the weight;
+// and those of a core's product are the lane's own values of a.
 //
-// The blocks of WARPS warps that a multiprocessor holds, and what is under way, by the registers that a lane needs:
-// variants bf16: RANKS=16 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6 | RANKS=32 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6
-// variants bf16: RANKS=64 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=5 | RANKS=16 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=5
-// variants bf16: RANKS=32 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=4 | RANKS=64 HADAMARD=1 CORE=0 WARPS=6 AHEAD=4 BLOCKS=2
-// variants bf16: RANKS=16 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=6 | RANKS=32 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4
-// variants bf16: RANKS=64 HADAMARD=0 CORE=1 WARPS=4 AHEAD=5 BLOCKS=2 | RANKS=16 HADAMARD=1 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4
-// variants bf16: RANKS=32 HADAMARD=1 CORE=1 WARPS=4 AHEAD=4 BLOCKS=3
+// Blocks of WARPS warps that a multiprocessor holds, as many as the registers of their lanes allow, and tiles under way,
+// so that at least 40 KB are. Of two pairs of 64 ranks six warps share what they read of a, as many bytes as of the
+// weight.
+//
+// variants bf16: RANKS=16 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6 | RANKS=16 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=5
+// variants bf16: RANKS=32 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6 | RANKS=32 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=4
+// variants bf16: RANKS=64 HADAMARD=0 CORE=0 WARPS=4 AHEAD=4 BLOCKS=4 | RANKS=64 HADAMARD=1 CORE=0 WARPS=6 AHEAD=4 BLOCKS=2
+// variants bf16: RANKS=16 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=6 | RANKS=16 HADAMARD=1 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4
+// variants bf16: RANKS=32 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4 | RANKS=32 HADAMARD=1 CORE=1 WARPS=4 AHEAD=4 BLOCKS=3
+// variants bf16: RANKS=64 HADAMARD=0 CORE=1 WARPS=4 AHEAD=5 BLOCKS=2
 #include "types.cuh"
 #include "mma.cuh"
 #include "exchange.cuh"
 
 constexpr int THREADS = 32 * WARPS, COLUMNS = 32 * WARPS, PAIRS = HADAMARD ? 2 : 1;
-constexpr int RUN = RANKS == 16 ? 4 : 8;                  // values of a that a lane reads at a time
-constexpr int RUNS = RANKS / (4 * RUN), STEPS = RUN / 4;  // of a row; products of a run
-constexpr int EARLY = RANKS == 64 ? 1 : PAIRS;            // pairs whose next rows of a have registers of their own
+constexpr int RUN = RANKS == 16 ? 4 : 8;                            // values of a that a lane reads at a time
+constexpr int RUNS = RANKS / (4 * RUN), STEPS = RUN / 4;            // of a row; products of a run
+constexpr int EARLY = PAIRS - (RANKS == 64 && (HADAMARD || CORE));  // pairs whose next rows are read a tile early
 
 // Place k of step s of run c is (c * 4 + quad) * RUN + s * 4 and the next three, on both sides of a product.
 using Left = unsigned[2][RUNS][RUN / 2];  // of rows 0 to 7 and 8 to 15, a lane's values in pairs
@@ -177,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           load_right(core[p][c], (p ? core2 : core1) + from, (c * 4 + row_of / 2) * RUN, core_rows, core_pitch);
     }
 #pragma unroll
-    for (int p = EARLY; p < PAIRS; ++p) load_left(left[p], a2, now, inputs, pitch);
+    for (int p = EARLY; p < PAIRS; ++p) load_left(left[p], p ? a2 : a1, now, inputs, pitch);
     float sum[PAIRS][4][4] = {};
 #pragma unroll
     for (int p = 0; p < PAIRS; ++p) {
