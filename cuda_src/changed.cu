@@ -13,15 +13,19 @@
 // its values of a row of a, and of b, in one piece; its sums lie in eight neighbouring columns, 16 bytes of the weight;
 // and those of a core's product are the lane's own values of a.
 //
-// Blocks of WARPS warps that a multiprocessor holds, as many as the registers of their lanes allow, and tiles under way,
-// so that at least 40 KB are. Of two pairs of 64 ranks six warps share what they read of a, as many bytes as of the
-// weight.
+// A multiprocessor holds as many BLOCKS as the registers of their lanes allow, and so has 40 KB or more of the weight
+// under way. Two pairs of 64 ranks have 256 bytes of a in a row, which six warps share rather than four.
 //
-// variants bf16: RANKS=16 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6 | RANKS=16 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=5
-// variants bf16: RANKS=32 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6 | RANKS=32 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=4
-// variants bf16: RANKS=64 HADAMARD=0 CORE=0 WARPS=4 AHEAD=4 BLOCKS=4 | RANKS=64 HADAMARD=1 CORE=0 WARPS=6 AHEAD=4 BLOCKS=2
-// variants bf16: RANKS=16 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=6 | RANKS=16 HADAMARD=1 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4
-// variants bf16: RANKS=32 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4 | RANKS=32 HADAMARD=1 CORE=1 WARPS=4 AHEAD=4 BLOCKS=3
+// variants bf16: RANKS=16 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6
+// variants bf16: RANKS=16 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=5
+// variants bf16: RANKS=32 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6
+// variants bf16: RANKS=32 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=4
+// variants bf16: RANKS=64 HADAMARD=0 CORE=0 WARPS=4 AHEAD=4 BLOCKS=4
+// variants bf16: RANKS=64 HADAMARD=1 CORE=0 WARPS=6 AHEAD=4 BLOCKS=2
+// variants bf16: RANKS=16 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=6
+// variants bf16: RANKS=16 HADAMARD=1 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4
+// variants bf16: RANKS=32 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4
+// variants bf16: RANKS=32 HADAMARD=1 CORE=1 WARPS=4 AHEAD=4 BLOCKS=3
 // variants bf16: RANKS=64 HADAMARD=0 CORE=1 WARPS=4 AHEAD=5 BLOCKS=2
 #include "types.cuh"
 #include "mma.cuh"
@@ -97,7 +101,7 @@ __device__ __forceinline__ void multiply(float (&sum)[PIECES][4], const Left& le
     }
 }
 
-// down @ core, `low` what `high` leaves out. The core's columns are named as the places k of what it is multiplied with.
+// down @ core, `low` what `high` leaves out. The core's columns are named as the places k of the product that follows.
 __device__ __forceinline__ void fold(Left& high, Left& low, const Left& down, const Right<RUN / 2> (&core)[RUNS]) {
 #pragma unroll
   for (int c = 0; c < RUNS; ++c) {

@@ -14,7 +14,6 @@ from lycoris_cupy.ops.changed import (
     scaled_changed,
 )
 from lycoris_cupy.ops.factored_gpu import strips, variant
-from lycoris_cupy.ops.two_products import two_products
 from tests.bounds import assert_within, bound
 
 SCALE = 0.703125
@@ -215,27 +214,6 @@ def test_kron(sizes, dtype, wide, device):
     assert_within(host(out), w + delta, bound(w + delta, abs(w) + abs(delta), 3, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "first, second",
-    [  # taps of a and b, rows, ranks, columns
-        ((1, 1, 5, 3, 7), (4, 1, 70, 17, 130)),
-        ((1, 9, 33, 16, 16), (1, 9, 65, 5, 64)),
-        ((3, 3, 64, 0, 65), (1, 1, 0, 2, 3)),
-        ((1, 1, 0, 2, 3), (2, 2, 1, 1, 1)),
-    ],
-)
-def test_two_products(first, second, dtype, device):
-    rng = np.random.default_rng(6)
-    sizes = [((a, m, k), (b, k, n)) for a, b, m, k, n in (first, second)]
-    pairs = [(draw(rng, *a), draw(rng, *b)) for a, b in sizes]
-    found = two_products(*put(device, dtype, *pairs[0], *pairs[1]))
-    for out, (a, b) in zip(found, pairs, strict=True):
-        assert out.dtype == wide_dtype(dtype)
-        limit = bound(a @ b, abs(a) @ abs(b), a.shape[2] + 1, wide_dtype(dtype))
-        assert_within(host(out), a @ b, limit)
-
-
 @pytest.mark.parametrize("tiles", [1, 2, 192, 1440])
 @pytest.mark.parametrize("across", [1, 10, 96, 7813])
 def test_strips_run_at_once(tiles, across):
@@ -276,9 +254,3 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ShapeError, match="up2 has shape"):
         down, up = np.zeros((1, 4, 2)), np.zeros((1, 2, 6))
         hadamard_changed(w, down, up, down, up[:, 1:], scale)
-    with pytest.raises(ShapeError, match="b2 has shape"):
-        two_products(w, np.zeros((1, 6, 2)), w, np.zeros((1, 5, 2)))
-    with pytest.raises(ShapeError, match="b1 has shape"):
-        two_products(np.zeros((2, 3, 4)), np.zeros((3, 4, 2)), w, np.zeros((1, 6, 2)))
-    with pytest.raises(DtypeError):
-        two_products(w, np.zeros((1, 6, 2), np.float32), w, np.zeros((1, 6, 2)))
