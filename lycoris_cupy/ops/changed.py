@@ -10,6 +10,7 @@ import numpy as np
 from ..arrays import Array, like, on_gpu, require_axes, require_same, wide, wide_dtype
 from ..errors import ShapeError
 from ..kernels import kernel
+from .columns import rows_of
 from .elementwise import cast, require_factor
 from .factored_gpu import Pair, factored_changed
 from .hadamard import hadamard_weight
@@ -75,9 +76,8 @@ def low_rank_changed(
         return changed(weight, low_rank_weight(down, up, scale))
     from ..gemm import gemm
 
-    flat = weight.reshape(-1, weight.shape[2])
     # The weight is what the product's accumulators start from.
-    out = gemm(down.reshape(-1, down.shape[2]), up[0], scale=scale, add=flat)
+    out = gemm(rows_of(down), up[0], scale=scale, add=rows_of(weight))
     return out.reshape(weight.shape)
 
 
