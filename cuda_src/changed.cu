@@ -32,9 +32,14 @@
 #include "exchange.cuh"
 
 constexpr int THREADS = 32 * WARPS, COLUMNS = 32 * WARPS, PAIRS = HADAMARD ? 2 : 1;
-constexpr int RUN = RANKS == 16 ? 4 : 8;                            // values of a that a lane reads at a time
-constexpr int RUNS = RANKS / (4 * RUN), STEPS = RUN / 4;            // of a row; products of a run
-constexpr int EARLY = PAIRS - (RANKS == 64 && (HADAMARD || CORE));  // pairs whose next rows are read a tile early
+constexpr int RUN = RANKS == 16 ? 4 : 8;                  // values of a that a lane reads at a time
+constexpr int RUNS = RANKS / (4 * RUN), STEPS = RUN / 4;  // of a row; products of a run
+// Pairs whose next rows are read a tile early: the others would spill a register or two, from sm_100 on more of them.
+#if __CUDA_ARCH__ >= 1000
+constexpr int EARLY = RANKS == 16 || (CORE && RANKS == 32) ? PAIRS : 0;
+#else
+constexpr int EARLY = PAIRS - (RANKS == 64 && (HADAMARD || CORE));
+#endif
 
 // Place k of step s of run c is (c * 4 + quad) * RUN + s * 4 and the next three, on both sides of a product.
 using Left = unsigned[2][RUNS][RUN / 2];  // of rows 0 to 7 and 8 to 15, a lane's values in pairs
@@ -51,7 +56,8 @@ struct Tile {
   }
 };
 
-__device__ __forceinline__ void load_left(Left& to, const bf16* __restrict__ a, Tile tile, int inputs, int pitch) {
+// Not __restrict__: what may be read at any time is read where it is multiplied, and waited for there.
+__device__ __forceinline__ void load_left(Left& to, const bf16* a, Tile tile, int inputs, int pitch) {
   const int quad = threadIdx.x % 4, first = tile.row - tile.end + inputs;  // of the tap's rows
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -130,11 +136,11 @@ __device__ __forceinline__ void copy(uint4& to, const bf16* from, bool valid) {
 // Grid (columns / COLUMNS, strips of `span` tiles). Without a core all rows may be those of one tap.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     NAME(factored_changed)(const bf16* __restrict__ weight,  // (taps, inputs, columns), columns a multiple of 8
-                           const bf16* __restrict__ a1,      // (taps, inputs, pitch), with CORE (inputs, pitch): a
+                           const bf16* a1,                   // (taps, inputs, pitch), with CORE (inputs, pitch): a
                                                              // multiple of 8, zeros from the rank on
                            const bf16* __restrict__ core1,   // (taps, core_rows, core_pitch), likewise, with CORE
                            const bf16* __restrict__ b1,      // (ranks, columns)
-                           const bf16* __restrict__ a2,      // like a1, with HADAMARD
+                           const bf16* a2,                   // like a1, with HADAMARD
                            const bf16* __restrict__ core2,   // like core1, with HADAMARD and CORE
                            const bf16* __restrict__ b2,      // like b1, with HADAMARD
                            const float* scale,               // (1,)
