@@ -1,139 +1,218 @@
 // A weight with a factored change added, rounded once, in one pass over the weight:
 //
-//   out = weight + scale * (a1 @ b1)                      HADAMARD=0: LoCon, also with a Tucker core, folded into a1
-//   out = weight + scale * (a1 @ b1) * (a2 @ b2)          HADAMARD=1: LoHa
+//   out[t] = weight[t] + scale * (a1[t] @ b1)                     HADAMARD=0: LoCon
+//   out[t] = weight[t] + scale * (a1[t] @ b1) * (a2[t] @ b2)      HADAMARD=1: LoHa
 //
-// In the `wide` kernel a1 and a2 are f32 and multiplied as two bf16 each, high and low, which keeps 16 of their 24
-// bits.
+// With CORE=1, their Tucker forms, a[t] is down @ core[t]. Its f32 sums are multiplied as two bf16 each, high and low,
+// which keeps 16 of their 24 bits.
 //
-// A warp owns 32 columns and a strip of rows, with its part of b in registers; the weight passes through, AHEAD tiles
-// of 16 rows under way before the one that is added to, and a comes from L1, where the other warps of the block have
-// brought it. No warp waits for another. A product's inner steps and columns may be named in any order: in the one
-// chosen here a lane reads a row of a in one piece, and its sums lie in eight neighbouring columns, 16 bytes of the
-// weight.
+// A warp owns 32 columns and a strip of tiles of 16 rows, with its part of b, and the core of the tap it is in, in
+// registers. The weight passes through shared memory, AHEAD tiles under way, where a lane reads only what it has copied
+// itself; a comes from L1, where the other warps of the block have brought it, a tile early if registers allow. No warp
+// waits for another. A product's inner steps and columns may be named in any order: in the one chosen here a lane reads
+// its values of a row of a, and of b, in one piece; its sums lie in eight neighbouring columns, 16 bytes of the weight;
+// and those of a core's product are the lane's own values of a.
 //
-// variants bf16: RANKS=16 HADAMARD=0 | RANKS=32 HADAMARD=0 | RANKS=64 HADAMARD=0
-// variants bf16: RANKS=16 HADAMARD=1 | RANKS=32 HADAMARD=1 | RANKS=64 HADAMARD=1
+// A multiprocessor holds as many BLOCKS as the registers of their lanes allow, and so has 40 KB or more of the weight
+// under way. Two pairs of 64 ranks have 256 bytes of a in a row, which six warps share rather than four.
+//
+// variants bf16: RANKS=16 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6
+// variants bf16: RANKS=16 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=5
+// variants bf16: RANKS=32 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6
+// variants bf16: RANKS=32 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=4
+// variants bf16: RANKS=64 HADAMARD=0 CORE=0 WARPS=4 AHEAD=4 BLOCKS=4
+// variants bf16: RANKS=64 HADAMARD=1 CORE=0 WARPS=6 AHEAD=4 BLOCKS=2
+// variants bf16: RANKS=16 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=6
+// variants bf16: RANKS=16 HADAMARD=1 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4
+// variants bf16: RANKS=32 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4
+// variants bf16: RANKS=32 HADAMARD=1 CORE=1 WARPS=4 AHEAD=4 BLOCKS=3
+// variants bf16: RANKS=64 HADAMARD=0 CORE=1 WARPS=4 AHEAD=5 BLOCKS=2
 #include "types.cuh"
 #include "mma.cuh"
 #include "exchange.cuh"
 
-constexpr int WARPS = 4, THREADS = 32 * WARPS, COLUMNS = 32 * WARPS, AHEAD = 2;
-constexpr int PAIRS = HADAMARD ? 2 : 1;
-constexpr int BLOCKS = (RANKS == 16   ? 6
-                        : RANKS == 32 ? 5
-                                      : 4) -
-                       HADAMARD;                          // on a multiprocessor: the grid counts on it
+constexpr int THREADS = 32 * WARPS, COLUMNS = 32 * WARPS, PAIRS = HADAMARD ? 2 : 1;
 constexpr int RUN = RANKS == 16 ? 4 : 8;                  // values of a that a lane reads at a time
 constexpr int RUNS = RANKS / (4 * RUN), STEPS = RUN / 4;  // of a row; products of a run
+// Pairs whose next rows are read a tile early: the others would spill a register or two, from sm_100 on more of them.
+#if __CUDA_ARCH__ >= 1000
+constexpr int EARLY = RANKS == 16 || (CORE && RANKS == 32) ? PAIRS : 0;
+#else
+constexpr int EARLY = PAIRS - (RANKS == 64 && (HADAMARD || CORE));
+#endif
 
-// RUN values of a row of a as pairs, in `high` and, if they are f32, what that leaves out in `low`.
-__device__ __forceinline__ void split_run(const bf16* from, unsigned (&high)[RUN / 2], unsigned (&)[RUN / 2]) {
-  const auto v = *reinterpret_cast<const Pack<unsigned, RUN / 2>*>(from);
+// Place k of step s of run c is (c * 4 + quad) * RUN + s * 4 and the next three, on both sides of a product.
+using Left = unsigned[2][RUNS][RUN / 2];  // of rows 0 to 7 and 8 to 15, a lane's values in pairs
+template <int PIECES>
+using Right = unsigned[RUNS][STEPS][PIECES][2];  // of pieces of eight columns
+
+// Up to 16 rows of the weight, all of one tap.
+struct Tile {
+  int row, end;  // the first, and where the tap ends
+
+  __device__ __forceinline__ void next(int inputs) {
+    row = min(row + 16, end);
+    if (row == end) end += inputs;
+  }
+};
+
+// Not __restrict__: what may be read at any time is read where it is multiplied, and waited for there.
+__device__ __forceinline__ void load_left(Left& to, const bf16* a, Tile tile, int inputs, int pitch) {
+  const int quad = threadIdx.x % 4, first = tile.row - tile.end + inputs;  // of the tap's rows
 #pragma unroll
-  for (int i = 0; i < RUN / 2; ++i) high[i] = v.at[i];
-}
-__device__ __forceinline__ void split_run(const float* from, unsigned (&high)[RUN / 2], unsigned (&low)[RUN / 2]) {
+  for (int half = 0; half < 2; ++half) {
+    const int row = min(first + half * 8 + int(threadIdx.x % 32 / 4), inputs - 1);  // past the last: not written
 #pragma unroll
-  for (int q = 0; q < RUN / 4; ++q) {
-    const float4 v = reinterpret_cast<const float4*>(from)[q];
-    const float pairs[2][2] = {{v.x, v.y}, {v.z, v.w}};
+    for (int c = 0; c < RUNS; ++c) {
+      const int k = (c * 4 + quad) * RUN;
+      Pack<unsigned, RUN / 2> v{};
+      if (k < pitch) v = *reinterpret_cast<const Pack<unsigned, RUN / 2>*>(a + (long long)row * pitch + k);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const unsigned both = round_pair(pairs[i][0], pairs[i][1]);
-      high[q * 2 + i] = both;
-      low[q * 2 + i] = round_pair(pairs[i][0] - low_half(both), pairs[i][1] - high_half(both));
+      for (int i = 0; i < RUN / 2; ++i) to[half][c][i] = v.at[i];
     }
   }
 }
 
-// Two values of a column, k and k + 1, as an operand.
-__device__ __forceinline__ unsigned load_right(const bf16* b, int k, int n, int ranks, int columns) {
-  const unsigned low = n < columns && k < ranks ? b[(long long)k * columns + n].bits : 0;
-  const unsigned high = n < columns && k + 1 < ranks ? b[(long long)(k + 1) * columns + n].bits : 0;
-  return low | high << 16;
+// A lane's own column of piece j is n + j * 2, one more for every other row of lanes: it reads those of all pieces at
+// once, and the neighbour's with them.
+template <int PIECES>
+__device__ __forceinline__ void load_right(Right<PIECES>& to, const bf16* __restrict__ b, int n, int ranks,
+                                           int columns) {
+  const int quad = threadIdx.x % 4;
+  const unsigned own = threadIdx.x / 4 % 2 ? 0x7632 : 0x5410;  // the upper or the lower halves of two registers
+#pragma unroll
+  for (int c = 0; c < RUNS; ++c)
+#pragma unroll
+    for (int pair = 0; pair < RUN / 2; ++pair) {
+      const int k = (c * 4 + quad) * RUN + pair * 2;
+      Pack<unsigned, PIECES> rows[2] = {};
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (k + i < ranks && n < columns)
+          rows[i] = *reinterpret_cast<const Pack<unsigned, PIECES>*>(b + unsigned((k + i) * columns + n));
+#pragma unroll
+      for (int j = 0; j < PIECES; ++j) to[c][pair / 2][j][pair % 2] = __byte_perm(rows[0].at[j], rows[1].at[j], own);
+    }
 }
 
-// 16 bytes that are read once, past L1. The 256 of a block's row come from memory together: its warps read 64 each, at
-// times of their own.
-__device__ __forceinline__ uint4 read_once(const bf16* from) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from));
-  return v;
+template <int PIECES>
+__device__ __forceinline__ void multiply(float (&sum)[PIECES][4], const Left& left, const Right<PIECES>& right) {
+#pragma unroll
+  for (int c = 0; c < RUNS; ++c)
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s) {
+      const unsigned a[4] = {left[0][c][s * 2], left[1][c][s * 2], left[0][c][s * 2 + 1], left[1][c][s * 2 + 1]};
+#pragma unroll
+      for (int j = 0; j < PIECES; ++j) mma(sum[j], a, right[c][s][j][0], right[c][s][j][1]);
+    }
 }
 
-template <class Left>
-__device__ __forceinline__ void add_change(const bf16* __restrict__ weight, const Left* __restrict__ a1,
-                                           const bf16* __restrict__ b1, const Left* __restrict__ a2,
-                                           const bf16* __restrict__ b2, const float* scale, bf16* __restrict__ out,
-                                           long long rows, int columns, int ranks, int pitch, int span) {
-  constexpr int PARTS = sizeof(Left) == 4 ? 2 : 1;
+// down @ core, `low` what `high` leaves out. The core's columns are named as the places k of the product that follows.
+__device__ __forceinline__ void fold(Left& high, Left& low, const Left& down, const Right<RUN / 2> (&core)[RUNS]) {
+#pragma unroll
+  for (int c = 0; c < RUNS; ++c) {
+    float sum[RUN / 2][4] = {};
+    multiply(sum, down, core[c]);
+#pragma unroll
+    for (int i = 0; i < RUN / 2; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float one = sum[i][half * 2], other = sum[i][half * 2 + 1];
+        const unsigned both = round_pair(one, other);
+        high[half][c][i] = both;
+        low[half][c][i] = round_pair(one - low_half(both), other - high_half(both));
+      }
+  }
+}
+
+// 16 bytes to shared memory. The row of a block comes from memory in whole 256 bytes: its warps read 64 each, at times
+// of their own.
+__device__ __forceinline__ void copy(uint4& to, const bf16* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(&to)), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// Grid (columns / COLUMNS, strips of `span` tiles). Without a core all rows may be those of one tap.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    NAME(factored_changed)(const bf16* __restrict__ weight,  // (taps, inputs, columns), columns a multiple of 8
+                           const bf16* a1,                   // (taps, inputs, pitch), with CORE (inputs, pitch): a
+                                                             // multiple of 8, zeros from the rank on
+                           const bf16* __restrict__ core1,   // (taps, core_rows, core_pitch), likewise, with CORE
+                           const bf16* __restrict__ b1,      // (ranks, columns)
+                           const bf16* a2,                   // like a1, with HADAMARD
+                           const bf16* __restrict__ core2,   // like core1, with HADAMARD and CORE
+                           const bf16* __restrict__ b2,      // like b1, with HADAMARD
+                           const float* scale,               // (1,)
+                           bf16* __restrict__ out, int taps, int inputs, int columns, int ranks, int pitch,
+                           int core_rows, int core_pitch, int span) {
+  __shared__ uint4 held[AHEAD][2][THREADS];
   const int lane = threadIdx.x % 32, quad = lane % 4, row_of = lane / 4;
   const int column = blockIdx.x * COLUMNS + threadIdx.x / 32 * 32;
   if (column >= columns) return;
   const int own = column + quad * 8;  // the first of eight columns that the lane reads and writes
-  const long long first = (long long)blockIdx.y * span * 16;
-  const int tiles = int(min((long long)span, (rows - first + 15) / 16));
+  const int tap_tiles = (inputs + 15) / 16, first = blockIdx.y * span;
+  const int tiles = min(span, taps * tap_tiles - first), tap = first / tap_tiles;
+  Tile now{tap * inputs + first % tap_tiles * 16, (tap + 1) * inputs}, ahead = now;
 
-  uint4 v[AHEAD + 1][2];
-  auto read = [&](int tile, uint4(&to)[2]) {
+  auto read = [&](int tile, int slot) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const long long row = first + tile * 16 + half * 8 + row_of;
-      to[half] = uint4{};
-      if (tile < tiles && row < rows && own < columns) to[half] = read_once(weight + row * columns + own);
+      const int row = ahead.row + half * 8 + row_of;
+      const bool valid = tile < tiles && row < ahead.end && own < columns;
+      copy(held[slot][half][threadIdx.x], weight + (valid ? (long long)row * columns + own : 0), valid);
     }
+    commit_copies();
+    ahead.next(inputs);
   };
 #pragma unroll
-  for (int i = 0; i < AHEAD; ++i) read(i, v[i]);
+  for (int i = 0; i < AHEAD; ++i) read(i, i);
 
-  // Place k of step s of run c, and place n of piece j: see above.
-  unsigned right[PAIRS][RUNS][STEPS][4][2];
+  Left left[PAIRS];
+  Right<4> right[PAIRS];
+  Right<RUN / 2> core[PAIRS][RUNS];
 #pragma unroll
-  for (int p = 0; p < PAIRS; ++p)
+  for (int p = 0; p < PAIRS; ++p) load_right(right[p], p ? b2 : b1, column + row_of / 2 * 8, ranks, columns);
 #pragma unroll
-    for (int c = 0; c < RUNS; ++c)
-#pragma unroll
-      for (int s = 0; s < STEPS; ++s)
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int k = (c * 4 + quad) * RUN + s * 4 + half * 2, n = column + row_of / 2 * 8 + j * 2 + row_of % 2;
-            right[p][c][s][j][half] = load_right(p ? b2 : b1, k, n, ranks, columns);
-          }
+  for (int p = 0; p < EARLY; ++p) load_left(left[p], p ? a2 : a1, now, inputs, pitch);
   const float factor = *scale;
 
+  int slot = 0, core_end = 0;  // where the tap ends whose core is loaded
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
-    read(tile + AHEAD, v[AHEAD]);
+    if (CORE && now.end != core_end) {
+      core_end = now.end;
+      const long long from = (long long)(now.end / inputs - 1) * core_rows * core_pitch;
+#pragma unroll
+      for (int p = 0; p < PAIRS; ++p)
+#pragma unroll
+        for (int c = 0; c < RUNS; ++c)
+          load_right(core[p][c], (p ? core2 : core1) + from, (c * 4 + row_of / 2) * RUN, core_rows, core_pitch);
+    }
+#pragma unroll
+    for (int p = EARLY; p < PAIRS; ++p) load_left(left[p], p ? a2 : a1, now, inputs, pitch);
     float sum[PAIRS][4][4] = {};
 #pragma unroll
-    for (int p = 0; p < PAIRS; ++p)
-#pragma unroll
-      for (int c = 0; c < RUNS; ++c) {
-        unsigned left[2][2][RUN / 2] = {};  // of rows 0 to 7 and 8 to 15; high and low
-        const int k = (c * 4 + quad) * RUN;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const long long row = min(first + tile * 16 + half * 8 + row_of, rows - 1);  // past the last: not written
-          if (k < pitch) split_run((p ? a2 : a1) + row * pitch + k, left[half][0], left[half][1]);
-        }
-#pragma unroll
-        for (int s = 0; s < STEPS; ++s)
-#pragma unroll
-          for (int part = 0; part < PARTS; ++part) {
-            const unsigned a[4] = {left[0][part][s * 2], left[1][part][s * 2], left[0][part][s * 2 + 1],
-                                   left[1][part][s * 2 + 1]};
-#pragma unroll
-            for (int j = 0; j < 4; ++j) mma(sum[p][j], a, right[p][c][s][j][0], right[p][c][s][j][1]);
-          }
+    for (int p = 0; p < PAIRS; ++p) {
+      if (CORE) {
+        Left high, low;
+        fold(high, low, left[p], core[p]);
+        multiply(sum[p], high, right[p]);
+        multiply(sum[p], low, right[p]);
+      } else {
+        multiply(sum[p], left[p], right[p]);
       }
+    }
+    Tile then = now;
+    then.next(inputs);
+#pragma unroll
+    for (int p = 0; p < EARLY; ++p) load_left(left[p], p ? a2 : a1, then, inputs, pitch);
+
+    wait_copies<AHEAD - 1>();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const unsigned before[4] = {v[0][half].x, v[0][half].y, v[0][half].z, v[0][half].w};
+      const uint4 v = held[slot][half][threadIdx.x];
+      const unsigned before[4] = {v.x, v.y, v.z, v.w};
       unsigned after[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -145,30 +224,13 @@ __device__ __forceinline__ void add_change(const bf16* __restrict__ weight, cons
         }
         after[j] = round_pair(low_half(before[j]) + change[0], high_half(before[j]) + change[1]);
       }
-      const long long row = first + tile * 16 + half * 8 + row_of;
-      if (row < rows && own < columns)
-        *reinterpret_cast<uint4*>(out + row * columns + own) = make_uint4(after[0], after[1], after[2], after[3]);
+      const int row = now.row + half * 8 + row_of;
+      if (row < now.end && own < columns)
+        *reinterpret_cast<uint4*>(out + (long long)row * columns + own) =
+            make_uint4(after[0], after[1], after[2], after[3]);
     }
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) v[i][0] = v[i + 1][0], v[i][1] = v[i + 1][1];
+    read(tile + AHEAD, slot);
+    slot = slot + 1 == AHEAD ? 0 : slot + 1;
+    now = then;
   }
-}
-
-// Grid (columns / 128, strips of `span` tiles of 16 rows).
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    NAME(factored_changed)(const bf16* weight,  // (rows, columns); rows are those of all taps, columns a multiple of 8
-                           const bf16* a1,      // (rows, pitch), a multiple of 8: ranks, then zeros
-                           const bf16* b1,      // (ranks, columns)
-                           const bf16* a2,      // like a1, with HADAMARD
-                           const bf16* b2,      // like b1, with HADAMARD
-                           const float* scale,  // (1,)
-                           bf16* out, long long rows, int columns, int ranks, int pitch, int span) {
-  add_change(weight, a1, b1, a2, b2, scale, out, rows, columns, ranks, pitch, span);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    NAME(factored_changed_wide)(const bf16* weight, const float* a1, const bf16* b1, const float* a2, const bf16* b2,
-                                const float* scale, bf16* out, long long rows, int columns, int ranks, int pitch,
-                                int span) {
-  add_change(weight, a1, b1, a2, b2, scale, out, rows, columns, ranks, pitch, span);
 }

@@ -13,8 +13,7 @@ from lycoris_cupy.ops.changed import (
     low_rank_changed,
     scaled_changed,
 )
-from lycoris_cupy.ops.factored_gpu import strips
-from lycoris_cupy.ops.two_products import two_products
+from lycoris_cupy.ops.factored_gpu import strips, variant
 from tests.bounds import assert_within, bound
 
 SCALE = 0.703125
@@ -86,7 +85,6 @@ def test_low_rank(taps, inputs, rank, outputs, dtype, device):
     assert_within(host(out), expected, bound(expected, size, rank + 2, dtype))
 
 
-@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "taps, inputs, rank, outputs",
@@ -94,47 +92,105 @@ def test_low_rank(taps, inputs, rank, outputs, dtype, device):
         (1, 24, 8, 40),
         (9, 7, 3, 11),
         (2, 301, 16, 520),
+        (1, 35, 1, 8),
         (1, 130, 33, 264),
         (3, 50, 64, 256),
+        (1, 40001, 64, 200),  # strips of several tiles
         (1, 9, 70, 16),
     ],
 )
-def test_hadamard(taps, inputs, rank, outputs, dtype, wide, device):
+def test_hadamard(taps, inputs, rank, outputs, dtype, device):
     """Tails in rows, columns and ranks; more ranks than the kernel takes."""
     rng = np.random.default_rng(3)
     w, down1, down2 = (draw(rng, taps, inputs, n) for n in (outputs, rank, rank))
     up1, up2 = draw(rng, 1, rank, outputs), draw(rng, 1, rank, outputs)
-    if wide:  # values that bf16 does not hold
-        down1, down2 = (d.astype(np.float32) * np.float32(1.001) for d in (down1, down2))
-        down1, down2 = (d.astype(np.float64) for d in (down1, down2))
-    downs = put(device, wide_dtype(dtype) if wide else dtype, down1, down2)
-    ups = put(device, dtype, up1, up2)
-    (weight,) = put(device, dtype, w)
-    out = hadamard_changed(weight, downs[0], ups[0], downs[1], ups[1], scale_on(device, dtype))
+    out = hadamard_changed(*put(device, dtype, w, down1, up1, down2, up2), scale_on(device, dtype))
     expected = w + SCALE * (down1 @ up1) * (down2 @ up2)
     size = abs(w) + SCALE * (abs(down1) @ abs(up1)) * (abs(down2) @ abs(up2))
-    # Two sums of `rank` terms are multiplied; a wide down counts with 16 bits in two halves.
-    limit = bound(expected, size, 2 * rank + 4, dtype) + (2.0**-15 * size if wide else 0)
+    # Two sums of `rank` terms are multiplied.
+    assert_within(host(out), expected, bound(expected, size, 2 * rank + 4, dtype))
+
+
+# taps, inputs, ranks of the core's two sides, outputs; rows whose tiles end with their tap, strips that
+# begin and end inside one, of several taps or of one tile, and what the kernel does not take.
+CORES = [
+    (1, 16, 16, 16, 8),
+    (4, 24, 8, 8, 40),
+    (9, 33, 5, 5, 16),
+    (9, 301, 16, 16, 264),
+    (27, 17, 1, 1, 24),
+    (4, 1, 17, 17, 136),
+    (9, 50, 32, 32, 256),
+    (3, 40, 33, 33, 16),
+    (9, 47, 64, 64, 72),
+    (9, 5003, 16, 16, 8),  # strips of several tiles
+    (4, 9, 70, 70, 16),
+    (3, 9, 4, 4, 11),
+    (2, 9, 0, 0, 16),
+]
+UNEQUAL = [(9, 33, 24, 8, 40), (4, 50, 3, 30, 72), (3, 20, 64, 5, 16), (2, 9, 4, 0, 16)]
+
+
+def with_core(rng, taps, inputs, rows, rank):
+    """A down, and a core that makes values of about its size of it."""
+    down, core = draw(rng, 1, inputs, rows), draw(rng, taps, rows, rank)
+    return down, (core / max(rows, 1) ** 0.5).astype(bf16).astype(np.float64)
+
+
+@pytest.mark.parametrize("factor", [SCALE, 0.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("taps, inputs, rows, rank, outputs", CORES + UNEQUAL)
+def test_low_rank_with_a_core(taps, inputs, rows, rank, outputs, dtype, factor, device):
+    rng = np.random.default_rng(4)
+    w, up = draw(rng, taps, inputs, outputs), draw(rng, 1, rank, outputs)
+    down, core = with_core(rng, taps, inputs, rows, rank)
+    weight, down_on, up_on, core_on = put(device, dtype, w, down, up, core)
+    scale = to_device(np.array([factor], wide_dtype(dtype)), device)
+    out = low_rank_changed(weight, down_on, up_on, scale, core_on)
+    assert out.dtype == dtype
+    if not factor:
+        assert (host(out) == w).all()
+        return
+    expected = w + SCALE * down @ core @ up
+    size = abs(w) + SCALE * abs(down) @ abs(core) @ abs(up)
+    # What down and core make counts with 16 bits, in two halves.
+    limit = bound(expected, size, rows + rank + 4, dtype) + 2.0**-16 * size
     assert_within(host(out), expected, limit)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "taps, inputs, rank, outputs", [(9, 24, 16, 40), (4, 33, 5, 16), (2, 301, 40, 520)]
-)
-def test_low_rank_with_a_wide_down(taps, inputs, rank, outputs, dtype, device):
-    """A down that a core was folded into."""
-    rng = np.random.default_rng(4)
-    w, down, up = (
-        draw(rng, taps, inputs, outputs),
-        draw(rng, taps, inputs, rank),
-        draw(rng, 1, rank, outputs),
+@pytest.mark.parametrize("taps, inputs, rows, rank, outputs", CORES)
+def test_hadamard_with_cores(taps, inputs, rows, rank, outputs, dtype, device):
+    rng = np.random.default_rng(7)
+    w, up1, up2 = draw(rng, taps, inputs, outputs), *(draw(rng, 1, rank, outputs) for _ in "12")
+    (down1, core1), (down2, core2) = (with_core(rng, taps, inputs, rows, rank) for _ in "12")
+    out = hadamard_changed(
+        *put(device, dtype, w, down1, up1, down2, up2),
+        scale_on(device, dtype),
+        *put(device, dtype, core1, core2),
     )
-    down = (down.astype(np.float32) * np.float32(1.001)).astype(np.float64)
-    (weight, up_on), (down_on,) = put(device, dtype, w, up), put(device, wide_dtype(dtype), down)
-    out = low_rank_changed(weight, down_on, up_on, scale_on(device, dtype))
-    expected, size = w + SCALE * down @ up, abs(w) + SCALE * abs(down) @ abs(up)
-    assert_within(host(out), expected, bound(expected, size, rank + 4, dtype) + 2.0**-16 * size)
+    expected = w + SCALE * (down1 @ core1 @ up1) * (down2 @ core2 @ up2)
+    size = SCALE * (abs(down1) @ abs(core1) @ abs(up1)) * (abs(down2) @ abs(core2) @ abs(up2))
+    size += abs(w)
+    limit = bound(expected, size, 2 * (rows + rank) + 4, dtype) + 2.0**-15 * size
+    assert out.dtype == dtype
+    assert_within(host(out), expected, limit)
+
+
+def test_factors_that_are_views(device):
+    """At addresses and with strides that the kernel cannot read 16 bytes at a time."""
+    rng = np.random.default_rng(8)
+    w, up = draw(rng, 2, 20, 24), draw(rng, 1, 17, 24)
+    down, core = with_core(rng, 2, 20, 16, 16)
+    weight, down_on, up_on, core_on = put(
+        device, bf16, w, down.swapaxes(1, 2), up, core.swapaxes(1, 2)
+    )
+    out = low_rank_changed(
+        weight, down_on.swapaxes(1, 2), up_on[:, 1:], scale_on(device, bf16), core_on.swapaxes(1, 2)
+    )
+    expected = w + SCALE * down @ core @ up[:, 1:]
+    size = abs(w) + SCALE * abs(down) @ abs(core) @ abs(up[:, 1:])
+    assert_within(host(out), expected, bound(expected, size, 36, bf16) + 2.0**-16 * size)
 
 
 @pytest.mark.parametrize("wide", [(), (0,), (1,), (0, 1)], ids=str)
@@ -158,36 +214,25 @@ def test_kron(sizes, dtype, wide, device):
     assert_within(host(out), w + delta, bound(w + delta, abs(w) + abs(delta), 3, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "first, second",
-    [  # taps of a and b, rows, ranks, columns
-        ((1, 1, 5, 3, 7), (4, 1, 70, 17, 130)),
-        ((1, 9, 33, 16, 16), (1, 9, 65, 5, 64)),
-        ((3, 3, 64, 0, 65), (1, 1, 0, 2, 3)),
-        ((1, 1, 0, 2, 3), (2, 2, 1, 1, 1)),
-    ],
-)
-def test_two_products(first, second, dtype, device):
-    rng = np.random.default_rng(6)
-    sizes = [((a, m, k), (b, k, n)) for a, b, m, k, n in (first, second)]
-    pairs = [(draw(rng, *a), draw(rng, *b)) for a, b in sizes]
-    found = two_products(*put(device, dtype, *pairs[0], *pairs[1]))
-    for out, (a, b) in zip(found, pairs, strict=True):
-        assert out.dtype == wide_dtype(dtype)
-        limit = bound(a @ b, abs(a) @ abs(b), a.shape[2] + 1, wide_dtype(dtype))
-        assert_within(host(out), a @ b, limit)
+@pytest.mark.parametrize("tiles", [1, 2, 192, 1440])
+@pytest.mark.parametrize("across", [1, 10, 96, 7813])
+def test_strips_run_at_once(tiles, across):
+    """Every tile has a strip, none is empty, and all of them fit unless the columns alone do not."""
+    for held in (1, 2, 4, 6):
+        grid, span = strips(tiles, across, held * 132)
+        assert grid[0] == across and grid[1] * span >= tiles > (grid[1] - 1) * span
+        assert across * grid[1] <= held * 132 or grid[1] == 1
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17, 3072, 23040])
-@pytest.mark.parametrize("columns", [8, 1280, 12288, 10**6])
-def test_strips_run_at_once(rows, columns):
-    """Every row has a strip, none is empty, and all of them fit unless the columns alone do not."""
-    for held in (3, 4, 5, 6):
-        (across, down), span = strips(rows, columns, held, 132)
-        assert across * 128 >= columns > (across - 1) * 128
-        assert down * span * 16 >= rows > (down - 1) * span * 16
-        assert across * down <= held * 132 or down == 1
+def test_the_variant_with_enough_ranks_is_taken():
+    for hadamard, core in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        most = 32 if hadamard and core else 64
+        for ranks, taken in ((1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64)):
+            found = variant(ranks, hadamard, core)
+            assert (found and int(found["RANKS"])) == (taken if taken <= most else None)
+            if found:  # 48 KB of shared memory without being asked for
+                assert int(found["WARPS"]) * int(found["AHEAD"]) <= 48
+        assert variant(0, hadamard, core) is variant(65, hadamard, core) is None
 
 
 def test_what_does_not_fit_is_refused():
@@ -202,9 +247,10 @@ def test_what_does_not_fit_is_refused():
         scaled_changed(w, np.zeros((1, 4, 5)), scale)
     with pytest.raises(DtypeError, match="cast one of them"):
         low_rank_changed(w, np.zeros((1, 4, 2), np.float32), np.zeros((1, 2, 6)), scale)
-    with pytest.raises(ShapeError, match="b2 has shape"):
-        two_products(w, np.zeros((1, 6, 2)), w, np.zeros((1, 5, 2)))
-    with pytest.raises(ShapeError, match="b1 has shape"):
-        two_products(np.zeros((2, 3, 4)), np.zeros((3, 4, 2)), w, np.zeros((1, 6, 2)))
-    with pytest.raises(DtypeError):
-        two_products(w, np.zeros((1, 6, 2), np.float32), w, np.zeros((1, 6, 2)))
+    with pytest.raises(ShapeError, match=r"up has shape \(1, 3, 6\), expected \(1, 2, 6\)"):
+        low_rank_changed(w, np.zeros((1, 4, 2)), np.zeros((1, 3, 6)), scale)
+    with pytest.raises(ShapeError, match=r"down has shape \(1, 4, 2\), expected \(1, 4, 3\)"):
+        low_rank_changed(w, np.zeros((1, 4, 2)), np.zeros((1, 5, 6)), scale, np.zeros((1, 3, 5)))
+    with pytest.raises(ShapeError, match="up2 has shape"):
+        down, up = np.zeros((1, 4, 2)), np.zeros((1, 2, 6))
+        hadamard_changed(w, down, up, down, up[:, 1:], scale)

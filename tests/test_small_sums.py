@@ -10,7 +10,7 @@ from tests.bounds import assert_within, bound
 
 SIZES = {"t": 3, "i": 4, "o": 5, "p": 2, "q": 6}
 SPECS = [
-    "tio,po->tip", "tio,tip->po", "tio,iq->tqo", "tip,tqp->iq", "tip,iq->tqp", "tqo,tqp->po",
+    "tio,po->tip", "tio,tip->po", "tio,iq->tqo", "tip,tqp->iq", "tip,iq->tqp", "tqo,tqp->po", "ip,po->io",
 ]  # fmt: skip
 LARGER = {"t": 9, "i": 40, "o": 33, "p": 16, "q": 7}
 
@@ -40,11 +40,14 @@ def test_strides(spec):
 @pytest.mark.parametrize("dtype", [bf16, np.dtype(np.float32), np.dtype(np.float64)], ids=str)
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_sums(count, dtype, scaled):
+@pytest.mark.parametrize("narrow", [False, True])
+def test_sums(count, dtype, scaled, narrow):
+    """narrow: both factors are of the storage dtype. The last specs have fewer axes."""
     wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
-    given = [(spec, *arrays(spec, LARGER, i)) for i, spec in enumerate(SPECS[:count])]
+    given = [(spec, *arrays(spec, LARGER, i)) for i, spec in enumerate(SPECS[-count:])]
+    left = dtype if narrow else wide
     sums = [
-        Sum(spec, to_device(a.astype(wide), "cuda:0"), to_device(b.astype(dtype), "cuda:0"))
+        Sum(spec, to_device(a.astype(left), "cuda:0"), to_device(b.astype(dtype), "cuda:0"))
         for spec, a, b in given
     ]
     factor = 0.703125 if scaled else 1.0

@@ -94,10 +94,7 @@ class LoCon(Adapter):
     def changed(self, weight: Array, p: Parameters, scale: Array) -> Array | None:
         if self.per_tap:
             return None
-        down = p["down"]
-        if self.tucker:  # down and core together are the down factor of a plain pair
-            down = fold_core(reshape(down, down.shape[1:]), p["mid"])
-        return low_rank_changed(weight, down, p["up"], scale)
+        return low_rank_changed(weight, p["down"], p["up"], scale, p.get("mid"))
 
     def square(self, weight: Array, p: Parameters, square: Array, scale: Array, axis: str) -> Array:
         down = p["down"]

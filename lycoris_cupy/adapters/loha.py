@@ -24,7 +24,6 @@ from ..ops.hadamard import face_split, hadamard_weight
 from ..ops.low_rank import fold_core
 from ..ops.shapes import reshape
 from ..ops.squares import low_rank_square
-from ..ops.two_products import two_products
 from ..svd import Svd, flat_rows, product_svd
 from .base import Adapter, Parameters
 from .factor import Factor, extents, kernel_of, require_two_axes
@@ -82,11 +81,8 @@ class LoHa(Adapter):
         return hadamard_weight(first, p["w1_up"], second, p["w2_up"], scale)
 
     def changed(self, weight: Array, p: Parameters, scale: Array) -> Array | None:
-        if self.tucker:
-            first, second = two_products(p["w1_down"], p["t1"], p["w2_down"], p["t2"])
-        else:
-            first, second = p["w1_down"], p["w2_down"]
-        return hadamard_changed(weight, first, p["w1_up"], second, p["w2_up"], scale)
+        factors = (p[name] for name in ("w1_down", "w1_up", "w2_down", "w2_up"))
+        return hadamard_changed(weight, *factors, scale, p.get("t1"), p.get("t2"))
 
     def _pair(self, p: Parameters, dtype) -> tuple[Array, Array]:
         """The exact factors of rank R^2: (taps, IN, R^2) and (1, R^2, OUT)."""

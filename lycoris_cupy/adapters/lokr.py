@@ -31,8 +31,8 @@ from ..ops.low_rank import low_rank_weight, tucker_weight
 from ..ops.mixed import mixed_product
 from ..ops.product import product
 from ..ops.shapes import reshape
+from ..ops.small_sums import Sum, small, small_sums
 from ..ops.squares import changed_square
-from ..ops.two_products import two_products
 from ..svd import Svd, flat_rows, kron_svd, matrix_svd, product_svd
 from ..tape import value_of
 from .base import Adapter, DropRanks, Parameters
@@ -189,10 +189,12 @@ class LoKr(Adapter):
         return {**p, "mask": drop(ones, 0, 0)}
 
     def changed(self, weight: Array, p: Parameters, scale: Array) -> Array | None:
-        if self.w1_rank is None or self.w2_rank is None or self.tucker:
-            return kron_changed(weight, self._w1(p), self._w2(p), scale)
-        w1, w2 = two_products(p["w1_a"][None], p["w1_b"][None], p["w2_down"], p["w2_up"])
-        return kron_changed(weight, w1[0], w2, scale)
+        if self.w1_rank is not None and self.w2_rank is not None and not self.tucker:
+            first = Sum("lr,rm->lm", p["w1_a"], p["w1_b"])
+            second = Sum("tnr,rk->tnk", p["w2_down"], p["w2_up"][0])
+            if small(first, second):
+                return kron_changed(weight, *small_sums((first, second)), scale)
+        return kron_changed(weight, self._w1(p), self._w2(p), scale)
 
     def square(self, weight: Array, p: Parameters, square: Array, scale: Array, axis: str) -> Array:
         if "mask" in p:

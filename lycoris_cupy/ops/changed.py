@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arrays import Array, like, on_gpu, require_same, wide, wide_dtype
+from ..arrays import Array, like, on_gpu, require_axes, require_same, wide, wide_dtype
 from ..errors import ShapeError
 from ..kernels import kernel
+from .columns import rows_of
 from .elementwise import cast, require_factor
-from .factored_gpu import factored_changed
+from .factored_gpu import Pair, factored_changed
 from .hadamard import hadamard_weight
-from .low_rank import low_rank_weight
+from .low_rank import fold_core, low_rank_weight
 
 _KRON_ROWS = 4  # of kron_changed, as in kron.cu
 
@@ -52,44 +53,54 @@ def scaled_changed(weight: Array, delta: Array, scale: Array) -> Array:
     return out
 
 
-def low_rank_changed(weight: Array, down: Array, up: Array, scale: Array) -> Array:
-    """weight[t] + scale[0] * down[t] @ up.  weight: (taps, IN, OUT). down: (taps, IN, R), of the
-    dtype of weight or wide. up: (1, R, OUT), of the dtype of weight. scale: (1,) wide.
+def low_rank_changed(
+    weight: Array, down: Array, up: Array, scale: Array, core: Array | None = None
+) -> Array:
+    """weight[t] + scale[0] * down[t] @ up, where down[t] is down @ core[t] of a pair with a core.
+
+    weight: (taps, IN, OUT). down: (taps, IN, R), or (1, IN, Q). core: None, or (taps, Q, R). up:
+    (1, R, OUT), all of one dtype. scale: (1,) wide. Raises ShapeError, DtypeError.
     """
-    require_same("weight", weight, "up", up)
-    if down.dtype != wide_dtype(weight.dtype):
-        require_same("weight", weight, "down", down)
     require_factor(scale, weight)
-    taps, inputs, rank = down.shape
-    _require_shape(weight, (taps, inputs, up.shape[2]))
+    pair = _pair(weight, "", down, up, core)
     if not on_gpu(weight):
-        total = np.matmul(wide(down), wide(up))
+        total = np.matmul(wide(_folded(pair)), wide(up))
         total *= scale
         total += wide(weight)
         return like(total, weight)
-    out = factored_changed(weight, scale, (down, up))
+    out = factored_changed(weight, scale, pair)
     if out is not None:
         return out
+    down = _folded(pair)
     if down.dtype != weight.dtype:
         return changed(weight, low_rank_weight(down, up, scale))
     from ..gemm import gemm
 
-    flat = weight.reshape(taps * inputs, weight.shape[2])
     # The weight is what the product's accumulators start from.
-    out = gemm(down.reshape(taps * inputs, rank), up[0], scale=scale, add=flat)
+    out = gemm(rows_of(down), up[0], scale=scale, add=rows_of(weight))
     return out.reshape(weight.shape)
 
 
 def hadamard_changed(
-    weight: Array, down1: Array, up1: Array, down2: Array, up2: Array, scale: Array
+    weight: Array,
+    down1: Array,
+    up1: Array,
+    down2: Array,
+    up2: Array,
+    scale: Array,
+    core1: Array | None = None,
+    core2: Array | None = None,
 ) -> Array:
-    """weight[t] + scale[0] * (down1[t] @ up1) * (down2[t] @ up2).  Shapes as for `hadamard_weight`;
-    the downs of the dtype of weight, or both wide.
+    """weight[t] + scale[0] * (down1[t] @ up1) * (down2[t] @ up2), each pair as those of
+    `low_rank_changed`, and both with a core or neither.
     """
-    _require_shape(weight, (*down1.shape[:2], up1.shape[2]))
-    pairs = (down1, up1), (down2, up2)
+    require_factor(scale, weight)
+    pairs = _pair(weight, "1", down1, up1, core1), _pair(weight, "2", down2, up2, core2)
     out = factored_changed(weight, scale, *pairs) if on_gpu(weight) else None
-    return changed(weight, hadamard_weight(down1, up1, down2, up2, scale)) if out is None else out
+    if out is not None:
+        return out
+    first, second = map(_folded, pairs)
+    return changed(weight, hadamard_weight(first, up1, second, up2, scale))
 
 
 def kron_changed(weight: Array, w1: Array, w2: Array, scale: Array) -> Array:
@@ -123,6 +134,28 @@ def kron_changed(weight: Array, w1: Array, w2: Array, scale: Array) -> Array:
             grid, (block,), weight, *factors[0], *factors[1], scale, out, rows, columns, n, k
         )
     return out
+
+
+def _pair(weight: Array, name: str, down: Array, up: Array, core: Array | None) -> Pair:
+    """The factors, which fit each other and the weight."""
+    given = {"down": down, "up": up} | ({} if core is None else {"core": core})
+    for what, factor in given.items():
+        require_axes(factor, 3, f"{what}{name}", "(taps or 1, rows, columns)")
+        require_same("weight", weight, f"{what}{name}", factor)
+    left = down if core is None else core
+    _require_shape(weight, (left.shape[0], down.shape[1], up.shape[2]))
+    expected = {"up": (1, left.shape[2], up.shape[2])}
+    if core is not None:
+        expected["down"] = (1, down.shape[1], core.shape[1])
+    for what, shape in expected.items():
+        if tuple(given[what].shape) != shape:
+            raise ShapeError(f"{what}{name} has shape {tuple(given[what].shape)}, expected {shape}")
+    return Pair(down, up, core)
+
+
+def _folded(pair: Pair) -> Array:
+    """The down factor of a plain pair: (taps, IN, R), of a Tucker pair wide."""
+    return pair.down if pair.core is None else fold_core(pair.down[0], pair.core)
 
 
 def _require_shape(weight: Array, expected) -> None:

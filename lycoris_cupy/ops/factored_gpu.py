@@ -1,67 +1,102 @@
 """The launch of cuda_src/changed.cu: a weight with a low-rank change, or the elementwise product of
-two, added in one pass over it.
+two, each with a Tucker core or without, added in one pass over it.
 
-Refused, with None: other dtypes than bf16 (and wide downs), more than 64 ranks, rows that are no
-multiple of 16 bytes.
+Refused, with None: other dtypes than bf16, more than 64 ranks (32 of two pairs with cores), rows
+that are no multiple of 16 bytes.
 """
 
 from __future__ import annotations
 
-from ..arrays import Array, bf16, f32
+import functools
+from typing import NamedTuple
+
+from ..arrays import Array, bf16
+from ..cuda_source import define_sets, expand
 from ..kernels import kernel
 from .aligned import aligned
 from .columns import bits
 from .conv_gpu import processors
 
-# As in changed.cu.
-_COLUMNS, _ROWS, _THREADS = 128, 16, 128
-_BLOCKS = {16: 6, 32: 5, 64: 4}  # on a multiprocessor, by ranks; one less for two pairs
+_ROWS, _FILE = 16, "changed.cu"
 
 
-def factored_changed(weight: Array, scale: Array, *pairs: tuple[Array, Array]) -> Array | None:
-    """weight[t] + scale[0] * the elementwise product of each pair's down[t] @ up.  weight: (taps,
-    IN, OUT). down: (taps, IN, R), all bf16 or all f32. up: (1, R, OUT). scale: (1,) f32.
+class Pair(NamedTuple):
+    """down[t] @ up, or down @ core[t] @ up.
+
+    down: (taps, IN, R), or (1, IN, Q). up: (1, R, OUT). core: None, or (taps, Q, R).
+    """
+
+    down: Array
+    up: Array
+    core: Array | None = None
+
+
+def factored_changed(weight: Array, scale: Array, *pairs: Pair) -> Array | None:
+    """weight[t] + scale[0] * the elementwise product of what the pairs, one or two, are.  weight:
+    (taps, IN, OUT). scale: (1,) f32. The factors of two pairs have the same shapes.
     """
     import cupy
 
-    downs, ups = zip(*pairs, strict=True)
-    (taps, inputs, rank), kept = downs[0].shape, downs[0].dtype
-    width = next((r for r in _BLOCKS if 0 < rank <= r), None)
-    alike = all(d.shape == downs[0].shape and d.dtype == kept for d in downs)
-    if width is None or not alike or not aligned(weight) or any(u.dtype != bf16 for u in ups):
+    first, (taps, inputs, columns) = pairs[0], weight.shape
+    ranks, core = first.up.shape[1], first.core is not None
+    defines = variant(max(ranks, first.down.shape[2]), len(pairs) - 1, int(core))
+    alike = all(_shapes(pair) == _shapes(first) for pair in pairs)
+    narrow = all(a.dtype == bf16 for pair in pairs for a in pair if a is not None)
+    small = taps * inputs < 1 << 30  # rows are counted in int
+    if defines is None or not (alike and narrow and small and aligned(weight)):
         return None
-    rows, columns, hadamard = taps * inputs, weight.shape[2], len(pairs) - 1
-    op = "factored_changed_wide" if kept == f32 else "factored_changed"
-    launch = kernel("changed.cu", op, bf16, RANKS=width, HADAMARD=hadamard)
-    grid, span = strips(rows, columns, _BLOCKS[width] - hadamard, processors())
-    pitch = -(-rank // 8) * 8
+    if not core:  # all rows are those of one tap
+        taps, inputs = 1, taps * inputs
+    warps, held = int(defines["WARPS"]), int(defines["BLOCKS"])
+    tiles = taps * -(-inputs // _ROWS)
+    grid, span = strips(tiles, -(-columns // (32 * warps)), held * processors())
     arrays = [
         a
-        for down, up in (pairs * 2)[:2]
-        for a in (_padded(down, pitch), cupy.ascontiguousarray(up))
+        for down, up, core in ((_padded(p.down), _padded(p.up), _padded(p.core)) for p in pairs)
+        for a in (down, core, up)
     ]
+    arrays += [None] * (6 - len(arrays))
+    core_rows, core_pitch = (0, 0) if not core else arrays[1].shape[1:]
     out = cupy.empty(weight.shape, bf16)
-    launch(grid, (_THREADS,), weight, *arrays, scale, out, rows, columns, rank, pitch, span)
+    kernel(_FILE, "factored_changed", bf16, **defines)(
+        grid, (32 * warps,), weight, *arrays, scale, out,
+        taps, inputs, columns, ranks, arrays[0].shape[2], core_rows, core_pitch, span,
+    )  # fmt: skip
     return out
 
 
-def strips(rows: int, columns: int, held: int, count: int) -> tuple[tuple[int, int], int]:
-    """(grid, tiles of 16 rows a strip): as many strips as all run at once, since whoever starts
-    late reads its part of the ups while nothing else is left to do.
+@functools.cache
+def variant(ranks: int, hadamard: int, core: int) -> dict[str, str] | None:
+    """The define set of changed.cu with the fewest ranks that are enough, or None."""
+    found = [
+        defines
+        for defines in define_sets(expand(_FILE))["bf16"]
+        if 0 < ranks <= int(defines["RANKS"])
+        and (hadamard, core) == (int(defines["HADAMARD"]), int(defines["CORE"]))
+    ]
+    return min(found, key=lambda defines: int(defines["RANKS"]), default=None)
 
-    held: blocks that a multiprocessor holds. count: multiprocessors.
+
+def strips(tiles: int, across: int, at_once: int) -> tuple[tuple[int, int], int]:
+    """(grid, tiles a strip): as many strips as all run at once, since whoever starts late reads its
+    part of the ups while nothing else is left to do.
+
+    across: strips beside each other. at_once: blocks that the GPU holds.
     """
-    across, tiles = -(-columns // _COLUMNS), -(-rows // _ROWS)
-    span = -(-tiles // max(1, min(tiles, held * count // across, 65535)))
+    span = -(-tiles // max(1, min(tiles, at_once // across, 65535)))
     return (across, -(-tiles // span)), span
 
 
-def _padded(down: Array, pitch: int) -> Array:
-    """down with zeros up to `pitch` columns, at an address of a multiple of 16 bytes."""
+def _shapes(pair: Pair) -> list[tuple[int, ...] | None]:
+    return [None if a is None else tuple(a.shape) for a in pair]
+
+
+def _padded(factor: Array | None) -> Array | None:
+    """factor with zeros up to a multiple of 8 columns, at an address of a multiple of 16 bytes."""
     import cupy
 
-    if down.shape[2] == pitch and down.flags.c_contiguous and down.data.ptr % 16 == 0:
-        return down
-    out = cupy.zeros((*down.shape[:2], pitch), bits(down).dtype)
-    out[..., : down.shape[2]] = bits(down)
-    return out.view(down.dtype)
+    if factor is None or aligned(factor):
+        return factor
+    out = cupy.zeros((*factor.shape[:2], -(-factor.shape[2] // 8) * 8), bits(factor).dtype)
+    out[..., : factor.shape[2]] = bits(factor)
+    return out.view(factor.dtype)

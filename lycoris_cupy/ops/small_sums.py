@@ -1,5 +1,5 @@
 """Sums of products of small arrays, several in one launch: what a small weight's factors get of its
-gradient, where a launch for each takes longer than the sums.
+gradient, and what it is made of, where a launch for each takes longer than the sums.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..arrays import Array, on_gpu
+from ..arrays import Array, on_gpu, wide_dtype
 from ..kernels import kernel
 
 _JOB = np.dtype(
@@ -26,7 +26,7 @@ _SMALL = 1 << 22  # multiply-adds up to which a launch costs more. Estimated
 
 class Sum(NamedTuple):
     """spec: as numpy.einsum's, 'tio,po->tip', with at most three axes of the result and two that
-    are summed over. a: wide. b: of the storage dtype.
+    are summed over. a: wide, or of the dtype of b. b: of the storage dtype.
     """
 
     spec: str
@@ -48,23 +48,24 @@ def small(*sums: Sum) -> bool:
 
 
 def small_sums(sums: Sequence[Sum], scale: Array | None = None) -> list[Array]:
-    """scale * einsum(spec, a, b) of each, wide, for up to three that are `small`.  scale: (1,)
-    wide, or None for 1.
+    """scale * einsum(spec, a, b) of each, wide, for up to three that are `small`, the a of one
+    dtype.  scale: (1,) wide, or None for 1.
     """
     import cupy
 
+    left, right = sums[0].a.dtype, sums[0].b.dtype
+    kept = wide_dtype(right)
     jobs, arguments, outs = [], [], []
     for term in sums:
         job, shape = _job(term)
-        out = cupy.empty(shape, term.a.dtype)
+        out = cupy.empty(shape, kept)
         jobs.append(job), outs.append(out), arguments.extend((term.a, term.b, out))
     missing = _MOST - len(jobs)
     jobs += [np.zeros((), _JOB)] * missing
     arguments += [None] * 3 * missing
     grid = sum(int(job["blocks"]) for job in jobs)
-    kernel("small_sums.cu", "small_sums", sums[0].b.dtype)(
-        (grid,), (_THREADS,), *arguments, scale, *jobs
-    )
+    op = "small_sums" if left == kept else "small_sums_narrow"
+    kernel("small_sums.cu", op, right)((grid,), (_THREADS,), *arguments, scale, *jobs)
     return outs
 
 
