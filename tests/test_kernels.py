@@ -259,13 +259,15 @@ def good():
 def test_arguments_become_the_exact_c_types(launched):
     launch, passed = launched
     launch((2,), (64,), *good(), shared=16)
-    grid, block, values, shared = passed[0]
-    assert (grid, block, shared) == ((2,), (64,), 16)
+    grid, block, values, *more = passed[0]
+    assert (grid, block, more) == ((2,), (64,), [16, None, False])
     kinds = [type(v) for v in values[4:7]]
     assert kinds == [np.int32, np.int64, np.float32] and values[4:7] == [3, 10**10, 2.5]
     assert values[7] is SHAPE
     launch((1,), (1,), None, *good()[1:7], SHAPE[()])  # a null pointer; a scalar of the struct
     assert passed[1][2][0] is None and passed[1][2][7].dtype == SHAPE.dtype
+    launch((2,), (64,), *good(), together=True)  # the current stream, cooperative
+    assert passed[2][3:] == (0, None, True)
 
 
 @pytest.mark.parametrize(
