@@ -14,6 +14,11 @@
 
 constexpr int HALVES = SIDE / 8, ITEMS = 4 / HALVES;  // items in flight: 8 loads of 16 bytes a lane
 constexpr int THREADS = 256, WARPS = THREADS / 32;
+#if __CUDA_ARCH__ >= 1200
+constexpr int BLOCKS = 2;  // on a multiprocessor; three would spill
+#else
+constexpr int BLOCKS = 3;
+#endif
 
 struct Item {
   Chunk g[HALVES], x[HALVES];
@@ -31,13 +36,15 @@ __device__ __forceinline__ unsigned turned(unsigned v) {
 }
 
 // Grid (parts, l / SIDE, m / SIDE). w1, and dw1 in each part, hold (l, m) at l * l_step + m * m_step. Lanes, then
-// warps, then (outside) parts are added in a fixed order.
-extern "C" __global__ void __launch_bounds__(THREADS, 3)
-    NAME(mix_gradients)(const T* g,   // (positions, L * N)
-                        const T* x,   // (positions, M * N)
-                        const T* w1,  // (L, M), or (M, L); null without dx
-                        T* dx,        // (positions, M * N), or null; then L and M are SIDE at most
-                        A* partial,   // (gridDim.x, L, M), or (gridDim.x, M, L)
+// warps, then parts are added in a fixed order.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    NAME(mix_gradients)(const T* g,      // (positions, L * N)
+                        const T* x,      // (positions, M * N)
+                        const T* w1,     // (L, M), or (M, L); null without dx
+                        T* dx,           // (positions, M * N), or null; then L and M are SIDE at most
+                        A* partial,      // (gridDim.x, L, M), or (gridDim.x, M, L)
+                        A* dw1,          // their sum, by the last block of a tile to come; or null
+                        unsigned* seen,  // (gridDim.y, gridDim.z), with dw1: zeros before and after
                         unsigned items, int L, int M, int N, int l_step, int m_step) {
   __shared__ float sums[WARPS][SIDE * SIDE];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, q = lane % 4;
@@ -114,4 +121,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
     for (int w = 0; w < WARPS; ++w) total += sums[w][threadIdx.x];
     partial[(long long)blockIdx.x * L * M + (long long)l * l_step + (long long)m * m_step] = total;
   }
+  if (!dw1) return;
+
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicInc(seen + blockIdx.y * gridDim.z + blockIdx.z, gridDim.x - 1) == gridDim.x - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  constexpr int SHARES = THREADS / (SIDE * SIDE);  // threads of an element
+  const int mine = threadIdx.x / SHARES, share = threadIdx.x % SHARES;
+  const int to_l = l0 + mine / SIDE, to_m = m0 + mine % SIDE;
+  const bool inside = to_l < L && to_m < M;
+  const int at = to_l * l_step + to_m * m_step;
+  float total = 0;
+#pragma unroll 4
+  for (int part = share; part < gridDim.x; part += SHARES)
+    if (inside) total += __ldcg(partial + (long long)part * L * M + at);
+#pragma unroll
+  for (int step = 1; step < SHARES; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+  if (inside && share == 0) dw1[at] = total;
 }

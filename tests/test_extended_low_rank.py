@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lycoris_cupy import bf16, ops, plan, to_device
-from lycoris_cupy.ops import extended_low_rank_gpu
+from lycoris_cupy.ops import counters
 from lycoris_cupy.ops.extended_gpu import hopper
 from lycoris_cupy.ops.extended_low_rank_gpu import low_rank, plan_low_rank
 from lycoris_cupy.tape import Tape
@@ -65,7 +65,7 @@ def test_against_f64(size, terms, on_hopper):
     size_of_y += 0 if bias is None else abs(bias)
     limit = bound(expected, size_of_y, inputs + ranks + 3, bf16) + rounded
     assert_within(y, expected, limit, "y")
-    flags = list(extended_low_rank_gpu._kept.values())
+    flags = list(counters._kept.values())
     assert flags and not any(wide(f.view(np.int32)).any() for f in flags)
 
 

@@ -16,6 +16,7 @@ from ..kernels import Kernel, kernel
 from ..tensor_map import ROW, matrix_map
 from .conv_gpu import processors
 from .conv_plan import ceil
+from .counters import COUNTERS, counters
 from .extended_tile import Tile
 
 RANKS = 16  # as in extended_tile.cuh
@@ -23,7 +24,6 @@ _OUT_BOX, _SHARED = (16, 32), 226 * 1024  # as of the extended product
 _TILE = Tile(192, 192, 192, 0.0)
 _THREADS = 512
 _MAKERS = 3  # tiles of a row of tiles that make its h
-_FLAGS = 1 << 10  # of 64 rows each, two numbers a flag; enough for 1024 multiprocessors
 _WAIT = 4000  # cycles until the first round has h: made, told and copied. Estimated
 
 
@@ -45,7 +45,7 @@ def plan_low_rank(positions: int, inner: int, ranks: int, columns: int, count: i
         return None
     height, width = ceil(positions, _TILE.rows), ceil(columns, _TILE.columns)
     # The tiles that make h are the first of their blocks: else whole rounds would wait for a few.
-    if _MAKERS > width or _MAKERS * height > count:
+    if _MAKERS > width or _MAKERS * height > min(count, COUNTERS // 2):
         return None
     tile = _TILE.timed(True, positions, columns, ceil(inner, ROW), 1, count)
     moved = bf16.itemsize * (positions * (inner + columns) + inner * columns)
@@ -75,28 +75,6 @@ def low_rank(x, w, down, up, *, scale, bias) -> tuple[Array, Array]:
         matrix_map(up.data.ptr, (ranks, columns), (RANKS, ROW)),
         matrix_map(y.data.ptr, (positions, columns), _OUT_BOX),
     )
-    args = (*maps, scale, bias, h, scaled, _flags(), *planned.numbers)
+    args = (*maps, scale, bias, h, scaled, counters(), *planned.numbers)
     planned.launch(planned.grid, (_THREADS,), *args, shared=_SHARED, together=True)
     return y, h
-
-
-_kept: dict[tuple[int, int], Array] = {}
-
-
-def _flags() -> Array:
-    """Zeros, which the kernel leaves as zeros, of the current stream: what it runs is one after the
-    other.
-
-    As with cuBLASLt's workspace, a graph must not run at the same time as another one that was
-    captured on the same stream.
-    """
-    import cupy
-
-    stream = cupy.cuda.get_current_stream()
-    key = cupy.cuda.runtime.getDevice(), stream.ptr
-    flags = _kept.get(key)
-    if flags is None:
-        flags = cupy.zeros(2 * _FLAGS, "uint32")
-        if not cupy.cuda.runtime.streamIsCapturing(stream.ptr):  # else zeros only when replayed
-            _kept[key] = flags
-    return flags

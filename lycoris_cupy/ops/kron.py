@@ -27,6 +27,7 @@ from ..tape import Fresh, Primitive, value_of
 from .aligned import aligned
 from .columns import column_sum
 from .conv_gpu import processors
+from .counters import COUNTERS, counters
 from .elementwise import cast, require_factor
 
 
@@ -217,6 +218,7 @@ def mix_gradients(g: Array, x: Array, w1: Array, *, turned: bool = False) -> tup
 
 _SIDES = (8, 16)  # rows and columns of w1 that a block of kron_mix.cu does
 _GRADIENT_WARPS = 8
+_FEW_PARTS = 64  # that the last block adds sooner than another launch
 
 
 def _in_chunks(g, x, n):
@@ -244,11 +246,13 @@ def _gradients(g, x, shape, w1=None, *, turned=False):
     blocks = -(-items * side // (32 * _GRADIENT_WARPS))
     parts = max(min(blocks, 3 * processors() // prod(tiles)), 1)
     partial = cupy.empty((parts, prod(shape)), wide_dtype(x.dtype))
+    few = parts <= _FEW_PARTS and prod(tiles) <= COUNTERS
+    dw1, seen = (cupy.empty(shape, partial.dtype), counters()) if few else (None, None)
     kernel("kron_mix.cu", "mix_gradients", x.dtype, SIDE=side)(
-        (parts, *tiles), (32 * _GRADIENT_WARPS,), g, x, w1, dx, partial, items,
+        (parts, *tiles), (32 * _GRADIENT_WARPS,), g, x, w1, dx, partial, dw1, seen, items,
         rows, columns, n, *steps,
     )  # fmt: skip
-    return dx, column_sum(partial).reshape(shape)
+    return dx, column_sum(partial).reshape(shape) if dw1 is None else dw1
 
 
 def _mix_blocks_vjp(needs, out, x, w1, *, turned):
