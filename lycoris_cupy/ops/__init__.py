@@ -17,6 +17,7 @@ from .kron_square import kron_square
 from .low_rank import fold_core, low_rank_weight, tucker_weight
 from .magnitude import magnitude, shifted
 from .mixed import mixed_product
+from .mixed_extended import mixed_extended
 from .norm import group_norm, layer_norm
 from .product import convolution, product, product_dw, product_dx
 from .ranks import interleave, mask_ranks, take_rows
@@ -71,6 +72,7 @@ __all__ = [
     "magnitude",
     "mask_ranks",
     "mix_blocks",
+    "mixed_extended",
     "mixed_product",
     "multiply",
     "pixel_shuffle",

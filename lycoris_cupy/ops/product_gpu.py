@@ -4,6 +4,7 @@ gradient.
     library    cuBLASLt, where each output position reads one input position
     extended   one kernel for both sums, linear or convolution; on Hopper
     skinny     the same for linear products of few positions: see `skinny_gpu`
+    mixed      likewise, with the mix of a LoKr inside: see `mixed_extended`
     portable   a convolution by mma.sync or, for groups of a few channels, a thread an output; of
                both sums where `joins` says so, and `extended` does not take them
     narrow     a convolution to a few columns, which reads x once: see `narrow_gpu`
@@ -29,7 +30,7 @@ from .conv_extended_plan import joins, term_of
 from .conv_gpu import conv, conv_dw, conv_dx, conv_extended, conv_extended_dx, processors
 from .elementwise import scale as scaled
 from .extended_gpu import Extra, blocks_dx, extended_dx, extended_forward, takes
-from .extended_plan import plan_blocks_dx, plan_dx, plan_forward
+from .extended_plan import Second, plan_blocks_dx, plan_dx, plan_forward
 from .narrow_gpu import narrow_conv, narrow_dw, narrow_dx, suits
 from .pointwise_gpu import pointwise, pointwise_dw, pointwise_dx
 from .scale_columns import scale_columns_gpu
@@ -77,6 +78,20 @@ def forward(
         return forward(x, w, window, scale=None, add=add, bias=bias, spend=True)
     run = {"library": pointwise, "portable": conv, "narrow": narrow_conv}[way]
     return run(x, w, window, scale=scale, add=add, bias=bias, out=out)
+
+
+def mixes(x, w, window: Window, w1, w2, other: Window, planned) -> bool:
+    """Whether x * w + (x mixed by w1) * w2 is estimated to be faster by this plan of a launch that
+    mixes than in any of the ways above after a mix. Of arrays that `skinny_gpu.mixed_plan` takes.
+    """
+    sizes = tuple(x.shape), tuple(w.shape)
+    what, ways, operations, moved = _forward_ways(
+        *sizes, window, Second(tuple(w2.shape), other), True, True, x.dtype, processors()
+    )
+    mix = plan.moving(x.size // w1.shape[1] * sum(w1.shape) * x.dtype.itemsize)
+    ways = {f"{name} after a mix": seconds + mix for name, seconds in ways.items()}
+    ways["mixed"] = planned.seconds(moved)
+    return plan.choose(f"{what} of x mixed", ways, operations, moved) == "mixed"
 
 
 def scaled_forward(x, w, window: Window, c, *, add, bias, extra: Extra, keep: bool, spend: bool):
