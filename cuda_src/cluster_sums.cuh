@@ -2,17 +2,22 @@
 // and the others send it their sums of these, straight from the registers that products leave them in. Its barrier counts
 // the bytes; nobody waits for anybody else. For Hopper.
 //
+// A tile may have RANKS more columns, two pieces at the end, which are added in some clusters only.
+//
 // Adding takes (CLUSTER - 1) * 64 * TILE_N * 4 bytes through the network between multiprocessors, which carries about
 // 15 bytes a cycle and multiprocessor; a warp sends 512 bytes in a row.
 #pragma once
 #include "cluster.cuh"
 #include "hopper.cuh"
 
-#define MOST ((TILE_N / 8 + CLUSTER - 1) / CLUSTER)  // pieces that a block owns, at most
-#define PART_BYTES (GROUP * 16)                      // of a piece from one block
+#ifndef RANKS
+#define RANKS 0
+#endif
+#define MOST (((TILE_N + RANKS) / 8 + CLUSTER - 1) / CLUSTER)  // pieces that a block owns, at most
+#define PART_BYTES (GROUP * 16)                                // of a piece from one block
 #define PARTS_BYTES (MOST * (CLUSTER - 1) * PART_BYTES)
 
-constexpr int PIECES = TILE_N / 8;
+constexpr int PIECES = (TILE_N + RANKS) / 8;
 
 INLINE constexpr int owner_of(int piece) {
   return ((piece + 1) * CLUSTER - 1) / PIECES;
@@ -40,9 +45,9 @@ INLINE void barrier_wait_sent(unsigned barrier) {
 // The place of what comes from the blocks of a cluster; `arrived` is the address of a barrier of one arrival.
 struct Parts {
   unsigned memory, arrived;
-  int rank;
+  int rank, pieces;  // pieces: PIECES, or fewer that are added
 
-  INLINE int count() const { return first_of(rank + 1) - first_of(rank); }
+  INLINE int count() const { return min(first_of(rank + 1), pieces) - min(first_of(rank), pieces); }
 
   // Before any block sends; by one thread, then the cluster meets. warps: those that have rows.
   INLINE void begin(int warps) const {
@@ -51,7 +56,7 @@ struct Parts {
   }
 
   // Sends the others their pieces of this thread's sums; own: those of the block itself.
-  INLINE void send(const float (&sum)[TILE_N / 2], float (&own)[MOST][4]) const {
+  INLINE void send(const float (&sum)[PIECES * 4], float (&own)[MOST][4]) const {
 #pragma unroll
     for (int i = 0; i < MOST * 4; ++i) own[i / 4][i % 4] = 0;
 #pragma unroll
@@ -60,7 +65,7 @@ struct Parts {
       if (owner == rank) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) own[slot][i] = sum[4 * j + i];
-      } else {
+      } else if (j < pieces) {
         const unsigned to = memory + ((rank - (rank > owner)) * MOST + slot) * PART_BYTES + threadIdx.x * 16;
         send4(place_in(to, owner), place_in(arrived, owner), sum + 4 * j);
       }

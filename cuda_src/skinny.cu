@@ -7,6 +7,8 @@
 //
 //   x2[p, l * width2 + k] = sum over m of w1[l, m] * x[p, m * width2 + k]
 //
+// and with RANKS=16 likewise, but for the last bits, as x2[p, r] = sum over k of x[p, k] * down[k, r], width2 <= 16.
+//
 // The time is that of reading w once. A cluster has a strip of TILE_N columns, none of which leaves its block of w2;
 // each of its blocks takes a part of the steps of 64 channels, those of x2 before those of x. Strips read x again, from
 // L2, and the blocks of a cluster send each other their sums (cluster_sums.cuh): wide strips and small clusters make
@@ -16,6 +18,9 @@
 //
 // With MIXED a block takes slices of 64 channels of x2, and of x all that is mixed to these: tiles of x that the first
 // sum has fetched anyway. Their mix is a sum in registers beside the products, element by element in the order of m.
+//
+// With RANKS down stands beside the columns of w, as 16 more of them: each block has its part of x2, multiplies that with
+// w2 (which is linear), and only one cluster adds up x2 itself, where it is wanted.
 //
 // Positions go by 64, and each 64 read w again, from L2. Fewer are 64 all the same: the copy engine writes zeros for
 // those that are not there, and reads nothing.
@@ -34,12 +39,14 @@
 // variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=4 EACH=2 MIXED=1 | TILE_N=128 B_ROWS=1 CLUSTER=3 EACH=2 MIXED=1
 // variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=4 EACH=1 MIXED=1 | TILE_N=128 B_ROWS=1 CLUSTER=3 EACH=1 MIXED=1
 // variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=2 EACH=2 MIXED=1 | TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=2 MIXED=1
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=4 EACH=1 MIXED=0 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=8 EACH=1 MIXED=0 RANKS=16
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=2 EACH=1 MIXED=0 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=1 MIXED=0 RANKS=16
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=2 MIXED=0 RANKS=16
 #define ALL_BYTES ((EACH == 1 ? 226 : 112) * 1024)  // of shared memory, but for barriers and the factors of a mix
 #define RING (ALL_BYTES - 1024 - PARTS_BYTES - MIXED * 64 * 128)
 #include "cluster_sums.cuh"
 #include "skinny.cuh"
-
-constexpr int MOST_MIXED = 64;  // columns of w1
+#include "skinny_terms.cuh"
 
 // Copies the columns from n on of 64 channels from k on, of w or of its block m.
 INLINE void fetch_w(const TensorMap* w, int k, int m, int n, const Stage& stage) {
@@ -52,12 +59,14 @@ INLINE void fetch_w(const TensorMap* w, int k, int m, int n, const Stage& stage)
 }
 
 // Copies the operands of the steps [from, to) of one of the two sums. p: the first position. b: the block of x. n: the
-// first column of w.
-INLINE void fetch(const TensorMap* x, const TensorMap* w, int from, int to, int p, int b, int n, Stage& stage) {
+// first column of w. down: with RANKS.
+INLINE void fetch(const TensorMap* x, const TensorMap* w, const TensorMap* down, int from, int to, int p, int b, int n,
+                  Stage& stage) {
 #pragma unroll 1
   for (int k = from * TILE_K; k < to * TILE_K; k += TILE_K) {
     stage.claim();
     fetch_w(w, k, 0, n, stage);
+    if (RANKS) copy_box(stage.b() + W_BYTES, down, stage.full(), 0, k, 0);
     copy_box(stage.a(), x, stage.full(), k, b, p);
     stage.next();
   }
@@ -75,42 +84,9 @@ INLINE void fetch_slices(const TensorMap* x, const TensorMap* w, const TensorMap
       copy_box(stage.a(), x, stage.full(), k, m, p);
       stage.next();
     }
-    stage.claim(B_BYTES);
+    stage.claim(W_BYTES);
     fetch_w(w2, k, 0, n2, stage);
     stage.next();
-  }
-}
-
-// mixed += factor * this thread's four chunks of a tile of x: chunk i lies 16 rows below the one before.
-INLINE void mix_tile(float (&mixed)[32], unsigned tile, float factor) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    unsigned v[4];
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(tile + i * 16 * ROW_BYTES + threadIdx.x * 16)
-                 : "memory");
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      mixed[8 * i + 2 * j] += factor * low_half(v[j]);
-      mixed[8 * i + 2 * j + 1] += factor * high_half(v[j]);
-    }
-  }
-}
-
-// The rounded mix to the same place of the tile x2, and to `kept`, if not null: what rows and columns there are of it.
-INLINE void leave_mix(const float (&mixed)[32], unsigned tile, bf16* kept, int pitch, int rows, int columns) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    unsigned v[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = round_pair(mixed[8 * i + 2 * j], mixed[8 * i + 2 * j + 1]);
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(tile + i * 16 * ROW_BYTES + threadIdx.x * 16),
-                 "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-                 : "memory");
-    const int row = i * 16 + threadIdx.x / 8, column = (threadIdx.x % 8 ^ row % 8) * 8;  // the swizzle
-    if (kept && row < rows && column < columns)
-      *reinterpret_cast<uint4*>(kept + (long long)row * pitch + column) = make_uint4(v[0], v[1], v[2], v[3]);
   }
 }
 
@@ -127,17 +103,18 @@ INLINE void add_pair(float* total, const bf16* from, float factor) {
 // Grid (CLUSTER blocks for each strip, ceil(block / TILE_N) of them for each of columns / block blocks; positions /
 // 64).
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GROUP + 32, EACH)
-    NAME(skinny)(const __grid_constant__ TensorMap x,   // (positions, 1, width); MIXED: (positions, blocks, width2)
-                 const __grid_constant__ TensorMap w,   // (1, width, columns), or (1, columns, width); MIXED: (blocks,
-                                                        // width2, columns)
-                 const __grid_constant__ TensorMap x2,  // (positions, columns / block, width2); not with MIXED
+    NAME(skinny)(const __grid_constant__ TensorMap x,  // (positions, 1, width); MIXED: (positions, blocks, width2)
+                 const __grid_constant__ TensorMap w,  // (1, width, columns), or (1, columns, width); MIXED: (blocks,
+                                                       // width2, columns)
+                 const __grid_constant__ TensorMap
+                     x2,  // (positions, columns / block, width2); RANKS: down, (1, width, width2); not with MIXED
                  const __grid_constant__ TensorMap w2,  // (1, width2, block), or (1, block, width2)
                  const float* scale,                    // (1,), or null for 1
                  const bf16* add,                       // (positions, columns), or null
                  const bf16* bias,                      // (columns), or null
                  const bf16* bias2,                     // (columns), or null
                  const bf16* w1,                        // (columns / block, blocks), with MIXED
-                 bf16* kept,                            // (positions, columns / block, width2), x2; or null
+                 bf16* kept,                            // (positions, columns / block, width2), x2 made here; or null
                  bf16* y,                               // (positions, columns)
                  int positions, int columns, int width, int width2, int block, int blocks) {
   extern __shared__ char memory[];
@@ -145,14 +122,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
   Stage stage = {(shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers)};
   const unsigned tile2 = stage.memory + STAGES * STAGE;  // of x2, with MIXED
   const int rank = cluster_rank();
-  const Parts parts = {tile2 + MIXED * BOX, shared_address(barriers + 2 * STAGES), rank};
+  const int pieces = RANKS && (!kept || blockIdx.x >= CLUSTER) ? TILE_N / 8 : PIECES;
+  const Parts parts = {tile2 + MIXED * BOX, shared_address(barriers + 2 * STAGES), rank, pieces};
 
   const int strips = (block + TILE_N - 1) / TILE_N, strip = blockIdx.x / CLUSTER;
   const int b = strip / strips, column = b * block + strip % strips * TILE_N;
   const int past = min(column + TILE_N, (b + 1) * block);
   const int start = blockIdx.y * TILE_M, rows = min(positions - start, TILE_M);
   // With MIXED a step is a slice of 64 channels of x2, and of every block of x.
-  const int steps2 = (width2 + TILE_K - 1) / TILE_K;
+  const int steps2 = RANKS ? 0 : (width2 + TILE_K - 1) / TILE_K;
   const int steps = MIXED ? steps2 : steps2 + (width + TILE_K - 1) / TILE_K;
   const int first = rank * steps / CLUSTER, last = (rank + 1) * steps / CLUSTER;
 
@@ -168,8 +146,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
         fetch_slices(&x, &w, &w2, first, last, blocks, start, column, column - b * block, stage);
       } else {
         prefetch_map(&x2);
-        fetch(&x2, &w2, first, min(last, steps2), start, b, column - b * block, stage);
-        fetch(&x, &w, max(first, steps2) - steps2, last - steps2, start, 0, column, stage);
+        if constexpr (!RANKS) fetch(&x2, &w2, nullptr, first, min(last, steps2), start, b, column - b * block, stage);
+        fetch(&x, &w, &x2, max(first, steps2) - steps2, last - steps2, start, 0, column, stage);
+        if constexpr (RANKS) {
+          stage.claim(W_BYTES);
+          fetch_w(&w2, 0, 0, column, stage);
+        }
       }
     }
     await();
@@ -190,7 +172,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
       if (add && row + 8 < rows) prefetch(add + (long long)(start + row + 8) * columns + n);
     }
 
-  float sum[TILE_N / 2] = {};
+  float sum[SUMS] = {};
   if constexpr (MIXED) {
     __shared__ float factors[MOST_MIXED];
     if (threadIdx.x < blocks) factors[threadIdx.x] = widen(w1[b * blocks + threadIdx.x]);
@@ -233,6 +215,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
 #pragma unroll
       for (int i = 0; i < TILE_N / 2; ++i) sum[i] *= factor;
     multiply<false, B_ROWS>(sum, last - max(first, steps2), stage);
+    if constexpr (RANKS) {
+      barrier_wait(stage.full(), stage.parity);
+      settle(sum);
+      multiply_inner(sum, sum + TILE_N / 2, factor, stage.b());
+      settle(sum);
+    }
   }
 
   await();  // until all blocks of the cluster have begun, long ago
@@ -253,8 +241,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
 #pragma unroll
   for (int i = 0; i < MOST * 2; ++i) {
     const int n = own_column + i / 2 * 8, r = row + i % 2 * 8;
-    if (i / 2 >= parts.count() || n >= past || r >= rows) continue;
-    const float* from = own[i / 2] + i % 2 * 2;
-    *reinterpret_cast<unsigned*>(y + (long long)(start + r) * columns + n) = round_pair(from[0], from[1]);
+    if (i / 2 >= parts.count() || r >= rows) continue;
+    const unsigned pair = round_pair(own[i / 2][i % 2 * 2], own[i / 2][i % 2 * 2 + 1]);
+    if (n < past) *reinterpret_cast<unsigned*>(y + (long long)(start + r) * columns + n) = pair;
+    const int inner = n - column - TILE_N;  // a column of x2
+    if (RANKS && inner >= 0 && inner < width2)
+      *reinterpret_cast<unsigned*>(kept + (long long)(start + r) * width2 + inner) = pair;
   }
 }

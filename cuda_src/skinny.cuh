@@ -8,7 +8,11 @@
 
 constexpr int TILE_M = 64, TILE_K = 64;
 constexpr int BOX = TILE_K * ROW_BYTES;  // 64 rows of 64 values
-constexpr int A_BYTES = BOX, B_BYTES = TILE_N * ROW_BYTES, STAGE = A_BYTES + B_BYTES;
+#ifndef RANKS
+#define RANKS 0  // columns of a second w beside those of the tile, at most 64
+#endif
+constexpr int A_BYTES = BOX, W_BYTES = TILE_N * ROW_BYTES, B_BYTES = W_BYTES + (RANKS ? BOX : 0);
+constexpr int STAGE = A_BYTES + B_BYTES, SUMS = (TILE_N + RANKS) / 2;
 #ifndef RING
 #define RING (96 * 1024)  // bytes of all stages: two blocks share a multiprocessor's 228 KiB
 #endif
@@ -51,15 +55,16 @@ struct Stage {
 };
 
 // The compiler keeps its own uses of the sums before or behind this point.
-INLINE void settle(float (&sum)[TILE_N / 2]) {
+template <int COUNT>
+INLINE void settle(float (&sum)[COUNT]) {
 #pragma unroll
-  for (int i = 0; i < TILE_N / 2; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sum[i])::"memory");
 }
 
 // sum += the products of 64 channels, not waited for. A_ALONG_M, B_ALONG_N: the rows of 64 values of an operand run
 // along the side of the sums, not along their inner axis.
-template <bool A_ALONG_M, bool B_ALONG_N>
-INLINE void multiply_tiles(float (&sum)[TILE_N / 2], unsigned a, unsigned b) {
+template <bool A_ALONG_M, bool B_ALONG_N, int COUNT>
+INLINE void multiply_tiles(float (&sum)[COUNT], unsigned a, unsigned b) {
   products_begin();
 #pragma unroll
   for (int s = 0; s < TILE_K / 16; ++s) {
@@ -67,16 +72,16 @@ INLINE void multiply_tiles(float (&sum)[TILE_N / 2], unsigned a, unsigned b) {
       return along ? operand(from + s * 16 * ROW_BYTES, BOX) : operand(from + s * 32, 16);
     };
     if constexpr (A_ALONG_M)
-      wgmma_turned<TILE_N>(sum, at(a, true), at(b, B_ALONG_N));
+      wgmma_turned<2 * COUNT>(sum, at(a, true), at(b, B_ALONG_N));
     else
-      wgmma<TILE_N, B_ALONG_N>(sum, at(a, false), at(b, B_ALONG_N));
+      wgmma<2 * COUNT, B_ALONG_N>(sum, at(a, false), at(b, B_ALONG_N));
   }
   products_commit();
 }
 
 // sum += the products of so many stages.
 template <bool A_ALONG_M, bool B_ALONG_N>
-INLINE void multiply(float (&sum)[TILE_N / 2], int steps, Stage& stage) {
+INLINE void multiply(float (&sum)[SUMS], int steps, Stage& stage) {
   if (steps <= 0) return;
   settle(sum);
 #pragma unroll 1

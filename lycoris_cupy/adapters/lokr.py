@@ -29,6 +29,7 @@ from ..ops.kron_product import in_one_piece, kron_product
 from ..ops.kron_square import kron_square
 from ..ops.low_rank import low_rank_weight, tucker_weight
 from ..ops.mixed import mixed_product
+from ..ops.mixed_extended import Mixed
 from ..ops.product import product
 from ..ops.shapes import reshape
 from ..ops.squares import changed_square
@@ -248,7 +249,7 @@ class LoKr(Adapter):
         if self.w2_rank is None:
             # Blocks of channels are mixed, then every block goes through w2.
             w2, blocked = by_columns(p["w2"], columns), window.grouped(rows, shared=shared)
-            return pending(x, w2, blocked, add=change, scale=scale, w1=w1)
+            return pending(x, w2, blocked, add=change, scale=scale, before=Mixed(w1))
         inner, last, walk = x, p["w2_down"], window.grouped(blocks, shared=True)
         if self.tucker:
             inner, last = product(x, last, window.pointwise_like(blocks, shared=True)), p["t2"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..arrays import Array
 from ..layers import Layer, LayerShape
 from ..ops.extended import Pending, pending
-from ..ops.product import product
+from ..ops.low_rank_extended import Inner
 from ..ops.scale_columns import spread_columns
 
 
@@ -36,6 +36,6 @@ def apply_low_rank(
     All groups share `down`; each has its own columns of `up`.
     """
     window = layer.window
-    inner = product(x, down, window.grouped(window.groups, shared=True))
-    up = by_columns(up, columns)
-    return pending(inner, up, window.pointwise_like(window.groups), add=change, scale=scale)
+    inner, up = Inner(down, window.grouped(window.groups, shared=True)), by_columns(up, columns)
+    outer = window.pointwise_like(window.groups)
+    return pending(x, up, outer, add=change, scale=scale, before=inner)

@@ -15,6 +15,7 @@ from .join import join_columns, take_columns
 from .kron import kron_weight, mix_blocks
 from .kron_square import kron_square
 from .low_rank import fold_core, low_rank_weight, tucker_weight
+from .low_rank_extended import low_rank_extended
 from .magnitude import magnitude, shifted
 from .mixed import mixed_product
 from .mixed_extended import mixed_extended
@@ -72,6 +73,7 @@ __all__ = [
     "magnitude",
     "mask_ranks",
     "mix_blocks",
+    "low_rank_extended",
     "mixed_extended",
     "mixed_product",
     "multiply",

@@ -18,8 +18,8 @@ from . import product_gpu
 from .columns import column_sum
 from .elementwise import cast
 from .elementwise import scale as scaled
-from .kron import mix_blocks
-from .mixed_extended import in_one_launch, mixed_extended
+from .low_rank_extended import Inner
+from .mixed_extended import Mixed
 from .product import (
     LINEAR,
     finished,
@@ -37,7 +37,7 @@ from .window import Window
 @dataclass(frozen=True)
 class Pending:
     """add + scale * (x * w + bias), not computed yet; the arguments are those of `product`, but the
-    scale is the bias's too. w1: x is to be mixed by it first, see `mix_blocks`.
+    scale is the bias's too. before: what makes of x the operand of w, if it is not that itself.
     """
 
     x: Array
@@ -46,11 +46,11 @@ class Pending:
     add: Array | None
     scale: Array | None
     bias: Array | None = None
-    w1: Array | None = None
+    before: Mixed | Inner | None = None
 
     @property
-    def mixed(self) -> Array:
-        return self.x if self.w1 is None else mix_blocks(self.x, self.w1)
+    def operand(self) -> Array:
+        return self.x if self.before is None else self.before(self.x)
 
     @property
     def unscaled(self) -> bool:
@@ -66,12 +66,12 @@ def pending(
     add: Array | Pending | None = None,
     scale: Array | None = None,
     bias: Array | None = None,
-    w1: Array | None = None,
+    before: Mixed | Inner | None = None,
 ) -> Pending:
     """A product for `extended` to take in; one that `add` still waits for is computed now. bias:
-    (columns,) of the dtype of x, scaled too. w1: (L, M), which mixes the blocks of x first.
+    (columns,) of the dtype of x, scaled too. before: what is done to x first.
     """
-    return Pending(x, w, window, ready(add), scale, bias, w1)
+    return Pending(x, w, window, ready(add), scale, bias, before)
 
 
 def ready(change: Array | Pending | None, spend: bool = False) -> Array | None:
@@ -83,7 +83,7 @@ def ready(change: Array | Pending | None, spend: bool = False) -> Array | None:
     p, bias = change, change.bias
     if bias is not None and p.scale is not None:
         bias = scaled(bias, p.scale)
-    return product(p.mixed, p.w, p.window, bias=bias, add=p.add, scale=p.scale, spend=spend)
+    return product(p.operand, p.w, p.window, bias=bias, add=p.add, scale=p.scale, spend=spend)
 
 
 def extended(
@@ -104,12 +104,12 @@ def extended(
     bias. Returns (..., columns) in the dtype of x. Raises ShapeError, DtypeError.
     """
     w2, add = cast(change.w, x.dtype), change.add
-    if change.w1 is not None and change.x is x and c is None:
-        operands = x, w, window, change.w1, w2, change.window
-        if in_one_launch(*operands, add, bias, change.bias):
-            terms = {"scale": change.scale, "add": add, "bias": bias, "bias2": change.bias}
-            return mixed_extended(*operands, **terms)
-    x2 = change.mixed
+    if change.before is not None and change.x is x and c is None:
+        terms = {"scale": change.scale, "add": add, "bias": bias, "bias2": change.bias}
+        y = change.before.joined(x, w, window, w2, change.window, terms)
+        if y is not None:
+            return y
+    x2 = change.operand
     shape = out_shape(x.shape, w.shape, window)
     biases = ("bias", bias), ("bias2", change.bias)
     for name, array in (("w", w), ("x2", x2), *biases, ("add", add)):

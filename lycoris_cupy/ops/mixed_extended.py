@@ -3,12 +3,15 @@
     y = add + x * w + scale * (mix_blocks(x, w1) * w2 + bias2) + bias          rounded once
 
 On Hopper one launch for few positions, which makes the mix of the channels of x that it has at hand
-(see cuda_src/skinny.cu); `in_one_launch` says where that is the faster way. Elsewhere a mix, and
-the two products as `extended` has them. Yeh et al. 2023, arXiv 2309.14859.
+(see cuda_src/skinny.cu); `Mixed.joined` says where that is the faster way. Elsewhere a mix, and the
+two products as `extended` has them. Yeh et al. 2023, arXiv 2309.14859.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from .. import plan
 from ..arrays import Array, on_gpu, require_axes, require_same
 from ..errors import ShapeError
 from ..tape import Deferred, Fresh, Primitive, value_of
@@ -16,7 +19,7 @@ from . import product_gpu, skinny_gpu
 from .columns import column_sum
 from .elementwise import cast
 from .extended_gpu import Extra
-from .kron import _mix_blocks, _mix_blocks_dw1, mix_gradients
+from .kron import _mix_blocks, _mix_blocks_dw1, mix_blocks, mix_gradients
 from .product import finished, in_space_of, out_shape, product_gradients, wide_product
 from .window import Window
 
@@ -64,15 +67,31 @@ def mixed_extended(
     return _mixed_extended(x, w, bias, add, x, w1, w2, bias2, scale, window=window, other=other)
 
 
-def in_one_launch(x, w, window: Window, w1, w2, other: Window, *more) -> bool:
-    """Whether one kernel computes it here, and is estimated to be the fastest way. more: add and
-    the biases, as far as they are there.
-    """
-    x, w, w1, w2, *more = (value_of(a) for a in (x, w, w1, w2, *more))
-    if not on_gpu(x):
-        return False
-    planned = skinny_gpu.mixed_plan(x, w, window, w1, w2, other, *more)
-    return planned is not None and product_gpu.mixes(x, w, window, w1, w2, other, planned)
+@dataclass(frozen=True)
+class Mixed:
+    """What a pending product's x is before: not mixed by w1 yet."""
+
+    w1: Array
+
+    def __call__(self, x: Array) -> Array:
+        return mix_blocks(x, self.w1)
+
+    def joined(self, x, w, window: Window, w2, other: Window, terms: dict) -> Array | None:
+        """`mixed_extended`, where one kernel computes it here and is estimated to be the fastest
+        way; else None. terms: scale, add, bias, bias2.
+        """
+        values = value_of(x), value_of(w), window, value_of(self.w1), value_of(w2), other
+        if not on_gpu(values[0]):
+            return None
+        more = (value_of(terms[name]) for name in ("add", "bias", "bias2"))
+        planned = skinny_gpu.mixed_plan(*values, *more)
+        if planned is None:
+            return None
+        x_, w_, w2_ = values[0], values[1], values[4]
+        results = x_.size // self.w1.shape[1] * sum(self.w1.shape) * x_.dtype.itemsize
+        if not product_gpu.takes_in(x_, w_, window, w2_, other, planned, plan.moving(results)):
+            return None
+        return mixed_extended(x, w, window, self.w1, w2, other, **terms)
 
 
 def _cpu(x, w, bias, add, same, w1, w2, bias2, scale, *, window, other, keep):

@@ -4,7 +4,7 @@ gradient.
     library    cuBLASLt, where each output position reads one input position
     extended   one kernel for both sums, linear or convolution; on Hopper
     skinny     the same for linear products of few positions: see `skinny_gpu`
-    mixed      likewise, with the mix of a LoKr inside: see `mixed_extended`
+    inside     likewise, and x2 made there: see `mixed_extended` and `low_rank_extended`
     portable   a convolution by mma.sync or, for groups of a few channels, a thread an output; of
                both sums where `joins` says so, and `extended` does not take them
     narrow     a convolution to a few columns, which reads x once: see `narrow_gpu`
@@ -80,18 +80,23 @@ def forward(
     return run(x, w, window, scale=scale, add=add, bias=bias, out=out)
 
 
-def mixes(x, w, window: Window, w1, w2, other: Window, planned) -> bool:
-    """Whether x * w + (x mixed by w1) * w2 is estimated to be faster by this plan of a launch that
-    mixes than in any of the ways above after a mix. Of arrays that `skinny_gpu.mixed_plan` takes.
+def takes_in(x, w, window: Window, w2, other: Window, planned, before: float) -> bool:
+    """Whether x * w + x2 * w2 is estimated to be faster by this plan of a launch that makes x2
+    itself than in any of the ways above, after a launch for x2 of so many seconds. Of arrays that
+    Hopper's kernels take.
     """
-    sizes = tuple(x.shape), tuple(w.shape)
-    what, ways, operations, moved = _forward_ways(
-        *sizes, window, Second(tuple(w2.shape), other), True, True, x.dtype, processors()
-    )
-    mix = plan.moving(x.size // w1.shape[1] * sum(w1.shape) * x.dtype.itemsize)
-    ways = {f"{name} after a mix": seconds + mix for name, seconds in ways.items()}
-    ways["mixed"] = planned.seconds(moved)
-    return plan.choose(f"{what} of x mixed", ways, operations, moved) == "mixed"
+    shapes = tuple(x.shape), tuple(w.shape), window, Second(tuple(w2.shape), other)
+    what, ways, operations, moved = _forward_ways(*shapes, True, True, x.dtype, processors())
+    ways = {f"{name} after x2": seconds + before for name, seconds in ways.items()}
+    ways["inside"] = planned.seconds(moved)
+    return plan.choose(f"{what}, x2 of x", ways, operations, moved) == "inside"
+
+
+def seconds(x, w, window: Window) -> float:
+    """Estimated of x * w by itself, of arrays that Hopper's kernels take."""
+    shapes = tuple(x.shape), tuple(w.shape), window, None
+    ways = _forward_ways(*shapes, True, True, x.dtype, processors(), bare=True)
+    return min(ways[1].values())
 
 
 def scaled_forward(x, w, window: Window, c, *, add, bias, extra: Extra, keep: bool, spend: bool):

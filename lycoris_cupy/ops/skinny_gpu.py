@@ -3,7 +3,8 @@ rounding, in the time of reading w.
 
 For arrays that `extended_gpu.takes` allows, and shapes that `plan_forward` or `plan_dx` has a plan
 for: linear products, of which the second, or one by itself, may have blocks of channels that share
-its w. `skinny_mixed` makes the x2 of a LoKr inside, by `plan_mixed`. See cuda_src/skinny.cu.
+its w. `skinny_mixed` makes the x2 of a LoKr inside, by `plan_mixed`, `skinny_low_rank` that of a
+LoRA, by `plan_low_rank`. See cuda_src/skinny.cu.
 """
 
 from __future__ import annotations
@@ -23,20 +24,21 @@ from .window import Window
 
 MOST = 128  # positions; more multiply for longer than it takes to read w
 _MOST_ROWS = 1024  # of all the blocks that share a w
-_MOST_MIXED = 64  # columns of a w1 whose mix is made inside
+_MOST_MIXED, _RANKS = 64, 16  # columns of a w1, or of a down, whose product with x is made inside
 _ROWS = 64  # of a tile
 # Of the kernels that share skinny.cuh: a warpgroup that multiplies and a warp that copies; 96 KiB
 # of stages, and what their alignment may cost.
 THREADS, SHARED = 160, 97 * 1024
 _SHARED = {1: 226 * 1024, 2: 112 * 1024}  # of skinny.cu, by the blocks that share a multiprocessor
-# (TILE_N, CLUSTER, EACH) of the variants, the preferred first where they cost the same, and of
-# those that mix.
+# (TILE_N, CLUSTER, EACH) of the variants, the preferred first where they cost the same; of those
+# that mix x, and of those that make x * down.
 VARIANTS = [
     (128, 4, 1),
     *((128, c, 2) for c in (4, 8, 2, 1)),
     *((64, c, 2) for c in (8, 4)),
 ]
 MIXED = [*((128, c, 1) for c in (4, 3)), *((128, c, 2) for c in (6, 8, 4, 3, 2, 1))]
+LOW_RANK = [*((128, c, 1) for c in (4, 8, 2, 1)), (128, 1, 2)]
 
 
 class Plan(NamedTuple):
@@ -60,6 +62,11 @@ class Plan(NamedTuple):
             matrix_map(x.data.ptr, (positions, blocks, width), (_ROWS, 1, ROW)),
             matrix_map(w.data.ptr, tuple(w.shape), self.w_box),
         )
+
+    def inner_maps(self, x, w, down, up) -> tuple:
+        """Of x, w, down and up."""
+        own = self.maps(x, w, self.numbers[2])
+        return (*own, *(matrix_map(a.data.ptr, tuple(a.shape), self.w_box) for a in (down, up)))
 
     def mixed_maps(self, x, w, w2) -> tuple:
         """Of x and w by the blocks of channels that are mixed, and of w2."""
@@ -105,7 +112,7 @@ def _plan(b_rows, x, columns, width, window: Window, extra: Second | None, count
         return None
     numbers = positions, columns, width, width2, columns // blocks, 1
     size = _Size(numbers, -(-width // ROW) + -(-width2 // ROW), count)
-    return size.planned(_choose(size, VARIANTS), b_rows)
+    return size.planned(VARIANTS, b_rows)
 
 
 def plan_mixed(x, w, window: Window, w1, extra: Second, count: int) -> Plan | None:
@@ -120,9 +127,22 @@ def plan_mixed(x, w, window: Window, w1, extra: Second, count: int) -> Plan | No
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_mixed(numbers, count: int) -> Plan:
+def _plan_mixed(numbers, count: int) -> Plan | None:
     size = _Size(numbers, -(-numbers[3] // ROW), count)  # a step is a slice of all blocks
-    return size.planned(_choose(size, MIXED), True)
+    return size.planned(MIXED, True)
+
+
+def plan_low_rank(x, w, window: Window, down, extra: Second, count: int) -> Plan | None:
+    """The plan of x * w + (x * down) * up, from shapes. down: (1, IN, R)."""
+    apart = _plan(True, x, w[2], w[1], window, extra, count)
+    if apart is None or extra.window.groups > 1 or down != (1, w[1], extra.shape[1]):
+        return None
+    return _plan_low_rank(apart.numbers, count) if down[2] in (8, _RANKS) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_low_rank(numbers, count: int) -> Plan | None:
+    return _Size(numbers, -(-numbers[2] // ROW), count).planned(LOW_RANK, True, RANKS=_RANKS)
 
 
 class _Size(NamedTuple):
@@ -150,20 +170,25 @@ class _Size(NamedTuple):
         positions, columns, width, *_ = self.numbers
         return plan.skinny((positions + columns) * width * bf16.itemsize, *self.loads(variant))
 
-    def planned(self, variant, b_rows: bool) -> Plan:
+    def planned(self, variants, b_rows: bool, **more) -> Plan | None:
+        """By the best of the variants. more: further defines."""
+        variant = _choose(self, variants)
+        if variant is None:
+            return None
         tile, cluster, each = variant
-        defines = {"TILE_N": tile, "B_ROWS": int(b_rows), "CLUSTER": cluster, "EACH": each}
-        launch = kernel("skinny.cu", "skinny", bf16, MIXED=int(self.numbers[5] > 1), **defines)
+        more |= {"TILE_N": tile, "B_ROWS": int(b_rows), "CLUSTER": cluster, "EACH": each}
+        launch = kernel("skinny.cu", "skinny", bf16, MIXED=int(self.numbers[5] > 1), **more)
         w_box, loads = (1, ROW if b_rows else tile, ROW), self.loads(variant)
         return Plan(launch, *variant, self.grid(variant), w_box, self.numbers, *loads)
 
 
-def _choose(size: _Size, variants) -> tuple[int, int, int]:
+def _choose(size: _Size, variants) -> tuple[int, int, int] | None:
     """The variant that is estimated to be the fastest, of those with a step for each block, and
     blocks alone on a multiprocessor only where there are enough of these.
     """
     fit = [v for v in variants if v[1] <= max(size.steps, 1)]
-    return min((v for v in fit if v[2] > 1 or prod(size.grid(v)) <= size.count), key=size.seconds)
+    fit = [v for v in fit if v[2] > 1 or prod(size.grid(v)) <= size.count]
+    return min(fit, key=size.seconds, default=None)
 
 
 def skinny_forward(x, w, window: Window, *, extra: Extra | None, scale, add, bias) -> Array:
@@ -203,26 +228,43 @@ def _run(planned: Plan | None, x, w, extra: Extra | None, scale, add, bias) -> A
 
 def mixed_plan(x, w, window: Window, w1, w2, other: Window, *more) -> Plan | None:
     """`plan_mixed` of these arrays, w2 shared by the groups of `other`, where the kernel takes
-    them. more: what is added, or None."""
-    if (
-        not other.shared
-        or w1.dtype != bf16
-        or not w1.flags.c_contiguous
-        or not takes(x, w, w2, *more)
-    ):
+    them. more: what is added, or None.
+    """
+    if not other.shared or w1.dtype != bf16 or not w1.flags.c_contiguous:
+        return None
+    if not takes(x, w, w2, *more):
         return None
     shapes = tuple(x.shape), tuple(w.shape), window, tuple(w1.shape)
     return plan_mixed(*shapes, Second(tuple(w2.shape), other), processors())
 
 
+def low_rank_plan(x, w, window: Window, down, up, other: Window, *more) -> Plan | None:
+    """`plan_low_rank` of these arrays, likewise."""
+    if not takes(x, w, down, up, *more):
+        return None
+    shapes = tuple(x.shape), tuple(w.shape), window, tuple(down.shape)
+    return plan_low_rank(*shapes, Second(tuple(up.shape), other), processors())
+
+
 def skinny_mixed(x, w, w1, planned: Plan, extra: Extra, *, add, bias, keep) -> tuple:
     """(add + x * w + bias + extra, x2 if keep), where extra's x is x2, the mix of x by w1."""
+    maps = planned.mixed_maps(x, w, extra.w)
+    return _inside(x, maps, w1, w1.shape[0], planned, extra, add, bias, keep)
+
+
+def skinny_low_rank(x, w, down, planned: Plan, extra: Extra, *, add, bias, keep) -> tuple:
+    """(add + x * w + bias + extra, x2 if keep), where extra's x is x2 = x * down."""
+    maps = planned.inner_maps(x, w, down, extra.w)
+    return _inside(x, maps, None, 1, planned, extra, add, bias, keep)
+
+
+def _inside(x, maps, w1, rows: int, planned: Plan, extra: Extra, add, bias, keep) -> tuple:
+    """rows: blocks of x2."""
     import cupy
 
-    out = cupy.empty((*x.shape[:-1], w.shape[2]), x.dtype)
-    rows, width2 = w1.shape[0], planned.numbers[3]
+    _, columns, _, width2, *_ = planned.numbers
+    out = cupy.empty((*x.shape[:-1], columns), x.dtype)
     kept = cupy.empty((*x.shape[:-1], rows * width2), x.dtype) if keep else None
-    maps = planned.mixed_maps(x, w, extra.w)
     terms = (extra.scale, add, bias, extra.bias, w1, kept)
     _launch(planned, *maps, *terms, out, *planned.numbers)
     return out, kept

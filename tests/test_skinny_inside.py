@@ -1,11 +1,12 @@
-"""A LoKr's product of few positions with its mix inside: every variant of the kernel by itself on a GPU
-of its kind, and where the planner takes it, which needs none.
+"""Products of few positions that make the x2 of a LoKr or a LoRA themselves: every variant of the
+kernel by itself on a GPU of its kind, and where the planner takes it, which needs none.
 """
 
 import numpy as np
 import pytest
 
 from lycoris_cupy import Engine, Linear, bf16, kernels, plan, to_device
+from lycoris_cupy.adapters.locon import LoCon
 from lycoris_cupy.adapters.lokr import LoKr
 from lycoris_cupy.attachment import Attachment
 from lycoris_cupy.ops import skinny_gpu
@@ -29,15 +30,21 @@ SPLITS = {
 }
 
 
-@pytest.fixture(params=[None, *skinny_gpu.MIXED], ids=str)
-def variant(request, monkeypatch):
+@pytest.fixture
+def taken(monkeypatch):
+    """taken(variant): only this one is, if it is not None."""
     if not hopper():
         pytest.skip("not a Hopper GPU")
-    if request.param is not None:
-        monkeypatch.setattr(skinny_gpu, "_choose", lambda *sizes: request.param)
-    skinny_gpu._plan.cache_clear(), skinny_gpu._plan_mixed.cache_clear()
-    yield request.param
-    skinny_gpu._plan.cache_clear(), skinny_gpu._plan_mixed.cache_clear()
+    plans = skinny_gpu._plan, skinny_gpu._plan_mixed, skinny_gpu._plan_low_rank
+
+    def clear(variant=None):
+        if variant is not None:
+            monkeypatch.setattr(skinny_gpu, "_choose", lambda *sizes: variant)
+        for made in plans:
+            made.cache_clear()
+
+    yield clear
+    clear()
 
 
 def check(split, positions, terms, name):
@@ -79,18 +86,80 @@ def check(split, positions, terms, name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("variant", skinny_gpu.MIXED, ids=str)
 @pytest.mark.parametrize("name", SPLITS)
-def test_every_variant(name, variant):
+def test_every_variant(name, variant, taken):
+    taken(variant)
     check(SPLITS[name], 37, ("add", "bias", "bias2"), name)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("positions", [1, 7, 16, 17, 63, 64, 65, 128])
 @pytest.mark.parametrize("name", ["factor 8 of 3072", "more blocks out"])
-def test_positions(name, positions):
-    if not hopper():
-        pytest.skip("not a Hopper GPU")
+def test_positions(name, positions, taken):
+    taken(None)
     check(SPLITS[name], positions, ("bias",), name)
+
+
+def check_low_rank(positions, inputs, rank, columns, terms):
+    rng = np.random.default_rng([positions, inputs, rank, columns])
+    x, w = draw(rng, (positions, inputs)), draw(rng, (1, inputs, columns))
+    down, up = draw(rng, (1, inputs, rank)), draw(rng, (1, rank, columns))
+    add, bias, bias2 = (
+        draw(rng, shape) if term in terms else None
+        for term, shape in (
+            ("add", (positions, columns)),
+            ("bias", (columns,)),
+            ("bias2", (columns,)),
+        )
+    )
+    on, more = on_gpu(x, w, down, up), on_gpu(add, bias, bias2)
+    planned = skinny_gpu.low_rank_plan(*on[:2], FLAT, *on[2:], FLAT, *more)
+    assert planned is not None
+    extra = Extra(on[0], on[3], FLAT, to_device(SCALE, "cuda:0"), more[2])
+    ran = [
+        skinny_gpu.skinny_low_rank(*on[:3], planned, extra, add=more[0], bias=more[1], keep=keep)
+        for keep in (True, False, True)
+    ]
+    x2, x2_size = times(x, down), times(abs(x), abs(down))
+    assert ran[1][1] is None and (wide(ran[0][1]) == wide(ran[2][1])).all()
+    assert_within(wide(ran[0][1]), x2, bound(x2, x2_size, inputs, bf16), "x2")
+    out = [wide(y) for y, _ in ran]
+    assert (out[0] == out[1]).all() and (out[0] == out[2]).all()
+    # x2 is not rounded on the way, but for 2^-16 of each part of it: less than a bf16's rounding.
+    b2 = 0 if bias2 is None else bias2
+    y = times(x, w) + SCALE * (times(x2, up) + b2)
+    size = times(abs(x), abs(w)) + times(x2_size, abs(up)) + abs(b2)
+    for term in (add, bias):
+        if term is not None:
+            y, size = y + term, size + abs(term)
+    depth = inputs + rank + 4 + 2**8  # 2^-16 is 2^8 roundings of f32
+    assert_within(out[0], y, bound(y, size, depth, bf16), "y")
+
+
+# positions, inputs, rank, columns, terms
+LOW_RANK = {
+    "a layer": (64, 3072, 16, 3072, ("bias",)),
+    "tails": (37, 328, 16, 648, ("add", "bias", "bias2")),
+    "rank 8": (50, 136, 8, 136, ("add",)),
+    "one step": (3, 64, 16, 40, ()),
+    "two bands": (100, 264, 16, 200, ("bias2",)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", skinny_gpu.LOW_RANK, ids=str)
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_low_rank_by_every_variant(name, variant, taken):
+    taken(variant)
+    check_low_rank(*LOW_RANK[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("positions", [1, 7, 16, 17, 63, 64, 65, 128])
+def test_low_rank_positions(positions, taken):
+    taken(None)
+    check_low_rank(positions, 1032, 16, 264, ("bias",))
 
 
 def plan_of(rows, blocks, n, k, positions=64, window=FLAT, other=None):
@@ -127,31 +196,50 @@ def test_the_slices_are_shared_out_once(name):
     )
 
 
-@pytest.mark.parametrize(("positions", "forward", "step"), [(64, 1, 4), (1, 1, 4), (4608, 2, None)])
-def test_launches_of_a_layer(positions, forward, step, monkeypatch):
-    """Own kernels; the library's are not counted."""
+def test_what_has_a_low_rank_plan():
+    def planned(x=(64, 3072), w=(1, 3072, 3072), down=(1, 3072, 16), up=(1, 16, 3072), window=FLAT):
+        return skinny_gpu.plan_low_rank(x, w, window, down, Second(up, FLAT), 132)
+
+    made = planned()
+    assert made.numbers == (64, 3072, 3072, 16, 3072, 1) and made.launch.defines["RANKS"] == "16"
+    assert planned(down=(1, 3072, 24), up=(1, 24, 3072)) is None
+    assert planned(down=(1, 3072, 4), up=(1, 4, 3072)) is None
+    assert planned(x=(129, 3072)) is None and planned(window=Window.of((3, 3))) is None
+    wide_layer = planned(w=(1, 3072, 128256), up=(1, 16, 128256))
+    assert (wide_layer.cluster, wide_layer.each) == (1, 2)
+
+
+ADAPTERS = {
+    "LoKr": lambda shape: LoKr.create(shape, 10**6, factor=8),
+    "LoRA": lambda shape: LoCon(shape, 16, 16.0),
+}
+
+
+@pytest.mark.parametrize("positions", [1, 64, 4608])
+@pytest.mark.parametrize(("name", "step"), [("LoKr", 5), ("LoRA", 4)])
+def test_launches_of_a_layer(name, step, positions, monkeypatch):
+    """One forward for few positions. A step's: the library's are not counted."""
     called, call = [], kernels.Kernel.__call__
-    monkeypatch.setattr(
-        kernels.Kernel,
-        "__call__",
-        lambda k, *a, **of: (called.append(k.name), call(k, *a, **of))[1],
-    )
+
+    def counted(kernel, *args, **of):
+        called.append(kernel.name)
+        return call(kernel, *args, **of)
+
+    monkeypatch.setattr(kernels.Kernel, "__call__", counted)
     zeros = np.zeros((3072, 3072), bf16)
     with dry_gpu() as device:
         import cupy
 
         engine = Engine({"layer": Linear(zeros, None)}, device=device)
-        adapter = LoKr.create(engine.layers["layer"].shape, 10**6, factor=8)
+        adapter = ADAPTERS[name](engine.layers["layer"].shape)
         made = adapter.init(np.random.default_rng(0))
         engine.attachments["a"] = Attachment({"layer": (adapter, made)}, device, bf16, 1.0)
         x = cupy.empty((positions, 3072), bf16)
         with plan.recording() as choices:
             engine.forward(x)
-        assert len(called) == forward, called
-        assert [c.way for c in choices][0] == ("mixed" if forward == 1 else choices[0].way)
-        if step is not None:
-            called.clear()
-            y, pull = engine.vjp(x)
-            assert called == ["skinny_bf16"]
-            pull(y)
-            assert len(called) <= step + 1, called
+        few = positions < 4608
+        assert (called == ["skinny_bf16"]) == few and (choices[0].way == "inside") == few
+        called.clear()
+        y, pull = engine.vjp(x)
+        pull(y)
+        assert not few or (called[0] == "skinny_bf16" and len(called) <= step)
