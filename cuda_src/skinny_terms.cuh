@@ -55,4 +55,6 @@ INLINE void multiply_inner(float* sum, const float* inner, float factor, unsigne
   wgmma_own<TILE_N>(sum, low, operand(up, BOX));
   products_commit();
   products_wait<0>();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("" ::"r"(high[i]), "r"(low[i]));  // they are read until here
 }
