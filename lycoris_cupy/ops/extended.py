@@ -105,7 +105,13 @@ def extended(
     """
     w2, add = cast(change.w, x.dtype), change.add
     if change.before is not None and change.x is x and c is None:
-        terms = {"scale": change.scale, "add": add, "bias": bias, "bias2": change.bias}
+        terms = {
+            "scale": change.scale,
+            "add": add,
+            "bias": bias,
+            "bias2": change.bias,
+            "spend": spend,
+        }
         y = change.before.joined(x, w, window, w2, change.window, terms)
         if y is not None:
             return y

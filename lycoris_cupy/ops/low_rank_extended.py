@@ -41,7 +41,7 @@ class Inner:
 
     def joined(self, x, w, window: Window, up, other: Window, terms: dict) -> Array | None:
         """`low_rank_extended`, where one kernel computes it here and is estimated to be the fastest
-        way; else None. terms: scale, add, bias, bias2.
+        way; else None. terms: scale, add, bias, bias2, spend.
         """
         x_, w_, down, up_ = (value_of(a) for a in (x, w, self.down, up))
         if not on_gpu(x_) or not self.window.pointwise or down.dtype != x_.dtype:
@@ -68,11 +68,13 @@ def low_rank_extended(
     add: Array | None = None,
     bias: Array | None = None,
     bias2: Array | None = None,
+    spend: bool = False,
 ) -> Array:
-    """The sum above, of the dtype of x. x, w, window, add, bias: as for `product`; window has one
-    group. down: (taps, IN, R), walks like w. up: (taps, R, OUT), walks like `other`; wide factors
-    are rounded. bias2: (OUT,). scale: (1,) wide, a constant of the tape, or None for 1. Raises
-    ShapeError, DtypeError.
+    """The sum above, of the dtype of x. x, w, window, add, bias, spend: as for `product`.
+
+    window has one group. down: (taps, IN, R), walks like w. up: (1, R, OUT), `other` pointwise;
+    wide factors are rounded. bias2: (OUT,). scale: (1,) wide, a constant of the tape, or None for
+    1. Raises ShapeError, DtypeError.
     """
     down, up = cast(down, x.dtype), cast(up, x.dtype)
     arrays = ("w", w), ("down", down), ("up", up), ("add", add), ("bias", bias), ("bias2", bias2)
@@ -90,11 +92,11 @@ def low_rank_extended(
         if array is not None and tuple(array.shape) != expected:
             raise ShapeError(f"{name} has shape {tuple(array.shape)}, expected {expected}")
     return _low_rank_extended(
-        x, w, bias, add, x, down, up, bias2, scale, window=window, other=other
+        x, w, bias, add, x, down, up, bias2, scale, window=window, other=other, spend=spend
     )
 
 
-def _cpu(x, w, bias, add, same, down, up, bias2, scale, *, window, other, keep):
+def _cpu(x, w, bias, add, same, down, up, bias2, scale, *, window, other, spend, keep):
     x2 = finished(wide_product(x, down, window), None, None, None, x)
     total = wide_product(x2, up, other)
     if bias2 is not None:
@@ -105,18 +107,20 @@ def _cpu(x, w, bias, add, same, down, up, bias2, scale, *, window, other, keep):
     return finished(total, None, add, bias, x), x2 if keep else None
 
 
-def _gpu(x, w, bias, add, same, down, up, bias2, scale, *, window, other, keep):
+def _gpu(x, w, bias, add, same, down, up, bias2, scale, *, window, other, spend, keep):
     planned = skinny_gpu.low_rank_plan(x, w, window, down, up, other, add, bias, bias2)
     if planned is not None:
         extra = Extra(x, up, other, scale, bias2)
-        return skinny_gpu.skinny_low_rank(x, w, down, planned, extra, add=add, bias=bias, keep=keep)
+        more = {"add": add, "bias": bias, "keep": keep, "out": add if spend else None}
+        return skinny_gpu.skinny_low_rank(x, w, down, planned, extra, **more)
     x2 = product_gpu.forward(x, down, window, scale=None, add=None, bias=None)
     extra = Extra(x2, up, other, scale, bias2)
-    y = product_gpu.forward(x, w, window, scale=None, add=add, bias=bias, extra=extra)
+    more = {"add": add, "bias": bias, "extra": extra, "spend": spend}
+    y = product_gpu.forward(x, w, window, scale=None, **more)
     return y, x2 if keep else None
 
 
-def _vjp(needs, out, x, w, bias, add, same, down, up, bias2, scale, *, window, other, kept):
+def _vjp(needs, out, x, w, bias, add, same, down, up, bias2, scale, *, window, other, spend, kept):
     """x stands twice, so that its gradients by both products are two contributions. kept: x2."""
     space, x2_space = in_space_of(x, window), in_space_of(out, other)
     first = x if needs[1] else None, w if needs[0] else None

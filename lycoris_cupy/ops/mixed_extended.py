@@ -36,12 +36,13 @@ def mixed_extended(
     add: Array | None = None,
     bias: Array | None = None,
     bias2: Array | None = None,
+    spend: bool = False,
 ) -> Array:
-    """The sum above, of the dtype of x. x, w, window, add, bias: as for `product`. w1: (L, M).
+    """The sum above, of the dtype of x. x, w, window, add, bias, spend: as for `product`.
 
-    w2: (taps, N, K), shared by the L groups of `other`, with M * N the channels of x and L * K the
-    columns of w; a wide one is rounded. bias2: (L * K,). scale: (1,) wide, a constant of the tape,
-    or None for 1. Raises ShapeError, DtypeError.
+    w1: (L, M). w2: (taps, N, K), shared by the L groups of `other`, with M * N the channels of x
+    and L * K the columns of w; a wide one is rounded. bias2: (L * K,). scale: (1,) wide, a constant
+    of the tape, or None for 1. Raises ShapeError, DtypeError.
     """
     require_axes(w1, 2, "w1", "(L, M)")
     require_axes(w2, 3, "w2", "(taps, N, K)")
@@ -64,7 +65,9 @@ def mixed_extended(
     ):
         if array is not None and tuple(array.shape) != expected:
             raise ShapeError(f"{name} has shape {tuple(array.shape)}, expected {expected}")
-    return _mixed_extended(x, w, bias, add, x, w1, w2, bias2, scale, window=window, other=other)
+    return _mixed_extended(
+        x, w, bias, add, x, w1, w2, bias2, scale, window=window, other=other, spend=spend
+    )
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Mixed:
 
     def joined(self, x, w, window: Window, w2, other: Window, terms: dict) -> Array | None:
         """`mixed_extended`, where one kernel computes it here and is estimated to be the fastest
-        way; else None. terms: scale, add, bias, bias2.
+        way; else None. terms: scale, add, bias, bias2, spend.
         """
         values = value_of(x), value_of(w), window, value_of(self.w1), value_of(w2), other
         if not on_gpu(values[0]):
@@ -94,7 +97,7 @@ class Mixed:
         return mixed_extended(x, w, window, self.w1, w2, other, **terms)
 
 
-def _cpu(x, w, bias, add, same, w1, w2, bias2, scale, *, window, other, keep):
+def _cpu(x, w, bias, add, same, w1, w2, bias2, scale, *, window, other, spend, keep):
     x2 = _mix_blocks(x, w1, turned=False)
     total = wide_product(x2, w2, other)
     if bias2 is not None:
@@ -105,18 +108,20 @@ def _cpu(x, w, bias, add, same, w1, w2, bias2, scale, *, window, other, keep):
     return finished(total, None, add, bias, x), x2 if keep else None
 
 
-def _gpu(x, w, bias, add, same, w1, w2, bias2, scale, *, window, other, keep):
+def _gpu(x, w, bias, add, same, w1, w2, bias2, scale, *, window, other, spend, keep):
     planned = skinny_gpu.mixed_plan(x, w, window, w1, w2, other, add, bias, bias2)
     if planned is not None:
         extra = Extra(x, w2, other, scale, bias2)
-        return skinny_gpu.skinny_mixed(x, w, w1, planned, extra, add=add, bias=bias, keep=keep)
+        more = {"add": add, "bias": bias, "keep": keep, "out": add if spend else None}
+        return skinny_gpu.skinny_mixed(x, w, w1, planned, extra, **more)
     x2 = _mix_blocks(x, w1, turned=False)
     extra = Extra(x2, w2, other, scale, bias2)
-    y = product_gpu.forward(x, w, window, scale=None, add=add, bias=bias, extra=extra)
+    more = {"add": add, "bias": bias, "extra": extra, "spend": spend}
+    y = product_gpu.forward(x, w, window, scale=None, **more)
     return y, x2 if keep else None
 
 
-def _vjp(needs, out, x, w, bias, add, same, w1, w2, bias2, scale, *, window, other, kept):
+def _vjp(needs, out, x, w, bias, add, same, w1, w2, bias2, scale, *, window, other, spend, kept):
     """x stands twice, so that its gradients by both products are two contributions. kept: x2."""
     space, x2_space, (rows, columns) = in_space_of(x, window), in_space_of(x, other), w1.shape
     first = x if needs[1] else None, w if needs[0] else None

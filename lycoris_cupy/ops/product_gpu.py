@@ -62,7 +62,8 @@ def forward(
     if way == "thin":
         return thin_product(x, w, scale=scale)
     if way == "skinny":
-        return skinny_forward(x, w, window, extra=extra, scale=scale, add=add, bias=bias)
+        more = {"extra": extra, "scale": scale, "add": add, "bias": bias}
+        return skinny_forward(x, w, window, **more, out=out)
     if way == "extended":
         return extended_forward(x, w, window, extra=extra, add=add, bias=bias, out=out)[0]
     if extra is not None and way == "portable":
@@ -132,7 +133,7 @@ def dx(
     )  # fmt: skip
     way = plan.choose(*ways)
     if way == "skinny":
-        return skinny_dx(g, w, window, extra=extra, scale=scale, add=add)
+        return skinny_dx(g, w, window, extra=extra, scale=scale, add=add, out=out)
     if way == "extended":
         return extended_dx(g, w, window, in_space, extra=extra, add=add, out=out)
     if extra is not None and way == "portable":

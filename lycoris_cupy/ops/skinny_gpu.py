@@ -191,28 +191,32 @@ def _choose(size: _Size, variants) -> tuple[int, int, int] | None:
     return min(fit, key=size.seconds, default=None)
 
 
-def skinny_forward(x, w, window: Window, *, extra: Extra | None, scale, add, bias) -> Array:
+def skinny_forward(
+    x, w, window: Window, *, extra: Extra | None, scale, add, bias, out=None
+) -> Array:
     """add + scale * (x * w) + bias + extra, in the dtype of x. Both a scale and an extra are never
-    there. Only where `plan_forward` says so.
+    there. Only where `plan_forward` says so. out: where it goes, a new array by default; may be
+    add.
     """
     second = None if extra is None else extra.beside(x)
     planned = plan_forward(tuple(x.shape), tuple(w.shape), window, second, processors())
-    return _run(planned, x, w, extra, scale, add, bias)
+    return _run(planned, x, w, extra, scale, add, bias, out)
 
 
-def skinny_dx(g, w, window: Window, *, extra: Extra | None, scale, add) -> Array:
+def skinny_dx(g, w, window: Window, *, extra: Extra | None, scale, add, out=None) -> Array:
     """add + scale * g * w^T + extra, as above. Only where `plan_dx` says so."""
     second = None if extra is None else extra.beside(g)
     planned = plan_dx(tuple(g.shape), tuple(w.shape), window, second, processors())
-    return _run(planned, g, w, extra, scale, add, None)
+    return _run(planned, g, w, extra, scale, add, None, out)
 
 
-def _run(planned: Plan | None, x, w, extra: Extra | None, scale, add, bias) -> Array:
+def _run(planned: Plan | None, x, w, extra: Extra | None, scale, add, bias, out) -> Array:
     import cupy
 
     assert planned is not None
     positions, columns, width, width2, block, _ = planned.numbers
-    out = cupy.empty((*x.shape[:-1], positions * columns // prod(x.shape[:-1])), x.dtype)
+    if out is None:
+        out = cupy.empty((*x.shape[:-1], positions * columns // prod(x.shape[:-1])), x.dtype)
     maps = planned.maps(x, w, width)
     if scale is not None:  # a second sum without a first
         maps, width, width2 = (NOTHING, NOTHING, *maps), 0, width
@@ -246,24 +250,24 @@ def low_rank_plan(x, w, window: Window, down, up, other: Window, *more) -> Plan 
     return plan_low_rank(*shapes, Second(tuple(up.shape), other), processors())
 
 
-def skinny_mixed(x, w, w1, planned: Plan, extra: Extra, *, add, bias, keep) -> tuple:
+def skinny_mixed(x, w, w1, planned: Plan, extra: Extra, *, add, bias, keep, out=None) -> tuple:
     """(add + x * w + bias + extra, x2 if keep), where extra's x is x2, the mix of x by w1."""
     maps = planned.mixed_maps(x, w, extra.w)
-    return _inside(x, maps, w1, w1.shape[0], planned, extra, add, bias, keep)
+    return _inside(x, maps, w1, w1.shape[0], planned, extra, add, bias, keep, out)
 
 
-def skinny_low_rank(x, w, down, planned: Plan, extra: Extra, *, add, bias, keep) -> tuple:
+def skinny_low_rank(x, w, down, planned: Plan, extra: Extra, *, add, bias, keep, out=None) -> tuple:
     """(add + x * w + bias + extra, x2 if keep), where extra's x is x2 = x * down."""
     maps = planned.inner_maps(x, w, down, extra.w)
-    return _inside(x, maps, None, 1, planned, extra, add, bias, keep)
+    return _inside(x, maps, None, 1, planned, extra, add, bias, keep, out)
 
 
-def _inside(x, maps, w1, rows: int, planned: Plan, extra: Extra, add, bias, keep) -> tuple:
+def _inside(x, maps, w1, rows: int, planned: Plan, extra: Extra, add, bias, keep, out) -> tuple:
     """rows: blocks of x2."""
     import cupy
 
     _, columns, _, width2, *_ = planned.numbers
-    out = cupy.empty((*x.shape[:-1], columns), x.dtype)
+    out = cupy.empty((*x.shape[:-1], columns), x.dtype) if out is None else out
     kept = cupy.empty((*x.shape[:-1], rows * width2), x.dtype) if keep else None
     terms = (extra.scale, add, bias, extra.bias, w1, kept)
     _launch(planned, *maps, *terms, out, *planned.numbers)
