@@ -9,6 +9,16 @@ __device__ __forceinline__ void meet() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Its two halves, for work between them; in both, warps as a whole.
+__device__ __forceinline__ void arrive() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void await() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // The same for barriers alone: what was written otherwise need not be seen. Does not wait for stores to global memory.
 __device__ __forceinline__ void meet_relaxed() {
   __syncwarp();

@@ -3,36 +3,89 @@
 //   y[p, n] = sum over k of x[p, k] * w[k, n] + scale * (bias2[n] + sum over k of x2[p, b * width2 + k] * w2[k, n - b * block])
 //           + add[p, n] + bias[n]                                                                              b = n / block
 //
+// and with MIXED=1 x2 is made here, rounded as if it had been written and read again:
+//
+//   x2[p, l * width2 + k] = sum over m of w1[l, m] * x[p, m * width2 + k]
+//
+// and with RANKS=16 likewise, but for the last bits, as x2[p, r] = sum over k of x[p, k] * down[k, r], width2 <= 16.
+//
 // The time is that of reading w once. A cluster has a strip of TILE_N columns, none of which leaves its block of w2;
-// each of its blocks takes a part of the steps of 64 channels, those of x2 before those of x. So there are blocks
-// enough for all multiprocessors, two on each, and all of them ask for all that their shared memory holds at once.
-// The cluster's sums are then added through shared memory, in the order of the blocks: no workspace, no second
-// launch, the same bits every time. The input gradient is the same product with w turned (B_ROWS=0: rows of
-// channels).
+// each of its blocks takes a part of the steps of 64 channels, those of x2 before those of x. Strips read x again, from
+// L2, and the blocks of a cluster send each other their sums (cluster_sums.cuh): wide strips and small clusters make
+// both cheap, and more blocks than multiprocessors are not needed, as each asks at once for all that its shared
+// memory holds. No workspace, no second launch, the same bits every time. The input gradient is the same product with
+// w turned (B_ROWS=0: rows of channels).
+//
+// With MIXED a block takes slices of 64 channels of x2, and of x all that is mixed to these: tiles of x that the first
+// sum has fetched anyway. Their mix is a sum in registers beside the products, element by element in the order of m.
+//
+// With RANKS down stands beside the columns of w, as 16 more of them: each block has its part of x2, multiplies that with
+// w2 (which is linear), and only one cluster adds up x2 itself, where it is wanted.
 //
 // Positions go by 64, and each 64 read w again, from L2. Fewer are 64 all the same: the copy engine writes zeros for
 // those that are not there, and reads nothing.
 //
+// EACH: blocks that share a multiprocessor; one alone has twice the stages.
+//
 // only sm_90a
-// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=8 | TILE_N=128 B_ROWS=1 CLUSTER=4 | TILE_N=128 B_ROWS=1 CLUSTER=2
-// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=1 | TILE_N=64 B_ROWS=1 CLUSTER=8 | TILE_N=64 B_ROWS=1 CLUSTER=4
-// variants bf16: TILE_N=128 B_ROWS=0 CLUSTER=8 | TILE_N=128 B_ROWS=0 CLUSTER=4 | TILE_N=128 B_ROWS=0 CLUSTER=2
-// variants bf16: TILE_N=128 B_ROWS=0 CLUSTER=1 | TILE_N=64 B_ROWS=0 CLUSTER=8 | TILE_N=64 B_ROWS=0 CLUSTER=4
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=4 EACH=1 MIXED=0 | TILE_N=128 B_ROWS=0 CLUSTER=4 EACH=1 MIXED=0
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=8 EACH=2 MIXED=0 | TILE_N=128 B_ROWS=0 CLUSTER=8 EACH=2 MIXED=0
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=4 EACH=2 MIXED=0 | TILE_N=128 B_ROWS=0 CLUSTER=4 EACH=2 MIXED=0
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=2 EACH=2 MIXED=0 | TILE_N=128 B_ROWS=0 CLUSTER=2 EACH=2 MIXED=0
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=2 MIXED=0 | TILE_N=128 B_ROWS=0 CLUSTER=1 EACH=2 MIXED=0
+// variants bf16: TILE_N=64 B_ROWS=1 CLUSTER=8 EACH=2 MIXED=0 | TILE_N=64 B_ROWS=0 CLUSTER=8 EACH=2 MIXED=0
+// variants bf16: TILE_N=64 B_ROWS=1 CLUSTER=4 EACH=2 MIXED=0 | TILE_N=64 B_ROWS=0 CLUSTER=4 EACH=2 MIXED=0
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=8 EACH=2 MIXED=1 | TILE_N=128 B_ROWS=1 CLUSTER=6 EACH=2 MIXED=1
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=4 EACH=2 MIXED=1 | TILE_N=128 B_ROWS=1 CLUSTER=3 EACH=2 MIXED=1
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=4 EACH=1 MIXED=1 | TILE_N=128 B_ROWS=1 CLUSTER=3 EACH=1 MIXED=1
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=2 EACH=2 MIXED=1 | TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=2 MIXED=1
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=4 EACH=1 MIXED=0 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=8 EACH=1 MIXED=0 RANKS=16
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=2 EACH=1 MIXED=0 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=1 MIXED=0 RANKS=16
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=2 MIXED=0 RANKS=16
+#define ALL_BYTES ((EACH == 1 ? 226 : 112) * 1024)  // of shared memory, but for barriers and the factors of a mix
+#define RING (ALL_BYTES - 1024 - PARTS_BYTES - MIXED * 64 * 128)
+#include "cluster_sums.cuh"
 #include "skinny.cuh"
+#include "skinny_terms.cuh"
+
+// Copies the columns from n on of 64 channels from k on, of w or of its block m.
+INLINE void fetch_w(const TensorMap* w, int k, int m, int n, const Stage& stage) {
+  if (B_ROWS) {
+#pragma unroll
+    for (int box = 0; box < TILE_N / 64; ++box) copy_box(stage.b() + box * BOX, w, stage.full(), n + 64 * box, k, m);
+  } else {
+    copy_box(stage.b(), w, stage.full(), k, n, 0);
+  }
+}
 
 // Copies the operands of the steps [from, to) of one of the two sums. p: the first position. b: the block of x. n: the
-// first column of w.
-INLINE void fetch(const TensorMap* x, const TensorMap* w, int from, int to, int p, int b, int n, Stage& stage) {
+// first column of w. down: with RANKS.
+INLINE void fetch(const TensorMap* x, const TensorMap* w, const TensorMap* down, int from, int to, int p, int b, int n,
+                  Stage& stage) {
 #pragma unroll 1
   for (int k = from * TILE_K; k < to * TILE_K; k += TILE_K) {
     stage.claim();
-    if (B_ROWS) {
-#pragma unroll
-      for (int box = 0; box < TILE_N / 64; ++box) copy_box(stage.b() + box * BOX, w, stage.full(), n + 64 * box, k, 0);
-    } else {
-      copy_box(stage.b(), w, stage.full(), k, n, 0);
-    }
+    fetch_w(w, k, 0, n, stage);
+    if (RANKS) copy_box(stage.b() + W_BYTES, down, stage.full(), 0, k, 0);
     copy_box(stage.a(), x, stage.full(), k, b, p);
+    stage.next();
+  }
+}
+
+// The same for MIXED: of each slice the tiles of all blocks of x, then that of w2 by itself.
+INLINE void fetch_slices(const TensorMap* x, const TensorMap* w, const TensorMap* w2, int from, int to, int blocks,
+                         int p, int n, int n2, Stage& stage) {
+#pragma unroll 1
+  for (int k = from * TILE_K; k < to * TILE_K; k += TILE_K) {
+#pragma unroll 1
+    for (int m = 0; m < blocks; ++m) {
+      stage.claim();
+      fetch_w(w, k, m, n, stage);
+      copy_box(stage.a(), x, stage.full(), k, m, p);
+      stage.next();
+    }
+    stage.claim(W_BYTES);
+    fetch_w(w2, k, 0, n2, stage);
     stage.next();
   }
 }
@@ -41,85 +94,158 @@ INLINE void prefetch(const bf16* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
-// total += factor * eight values.
-INLINE void add_chunk(float (&total)[8], const bf16* from, float factor) {
-  const uint4 v = *reinterpret_cast<const uint4*>(from);
-  const unsigned pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    total[2 * i] += factor * low_half(pairs[i]);
-    total[2 * i + 1] += factor * high_half(pairs[i]);
-  }
+// total += factor * two values.
+INLINE void add_pair(float* total, const bf16* from, float factor) {
+  const unsigned pair = *reinterpret_cast<const unsigned*>(from);
+  total[0] += factor * low_half(pair), total[1] += factor * high_half(pair);
 }
 
 // Grid (CLUSTER blocks for each strip, ceil(block / TILE_N) of them for each of columns / block blocks; positions /
 // 64).
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GROUP + 32, 2)
-    NAME(skinny)(const __grid_constant__ TensorMap x,   // (positions, 1, width)
-                 const __grid_constant__ TensorMap w,   // (1, width, columns), or (1, columns, width)
-                 const __grid_constant__ TensorMap x2,  // (positions, columns / block, width2)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GROUP + 32, EACH)
+    NAME(skinny)(const __grid_constant__ TensorMap x,  // (positions, 1, width); MIXED: (positions, blocks, width2)
+                 const __grid_constant__ TensorMap w,  // (1, width, columns), or (1, columns, width); MIXED: (blocks,
+                                                       // width2, columns)
+                 const __grid_constant__ TensorMap
+                     x2,  // (positions, columns / block, width2); RANKS: down, (1, width, width2); not with MIXED
                  const __grid_constant__ TensorMap w2,  // (1, width2, block), or (1, block, width2)
                  const float* scale,                    // (1,), or null for 1
                  const bf16* add,                       // (positions, columns), or null
                  const bf16* bias,                      // (columns), or null
                  const bf16* bias2,                     // (columns), or null
+                 const bf16* w1,                        // (columns / block, blocks), with MIXED
+                 bf16* kept,                            // (positions, columns / block, width2), x2 made here; or null
                  bf16* y,                               // (positions, columns)
-                 int positions, int columns, int width, int width2, int block) {
+                 int positions, int columns, int width, int width2, int block, int blocks) {
   extern __shared__ char memory[];
-  __shared__ unsigned long long barriers[2 * STAGES];
+  __shared__ unsigned long long barriers[2 * STAGES + 1];
   Stage stage = {(shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers)};
-  const unsigned sums = stage.memory;
+  const unsigned tile2 = stage.memory + STAGES * STAGE;  // of x2, with MIXED
+  const int rank = cluster_rank();
+  const int pieces = RANKS && (!kept || blockIdx.x >= CLUSTER) ? TILE_N / 8 : PIECES;
+  const Parts parts = {tile2 + MIXED * BOX, shared_address(barriers + 2 * STAGES), rank, pieces};
 
-  const int rank = cluster_rank(), strips = (block + TILE_N - 1) / TILE_N, strip = blockIdx.x / CLUSTER;
+  const int strips = (block + TILE_N - 1) / TILE_N, strip = blockIdx.x / CLUSTER;
   const int b = strip / strips, column = b * block + strip % strips * TILE_N;
   const int past = min(column + TILE_N, (b + 1) * block);
   const int start = blockIdx.y * TILE_M, rows = min(positions - start, TILE_M);
-  const int steps2 = (width2 + TILE_K - 1) / TILE_K, steps = steps2 + (width + TILE_K - 1) / TILE_K;
+  // With MIXED a step is a slice of 64 channels of x2, and of every block of x.
+  const int steps2 = RANKS ? 0 : (width2 + TILE_K - 1) / TILE_K;
+  const int steps = MIXED ? steps2 : steps2 + (width + TILE_K - 1) / TILE_K;
   const int first = rank * steps / CLUSTER, last = (rank + 1) * steps / CLUSTER;
 
-  if (threadIdx.x == 0) stage.begin();
+  if (threadIdx.x == 0) parts.begin((rows + 15) / 16), stage.begin();
   __syncthreads();
+  arrive();
 
-  // At the end an item is eight columns of a row, and the rows go round the blocks of the cluster.
-  constexpr int ITEMS = TILE_M / CLUSTER * CHUNKS;
   const float factor = scale ? *scale : 1.0f;
   if (threadIdx.x >= GROUP) {
     if (threadIdx.x == GROUP) {
-      prefetch_map(&w), prefetch_map(&x), prefetch_map(&x2), prefetch_map(&w2);
-      fetch(&x2, &w2, first, min(last, steps2), start, b, column - b * block, stage);
-      fetch(&x, &w, max(first, steps2) - steps2, last - steps2, start, 0, column, stage);
+      prefetch_map(&w), prefetch_map(&x), prefetch_map(&w2);
+      if constexpr (MIXED) {
+        fetch_slices(&x, &w, &w2, first, last, blocks, start, column, column - b * block, stage);
+      } else {
+        prefetch_map(&x2);
+        if constexpr (!RANKS) fetch(&x2, &w2, nullptr, first, min(last, steps2), start, b, column - b * block, stage);
+        fetch(&x, &w, &x2, max(first, steps2) - steps2, last - steps2, start, 0, column, stage);
+        if constexpr (RANKS) {
+          stage.claim(W_BYTES);
+          fetch_w(&w2, 0, 0, column, stage);
+        }
+      }
     }
-    __syncwarp();
-  } else {
-    for (int i = threadIdx.x; i < ITEMS; i += GROUP) {
-      const int row = i / CHUNKS * CLUSTER + rank, n = column + i % CHUNKS * 8;
-      if (row >= rows || n >= past) continue;
-      if (add) prefetch(add + (long long)(start + row) * columns + n);
+    await();
+    return;
+  }
+
+  // This thread's place in the sums: two columns of a row and of the one eight below it, of each piece.
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4,
+            own_column = column + first_of(rank) * 8 + threadIdx.x % 4 * 2;
+  if (threadIdx.x % 4 == 0)
+#pragma unroll
+    for (int slot = 0; slot < MOST; ++slot) {
+      const int n = own_column + slot * 8;
+      if (slot >= parts.count() || n >= past) continue;
       if (bias) prefetch(bias + n);
       if (bias2) prefetch(bias2 + n);
+      if (add && row < rows) prefetch(add + (long long)(start + row) * columns + n);
+      if (add && row + 8 < rows) prefetch(add + (long long)(start + row + 8) * columns + n);
     }
-    float sum[TILE_N / 2] = {};
+
+  float sum[SUMS] = {};
+  if constexpr (MIXED) {
+    __shared__ float factors[MOST_MIXED];
+    if (threadIdx.x < blocks) factors[threadIdx.x] = widen(w1[b * blocks + threadIdx.x]);
+    group_barrier(0);
+    settle(sum);
+#pragma unroll 1
+    for (int slice = first; slice < last; ++slice) {
+      float mixed[32] = {};
+#pragma unroll 1
+      for (int m = 0; m < blocks; ++m) {
+        barrier_wait(stage.full(), stage.parity);
+        multiply_tiles<false, B_ROWS>(sum, stage.a(), stage.b());
+        mix_tile(mixed, stage.a(), factors[m]);  // beside the products
+        products_wait<0>();
+        stage.release();
+        stage.next();
+      }
+      bf16* to = strip % strips ? nullptr : kept;  // of the strips that share a slice the first writes it
+      if (to) to += ((long long)start * (columns / block) + b) * width2 + slice * TILE_K;
+      group_barrier(0);  // the slice before is multiplied
+      leave_mix(mixed, tile2, to, columns / block * width2, rows, width2 - slice * TILE_K);
+      fence_copies();  // products read by the same proxy as copies write
+      group_barrier(0);
+      float second[TILE_N / 2] = {};
+      settle(second);
+      barrier_wait(stage.full(), stage.parity);
+      multiply_tiles<false, B_ROWS>(second, tile2, stage.b());
+      products_wait<0>();
+      stage.release();
+      stage.next();
+      settle(second);
+#pragma unroll
+      for (int i = 0; i < TILE_N / 2; ++i) sum[i] += factor * second[i];
+      settle(sum);
+    }
+  } else {
     const int before = min(last, steps2) - first;
     multiply<false, B_ROWS>(sum, before, stage);
     if (before > 0)
 #pragma unroll
       for (int i = 0; i < TILE_N / 2; ++i) sum[i] *= factor;
     multiply<false, B_ROWS>(sum, last - max(first, steps2), stage);
-    leave(sum, sums, rows);
-  }
-  meet();
-
-  if (threadIdx.x < GROUP)
-    for (int i = threadIdx.x; i < ITEMS; i += GROUP) {
-      const int row = i / CHUNKS * CLUSTER + rank, n = column + i % CHUNKS * 8;
-      if (row >= rows || n >= past) continue;
-      float total[8];
-      collect(total, sums, row, i % CHUNKS);
-      const long long at = (long long)(start + row) * columns + n;
-      if (bias2) add_chunk(total, bias2 + n, factor);
-      if (bias) add_chunk(total, bias + n, 1);
-      if (add) add_chunk(total, add + at, 1);
-      store_rounded(y + at, total);
+    if constexpr (RANKS) {
+      barrier_wait(stage.full(), stage.parity);
+      settle(sum);
+      multiply_inner(sum, sum + TILE_N / 2, factor, stage.b());
+      settle(sum);
     }
-  meet_relaxed();  // no block ends before it has been read
+  }
+
+  await();  // until all blocks of the cluster have begun, long ago
+  if (row / 16 * 16 >= rows) return;
+  float own[MOST][4];
+  parts.send(sum, own);
+  // What is added is read while the sums are under way.
+#pragma unroll
+  for (int i = 0; i < MOST * 2; ++i) {
+    const int n = own_column + i / 2 * 8, r = row + i % 2 * 8;
+    if (i / 2 >= parts.count() || n >= past || r >= rows) continue;
+    float* to = own[i / 2] + i % 2 * 2;
+    if (bias2) add_pair(to, bias2 + n, factor);
+    if (bias) add_pair(to, bias + n, 1);
+    if (add) add_pair(to, add + (long long)(start + r) * columns + n, 1);
+  }
+  parts.receive(own);
+#pragma unroll
+  for (int i = 0; i < MOST * 2; ++i) {
+    const int n = own_column + i / 2 * 8, r = row + i % 2 * 8;
+    if (i / 2 >= parts.count() || r >= rows) continue;
+    const unsigned pair = round_pair(own[i / 2][i % 2 * 2], own[i / 2][i % 2 * 2 + 1]);
+    if (n < past) *reinterpret_cast<unsigned*>(y + (long long)(start + r) * columns + n) = pair;
+    const int inner = n - column - TILE_N;  // a column of x2
+    if (RANKS && inner >= 0 && inner < width2)
+      *reinterpret_cast<unsigned*>(kept + (long long)(start + r) * width2 + inner) = pair;
+  }
 }

@@ -8,12 +8,18 @@
 
 constexpr int TILE_M = 64, TILE_K = 64;
 constexpr int BOX = TILE_K * ROW_BYTES;  // 64 rows of 64 values
-constexpr int A_BYTES = BOX, B_BYTES = TILE_N * ROW_BYTES, STAGE = A_BYTES + B_BYTES;
-constexpr int STAGES = 96 * 1024 / STAGE;  // two blocks share a multiprocessor's 228 KiB
+#ifndef RANKS
+#define RANKS 0  // columns of a second w beside those of the tile, at most 64
+#endif
+constexpr int A_BYTES = BOX, W_BYTES = TILE_N * ROW_BYTES, B_BYTES = W_BYTES + (RANKS ? BOX : 0);
+constexpr int STAGE = A_BYTES + B_BYTES, SUMS = (TILE_N + RANKS) / 2;
+#ifndef RING
+#define RING (96 * 1024)  // bytes of all stages: two blocks share a multiprocessor's 228 KiB
+#endif
+constexpr int STAGES = (RING) / STAGE;
 // f32 of a row of sums in shared memory: eight banks from row to row, so that the pairs of a half warp, 4 rows x 8,
 // meet none twice.
 constexpr int PITCH = TILE_N + 8;
-static_assert(TILE_M * PITCH * 4 <= STAGES * STAGE, "the sums take the place of the stages");
 constexpr int CHUNKS = TILE_N / 8;  // of eight columns
 
 // A place in the ring, and how often it was passed. A stage has a barrier that it is full, and one that it may be
@@ -30,13 +36,18 @@ struct Stage {
 
   // Before the first use, by one thread; then all threads of the block meet.
   INLINE void begin() const {
-    for (int i = 0; i < 2 * STAGES; ++i) barrier_init(barriers + 8 * i, 1);
+    for (int i = 0; i < 2 * STAGES; ++i) barrier_init(barriers + 8 * i, i < STAGES ? 1 : GROUP / 32);
     barrier_init_done();
   }
-  // The next copies go here: the stage is free, and full after all its bytes.
-  INLINE void claim() const {
+  // The next copies go here: the stage is free, and full after so many bytes.
+  INLINE void claim(int bytes = STAGE) const {
     barrier_wait(empty(), parity ^ 1);
-    barrier_expect(full(), STAGE);
+    barrier_expect(full(), bytes);
+  }
+  // This warp has read it; by all four.
+  INLINE void release() const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty());
   }
   INLINE void next() {
     if (++index == STAGES) index = 0, parity ^= 1;
@@ -44,34 +55,41 @@ struct Stage {
 };
 
 // The compiler keeps its own uses of the sums before or behind this point.
-INLINE void settle(float (&sum)[TILE_N / 2]) {
+template <int COUNT>
+INLINE void settle(float (&sum)[COUNT]) {
 #pragma unroll
-  for (int i = 0; i < TILE_N / 2; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sum[i])::"memory");
 }
 
-// sum += the products of so many stages. A_ALONG_M, B_ALONG_N: the rows of 64 values of an operand run along the side
-// of the sums, not along their inner axis.
+// sum += the products of 64 channels, not waited for. A_ALONG_M, B_ALONG_N: the rows of 64 values of an operand run
+// along the side of the sums, not along their inner axis.
+template <bool A_ALONG_M, bool B_ALONG_N, int COUNT>
+INLINE void multiply_tiles(float (&sum)[COUNT], unsigned a, unsigned b) {
+  products_begin();
+#pragma unroll
+  for (int s = 0; s < TILE_K / 16; ++s) {
+    const auto at = [s](unsigned from, bool along) {
+      return along ? operand(from + s * 16 * ROW_BYTES, BOX) : operand(from + s * 32, 16);
+    };
+    if constexpr (A_ALONG_M)
+      wgmma_turned<2 * COUNT>(sum, at(a, true), at(b, B_ALONG_N));
+    else
+      wgmma<2 * COUNT, B_ALONG_N>(sum, at(a, false), at(b, B_ALONG_N));
+  }
+  products_commit();
+}
+
+// sum += the products of so many stages.
 template <bool A_ALONG_M, bool B_ALONG_N>
-INLINE void multiply(float (&sum)[TILE_N / 2], int steps, Stage& stage) {
+INLINE void multiply(float (&sum)[SUMS], int steps, Stage& stage) {
   if (steps <= 0) return;
   settle(sum);
 #pragma unroll 1
   for (; steps > 0; --steps) {
     barrier_wait(stage.full(), stage.parity);
-    products_begin();
-#pragma unroll
-    for (int s = 0; s < TILE_K / 16; ++s) {
-      const auto at = [s](unsigned from, bool along) {
-        return along ? operand(from + s * 16 * ROW_BYTES, BOX) : operand(from + s * 32, 16);
-      };
-      if constexpr (A_ALONG_M)
-        wgmma_turned<TILE_N>(sum, at(stage.a(), true), at(stage.b(), B_ALONG_N));
-      else
-        wgmma<TILE_N, B_ALONG_N>(sum, at(stage.a(), false), at(stage.b(), B_ALONG_N));
-    }
-    products_commit();
+    multiply_tiles<A_ALONG_M, B_ALONG_N>(sum, stage.a(), stage.b());
     products_wait<0>();  // the copies go on meanwhile
-    if (threadIdx.x == 0) barrier_arrive(stage.empty());
+    stage.release();
     stage.next();
   }
   settle(sum);
@@ -79,6 +97,7 @@ INLINE void multiply(float (&sum)[TILE_N / 2], int steps, Stage& stage) {
 
 // The sums of the warpgroup's first `rows` rows, into shared memory at `sums`: the stages, which nobody reads any more.
 INLINE void leave(const float (&sum)[TILE_N / 2], unsigned sums, int rows) {
+  static_assert(TILE_M * PITCH * 4 <= STAGES * STAGE, "the sums take the place of the stages");
   group_barrier(0);  // the last stage is read by all warps
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
   const unsigned to = sums + (row * PITCH + lane % 4 * 2) * 4;

@@ -27,9 +27,11 @@ LAUNCH = 4e-6  # seconds that one more kernel takes in a graph
 PARTS = 4e-6
 BEGIN = 5e-6  # seconds of a launch of the project's own products, until all of its blocks multiply
 SOON = 3.2e-6  # likewise of the products of few positions, as measured at one position
-# Bytes a second that one block of the skinny product copies: 64 KiB of w under way, and about 1 us
-# until they are there. Estimated, not measured.
+# Bytes a second that a multiprocessor copies in a product of few positions: 48 KiB of w or more
+# under way, and about 1 us until they are there. And bytes of sums a second that it is sent by the
+# others of its cluster: 15 a cycle. Both estimated, not measured here.
 BLOCK = 60e9
+SENT = 25e9
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,11 @@ def extended(cycles: float, moved: int) -> float:
     return max(cycles / CLOCK, moved / MEMORY) + BEGIN
 
 
-def skinny(moved: int, block_bytes: int) -> float:
+def skinny(moved: int, copied: int, added: int = 0) -> float:
     """Seconds of a product of few positions that reads and writes so many bytes, of which the
-    busiest of its blocks copies block_bytes.
+    busiest multiprocessor copies `copied`, and at the end is sent `added` of sums.
     """
-    return max(moved / MEMORY, block_bytes / BLOCK) + SOON
+    return max(moved / MEMORY, copied / BLOCK) + added / SENT + SOON
 
 
 def library(operations: int) -> float:

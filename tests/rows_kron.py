@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from lycoris_cupy import ops
+from lycoris_cupy.ops.before import Mixed
 from lycoris_cupy.ops.kron_product import _kron_product
 from tests import naive
 from tests.row import FACTOR, Row
@@ -16,6 +17,7 @@ from tests.rows_products import _window
 def kron_rows():
     yield from _kron_product_rows()
     yield from _mixed_product_rows()
+    yield from _mixed_rows()
 
 
 def _kron_product_cases():
@@ -92,3 +94,53 @@ def _mixed_product_rows():
             roundings=2.0,
             gradient_roundings=2.0,
         )
+
+
+def _mixed_rows():
+    """The aligned ones with few positions are one launch on Hopper: tails in all sizes, more rows of
+    w1 than columns and fewer, strips that end within a block."""
+    flat, square = _window(), _window((3, 3), padding=1)
+    cases = {
+        "odd": (flat, (2, 3), (3, 2), (1, 7, 5)),
+        "one": (flat, (1,), (1, 1), (1, 1, 1)),
+        "none": (flat, (0,), (2, 3), (1, 8, 8)),
+        "vector": (flat, (), (8, 8), (1, 24, 16)),
+        "few": (flat, (61,), (8, 8), (1, 136, 16)),
+        "uneven": (flat, (3, 7), (6, 5), (1, 40, 200)),
+        "two bands": (flat, (67,), (2, 3), (1, 72, 136)),
+        "one block": (flat, (5,), (3, 1), (1, 72, 8)),
+        "wide blocks": (flat, (5,), (4, 37), (1, 16, 8)),
+        "more blocks than there are places": (flat, (2,), (2, 65), (1, 8, 16)),
+        "many positions": (flat, (131,), (4, 8), (1, 16, 8)),
+        "1x1": (_window((1, 1)), (2, 3, 5), (4, 4), (1, 72, 8)),
+        "conv": (square, (1, 4, 5), (4, 2), (9, 8, 8)),
+    }
+    for name, (window, lead, w1, w2) in cases.items():
+        other = window.grouped(w1[0], shared=True)
+        inputs, columns = w1[1] * w2[1], w1[0] * w2[2]
+        yield Row(
+            "extended",
+            f"mixed, {name}",
+            lambda x, w, w1, w2, b, a, b2, s, window=window, other=other: ops.extended(
+                x,
+                w,
+                window,
+                ops.pending(x, w2, other, add=a, scale=s, bias=b2, before=Mixed(w1)),
+                bias=b,
+            ),
+            lambda x, w, w1, w2, b, a, b2, s, window=window, other=other: (
+                a
+                + b
+                + naive.product(x, w, window)
+                + s * (naive.product(naive.mix(x, w1), w2, other) + b2)
+            ),
+            (
+                (*lead, inputs), (w2[0], inputs, columns), w1, w2, (columns,), (*lead, columns),
+                (columns,), FACTOR,
+            ),
+            2 * w2[0] * inputs + int(np.prod(lead)) * max(*w1, *w2[1:]) + 4,
+            wide=(7,),
+            fixed=(7,),
+            roundings=3.0,  # x2, and elsewhere the second sum and the scaled bias
+            gradient_roundings=2.0,
+        )  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from lycoris_cupy import ops
+from lycoris_cupy.ops.before import Down
 from lycoris_cupy.ops.window import Window
 from tests import naive
 from tests.row import FACTOR, Row
@@ -15,6 +16,7 @@ from tests.row import FACTOR, Row
 def product_rows():
     yield from _product_rows()
     yield from _extended_rows()
+    yield from _low_rank_rows()
 
 
 def _window(kernel=(), stride=1, padding=0, dilation=1, groups=1, shared=False) -> Window:
@@ -240,3 +242,48 @@ def _product_rows():
             ((m, k), (1, k, n), (n,)),
             k + 1,
         )
+
+
+def _low_rank_rows():
+    """The aligned ones with few positions and up to 16 ranks are one launch on Hopper."""
+    flat, square = _window(), _window((3, 3), padding=1)
+    cases = {
+        "odd": (flat, (2, 3), (1, 7, 3), 5, flat),
+        "none": (flat, (0,), (1, 8, 8), 8, flat),
+        "vector": (flat, (), (1, 136, 16), 72, flat),
+        "few": (flat, (61,), (1, 200, 16), 264, flat),
+        "rank 8": (flat, (3, 7), (1, 328, 8), 136, flat),
+        "two bands": (flat, (67,), (1, 72, 16), 136, flat),
+        "rank 24": (flat, (5,), (1, 72, 24), 40, flat),
+        "many positions": (flat, (131,), (1, 16, 16), 8, flat),
+        "1x1": (_window((1, 1)), (2, 3, 5), (1, 72, 8), 24, _window((1, 1))),
+        "conv": (square, (1, 4, 5), (9, 8, 8), 16, _window((1, 1))),
+    }
+    for name, (window, lead, down, columns, other) in cases.items():
+        taps, inputs, rank = down
+        yield Row(
+            "extended",
+            f"low rank, {name}",
+            lambda x, w, down, up, b, a, b2, s, window=window, other=other: ops.extended(
+                x,
+                w,
+                window,
+                ops.pending(x, up, other, add=a, scale=s, bias=b2, before=Down(down, window)),
+                bias=b,
+            ),
+            lambda x, w, down, up, b, a, b2, s, window=window, other=other: (
+                a
+                + b
+                + naive.product(x, w, window)
+                + s * (naive.product(naive.product(x, down, window), up, other) + b2)
+            ),
+            (
+                (*lead, inputs), (taps, inputs, columns), down, (1, rank, columns), (columns,),
+                (*lead, columns), (columns,), FACTOR,
+            ),
+            2 * taps * inputs + rank + int(np.prod(lead)) + taps * columns + 4,
+            wide=(7,),
+            fixed=(7,),
+            roundings=3.0,  # the inner product, and elsewhere the second sum and the scaled bias
+            gradient_roundings=2.0,
+        )  # fmt: skip

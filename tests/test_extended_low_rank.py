@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lycoris_cupy import bf16, ops, plan, to_device
-from lycoris_cupy.ops import counters
+from lycoris_cupy.ops import before, counters
+from lycoris_cupy.ops.before import Down
 from lycoris_cupy.ops.extended_gpu import hopper
 from lycoris_cupy.ops.extended_low_rank_gpu import low_rank, plan_low_rank
 from lycoris_cupy.tape import Tape
@@ -86,14 +87,14 @@ def test_a_layer_takes_it_and_its_gradients_are_the_same(shape, on_hopper, monke
         watched = [tape.watch(a) for a in (x, down, up)]
         with plan.recording() as choices:
             change = ops.pending(
-                ops.pending(watched[0], watched[1], window), watched[2], window, scale=scale
+                watched[0], watched[2], window, scale=scale, before=Down(watched[1], window)
             )
             y = ops.extended(watched[0], w, window, change)
         g = to_device(np.ones(y.shape, bf16), "cuda:0")
         return choices[0].way, [wide(a) for a in (y.value, *tape.gradients(y, g, watched))]
 
     way, found = step()
-    monkeypatch.setattr("lycoris_cupy.ops.extended_low_rank.plan_low_rank", lambda *sizes: None)
+    monkeypatch.setattr(before, "low_rank_plan", lambda *arrays: None)
     _, expected = step()
     assert way == "low rank"
     for a, b in zip(found, expected, strict=True):

@@ -112,7 +112,9 @@ FOUR = SAME.grouped(4, shared=True)
 
 # The way on an H100; x, w and the window of a product; x2, w2 and the window of a second sum.
 FORWARD = {
-    "library": ("library", (40, 64), (1, 64, 96), FLAT, None),
+    "library": ("library", (140, 64), (1, 64, 96), FLAT, None),
+    "skinny": ("skinny", (40, 64), (1, 64, 96), FLAT, None),
+    "skinny, two": ("skinny", (40, 64), (1, 64, 96), FLAT, ((40, 16), (1, 16, 96), FLAT)),
     "groups": ("library", (40, 64), (1, 16, 96), FLAT.grouped(4), None),
     "portable": ("portable", (2, 9, 11, 5), (9, 5, 7), SAME, None),
     "depthwise": ("portable", (2, 9, 11, 32), (9, 1, 32), SAME.grouped(32), None),
@@ -120,14 +122,15 @@ FORWARD = {
     "halo": ("narrow", (1, 256, 144, 320), (9, 320, 8), SAME, None),
     "extended": ("extended", (2, 40, 41, 64), (9, 64, 96), SAME, ((2, 40, 41, 16), (1, 16, 96), ONE)),
     "joined": ("portable", (2, 9, 11, 5), (9, 5, 7), SAME, ((2, 9, 11, 3), (1, 3, 7), ONE)),
-    "aside": ("library", (40, 64), (1, 64, 96), FLAT, ((40, 12), (1, 12, 96), FLAT)),
+    "aside": ("library", (140, 64), (1, 64, 96), FLAT, ((140, 12), (1, 12, 96), FLAT)),
     "apart": (
         "apart", (2, 9, 11, 8), (9, 8, 28), SAME, ((2, 9, 11, 12), (1, 3, 28), ONE.grouped(4)),
     ),
 }  # fmt: skip
 # The same of an input gradient, with g for x.
 BACK = {
-    "library": ("library", (40, 96), (1, 64, 96), FLAT, None),
+    "library": ("library", (140, 96), (1, 64, 96), FLAT, None),
+    "skinny": ("skinny", (8, 1024), (1, 1024, 1024), FLAT, None),
     "groups": ("library", (40, 96), (1, 16, 96), FLAT.grouped(4), None),
     "portable": ("portable", (2, 9, 11, 7), (9, 5, 7), SAME, None),
     "depthwise": ("portable", (2, 9, 11, 32), (9, 1, 32), SAME.grouped(32), None),

@@ -31,6 +31,8 @@ FORWARD = {
     "blocks of 384": ((64, 1536), 1536, 384, 4, ""),
     "blocks of 8": ((5, 40), 40, 24, 5, "add bias bias2"),
     "blocks of 200": ((40, 128), 800, 136, 4, "bias2"),
+    # Warps without a row, with one, with all of theirs.
+    **{f"{p} positions": ((p, 456), 264, 24, 1, "add") for p in (1, 7, 16, 63, 65, 128)},
 }
 # g, inputs, width of the second sum (of a block), blocks, terms.
 BACKWARD = {

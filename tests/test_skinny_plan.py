@@ -26,8 +26,9 @@ def second_of(width2, blocks, columns):
 def followed(planned, x, w, x2, w2):
     """What skinny.cu computes by its own indices: x (P, K) @ w (K, N) + the blocks of x2 @ w2. Fails
     where a value is written twice."""
-    positions, columns, width, width2, block = planned.numbers
+    positions, columns, width, width2, block, _ = planned.numbers
     tile, cluster, (grid, bands) = planned.tile, planned.cluster, planned.grid
+    pieces = tile // 8
     y = np.full((positions, columns), np.nan)
     for band, strip in np.ndindex(bands, grid // cluster):
         start = band * 64
@@ -52,12 +53,13 @@ def followed(planned, x, w, x2, w2):
                 taken += 1
         assert taken == steps
         for rank in range(cluster):
-            for i in range(64 // cluster * (tile // 8)):
-                row, n = i // (tile // 8) * cluster + rank, column + i % (tile // 8) * 8
-                if row >= rows or n >= past:
-                    continue
-                assert np.isnan(y[start + row, n : n + 8]).all() and n + 8 <= past
-                y[start + row, n : n + 8] = sums[:, row, n - column : n - column + 8].sum(axis=0)
+            own = range(rank * pieces // cluster, (rank + 1) * pieces // cluster)
+            assert all(((j + 1) * cluster - 1) // pieces == rank for j in own)
+            for n in (column + 8 * j for j in own if column + 8 * j < past):
+                assert np.isnan(y[start : start + rows, n : n + 8]).all() and n + 8 <= past
+                y[start : start + rows, n : n + 8] = sums[..., n - column : n - column + 8].sum(
+                    axis=0
+                )
     return y
 
 
@@ -90,35 +92,40 @@ def test_the_blocks_cover_the_sum_once(name, tile, monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [3072, 4096, 12288, 14336, 640, 2048, 128256, 8])
-def test_a_plan_fills_the_device(columns):
+def test_a_plan_suits_the_device(columns):
     planned = skinny_gpu.plan_forward((64, 3072), (1, 3072, columns), FLAT, None, 132)
     grid, _ = planned.grid
     assert grid == -(-columns // planned.tile) * planned.cluster
     assert planned.launch.defines == {
         "TILE_N": str(planned.tile), "B_ROWS": "1", "CLUSTER": str(planned.cluster),
+        "EACH": str(planned.each), "MIXED": "0",
     }  # fmt: skip
+    if planned.each == 1:
+        assert grid <= 132
     if 2048 <= columns <= 14336:
-        assert 132 <= grid <= 264
+        assert 64 <= grid <= 264
+    if columns == 3072:  # all of it under way at once, and few sums to send
+        assert (planned.tile, planned.cluster, planned.each) == (128, 4, 1)
     if columns == 128256:  # several turns each: no more parts of a sum than must be
         assert planned.cluster == 1
     if columns < 2048:  # as many blocks as there are
-        assert planned.cluster == 8 and planned.tile == 64
+        assert planned.cluster == 8
 
 
 def test_a_turned_plan():
     planned = skinny_gpu.plan_dx(
         (64, 12288), (1, 3072, 12288), FLAT, Second((1, 3072, 16), FLAT), 132
     )
-    assert planned.numbers == (64, 3072, 12288, 16, 3072)
+    assert planned.numbers == (64, 3072, 12288, 16, 3072, 1)
     assert planned.w_box == (1, 128, 64) and planned.launch.defines["B_ROWS"] == "0"
 
 
 def test_rows_of_blocks_that_share_w():
     shared = FLAT.grouped(8, shared=True)
     planned = skinny_gpu.plan_forward((64, 3072), (1, 384, 16), shared, None, 132)
-    assert planned.numbers == (512, 16, 384, 0, 16) and planned.grid[1] == 8
+    assert planned.numbers == (512, 16, 384, 0, 16, 1) and planned.grid[1] == 8
     planned = skinny_gpu.plan_dx((64, 128), (1, 384, 16), shared, None, 132)
-    assert planned.numbers == (512, 384, 16, 0, 384) and planned.grid[1] == 8
+    assert planned.numbers == (512, 384, 16, 0, 384, 1) and planned.grid[1] == 8
     assert skinny_gpu.plan_forward((129, 3072), (1, 384, 16), shared, None, 132) is None
     second = Second((1, 16, 16), FLAT)
     assert skinny_gpu.plan_forward((64, 3072), (1, 384, 16), shared, second, 132) is None

@@ -21,10 +21,11 @@ import numpy as np
 from ..arrays import Array, module_of, wide_dtype
 from ..errors import ShapeError
 from ..layers import Layer, LayerShape
+from ..ops.before import Mixed
 from ..ops.changed import kron_changed
 from ..ops.elementwise import cast, multiply
 from ..ops.extended import pending, ready
-from ..ops.kron import kron_weight, mix_blocks
+from ..ops.kron import kron_weight
 from ..ops.kron_product import in_one_piece, kron_product
 from ..ops.kron_square import kron_square
 from ..ops.low_rank import low_rank_weight, tucker_weight
@@ -250,7 +251,7 @@ class LoKr(Adapter):
         if self.w2_rank is None:
             # Blocks of channels are mixed, then every block goes through w2.
             w2, blocked = by_columns(p["w2"], columns), window.grouped(rows, shared=shared)
-            return pending(mix_blocks(x, w1), w2, blocked, add=change, scale=scale)
+            return pending(x, w2, blocked, add=change, scale=scale, before=Mixed(w1))
         inner, last, walk = x, p["w2_down"], window.grouped(blocks, shared=True)
         if self.tucker:
             inner, last = product(x, last, window.pointwise_like(blocks, shared=True)), p["t2"]

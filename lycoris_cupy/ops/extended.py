@@ -9,12 +9,13 @@ it into its accumulators where that is cheaper (see `plan`), and else adds its r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..arrays import Array, like, on_gpu, require_same
 from ..errors import LycorisError, ShapeError
-from ..tape import Primitive, value_of
-from . import extended_low_rank, product_gpu
+from ..tape import Primitive, Var, value_of
+from . import product_gpu
+from .before import Down, Mixed, Terms
 from .columns import column_sum
 from .elementwise import cast
 from .elementwise import scale as scaled
@@ -35,15 +36,20 @@ from .window import Window
 @dataclass(frozen=True)
 class Pending:
     """add + scale * (x * w + bias), not computed yet; the arguments are those of `product`, but the
-    scale is the bias's too. x: may wait as well.
+    scale is the bias's too. before: what makes of x the operand of w, if it is not that itself.
     """
 
-    x: Array | Pending
+    x: Array
     w: Array
     window: Window
     add: Array | None
     scale: Array | None
     bias: Array | None = None
+    before: Down | Mixed | None = None
+
+    @property
+    def operand(self) -> Array:
+        return self.x if self.before is None else self.before(self.x)
 
     @property
     def unscaled(self) -> bool:
@@ -52,18 +58,19 @@ class Pending:
 
 
 def pending(
-    x: Array | Pending,
+    x: Array,
     w: Array,
     window: Window = LINEAR,
     *,
     add: Array | Pending | None = None,
     scale: Array | None = None,
     bias: Array | None = None,
+    before: Down | Mixed | None = None,
 ) -> Pending:
     """A product for `extended` to take in; one that `add` still waits for is computed now. bias:
-    (columns,) of the dtype of x, scaled too.
+    (columns,) of the dtype of x, scaled too. before: what is done to x first.
     """
-    return Pending(x, w, window, ready(add), scale, bias)
+    return Pending(x, w, window, ready(add), scale, bias, before)
 
 
 def ready(change: Array | Pending | None, spend: bool = False) -> Array | None:
@@ -75,7 +82,7 @@ def ready(change: Array | Pending | None, spend: bool = False) -> Array | None:
     p, bias = change, change.bias
     if bias is not None and p.scale is not None:
         bias = scaled(bias, p.scale)
-    return product(ready(p.x), p.w, p.window, bias=bias, add=p.add, scale=p.scale, spend=spend)
+    return product(p.operand, p.w, p.window, bias=bias, add=p.add, scale=p.scale, spend=spend)
 
 
 def extended(
@@ -95,13 +102,17 @@ def extended(
     wide dtype, or None for 1; the change must have no scale then, it stands in its own w, and no
     bias. Returns (..., columns) in the dtype of x. Raises ShapeError, DtypeError.
     """
-    made = None
-    if isinstance(change.x, Pending):
-        first = change.x
-        made = extended_low_rank.made(x, w, window, change, bias) if c is None else None
-        h = product(first.x, first.w, first.window, made=made[1]) if made else ready(first)
-        change = replace(change, x=h)
-    x2, w2, add = change.x, cast(change.w, x.dtype), change.add
+    w2, add, before, made = cast(change.w, x.dtype), change.add, change.before, None
+    if before is not None and change.x is x and c is None:
+        arrays = (x, w, w2, add, bias, change.bias)
+        watched = any(isinstance(a, Var) for a in (*arrays, *vars(before).values()))
+        x_, w_, w2_, *more = map(value_of, arrays)
+        out = more[0] if spend else None
+        terms = Terms(x_, w_, window, w2_, change.window, *more, change.scale, out)
+        made = before.joined(terms, watched)
+        if made is not None and not watched:
+            return made[0]
+    x2 = change.x if before is None else before(change.x, made and made[1])
     shape = out_shape(x.shape, w.shape, window)
     biases = ("bias", bias), ("bias2", change.bias)
     for name, array in (("w", w), ("x2", x2), *biases, ("add", add)):

@@ -17,7 +17,9 @@ from ..tensor_map import ROW, matrix_map
 from .conv_gpu import processors
 from .conv_plan import ceil
 from .counters import COUNTERS, counters
+from .extended_gpu import takes
 from .extended_tile import Tile
+from .window import Window
 
 RANKS = 16  # as in extended_tile.cuh
 _OUT_BOX, _SHARED = (16, 32), 226 * 1024  # as of the extended product
@@ -54,6 +56,21 @@ def plan_low_rank(positions: int, inner: int, ranks: int, columns: int, count: i
     seconds = plan.extended(tile.cycles + _WAIT, moved)
     numbers = (positions, columns, inner, ranks, tile.band(count))
     return Plan(launch, tile.grid(positions, columns, count), numbers, seconds)
+
+
+def low_rank_plan(
+    x, w, window: Window, down, inner: Window, up, other: Window, add, bias, bias2
+) -> Plan | None:
+    """`plan_low_rank` of these arrays, where the kernel takes them: linear, nothing to add.
+    inner, other: the windows of down and of up."""
+    if add is not None or bias2 is not None:
+        return None
+    if any(not v.pointwise or v.groups != 1 for v in (window, inner, other)):
+        return None
+    if not takes(x, w, down, up, bias):
+        return None
+    (_, inputs, outputs), ranks = w.shape, down.shape[2]
+    return plan_low_rank(prod(x.shape[:-1]), inputs, ranks, outputs, processors())
 
 
 def low_rank(x, w, down, up, *, scale, bias) -> tuple[Array, Array]:

@@ -4,6 +4,8 @@ gradient.
     library    cuBLASLt, where each output position reads one input position
     extended   one kernel for both sums, linear or convolution; on Hopper
     skinny     the same for linear products of few positions: see `skinny_gpu`
+    inside     likewise, and x2 made there: see `before`
+    low rank   likewise for many positions
     portable   a convolution by mma.sync or, for groups of a few channels, a thread an output; of
                both sums where `joins` says so, and `extended` does not take them
     narrow     a convolution to a few columns, which reads x once: see `narrow_gpu`
@@ -61,7 +63,8 @@ def forward(
     if way == "thin":
         return thin_product(x, w, scale=scale)
     if way == "skinny":
-        return skinny_forward(x, w, window, extra=extra, scale=scale, add=add, bias=bias)
+        more = {"extra": extra, "scale": scale, "add": add, "bias": bias}
+        return skinny_forward(x, w, window, **more, out=out)
     if way == "extended":
         return extended_forward(x, w, window, extra=extra, add=add, bias=bias, out=out)[0]
     if extra is not None and way == "portable":
@@ -79,15 +82,24 @@ def forward(
     return run(x, w, window, scale=scale, add=add, bias=bias, out=out)
 
 
-def low_rank_seconds(x, w, down, up, window: Window) -> float:
-    """Estimated, of x * down and then x * w with that times up taken in; each reads x."""
-    extra = Second(tuple(up.shape), window)
-    shapes = tuple(x.shape), tuple(w.shape)
-    first = _forward_ways(
-        shapes[0], tuple(down.shape), window, None, True, True, x.dtype, processors(), bare=True
-    )
-    both = _forward_ways(*shapes, window, extra, True, True, x.dtype, processors())
-    return sum(min(ways.values()) for _, ways, *_ in (first, both))
+def way_with(x, w, window: Window, w2, other: Window, inside: dict, before: float) -> str:
+    """The way of x * w + x2 * w2 that is estimated to be the fastest, where x2 is made of x:
+    `inside` has functions of the bytes that are moved, the seconds of launches that make it
+    themselves; the ways above follow one for x2 of so many seconds. Of arrays that Hopper's kernels
+    take.
+    """
+    shapes = tuple(x.shape), tuple(w.shape), window, Second(tuple(w2.shape), other)
+    what, ways, operations, moved = _forward_ways(*shapes, True, True, x.dtype, processors())
+    ways = {f"{name} after x2": seconds + before for name, seconds in ways.items()}
+    ways |= {name: seconds(moved) for name, seconds in inside.items()}
+    return plan.choose(f"{what}, x2 of x", ways, operations, moved)
+
+
+def seconds(x, w, window: Window) -> float:
+    """Estimated of x * w by itself, of arrays that Hopper's kernels take."""
+    shapes = tuple(x.shape), tuple(w.shape), window, None
+    ways = _forward_ways(*shapes, True, True, x.dtype, processors(), bare=True)
+    return min(ways[1].values())
 
 
 def scaled_forward(x, w, window: Window, c, *, add, bias, extra: Extra, keep: bool, spend: bool):
@@ -123,7 +135,7 @@ def dx(
     )  # fmt: skip
     way = plan.choose(*ways)
     if way == "skinny":
-        return skinny_dx(g, w, window, extra=extra, scale=scale, add=add)
+        return skinny_dx(g, w, window, extra=extra, scale=scale, add=add, out=out)
     if way == "extended":
         return extended_dx(g, w, window, in_space, extra=extra, add=add, out=out)
     if extra is not None and way == "portable":
