@@ -105,11 +105,17 @@ def test_a_plan_suits_the_device(columns):
     if 2048 <= columns <= 14336:
         assert 64 <= grid <= 264
     if columns == 3072:  # all of it under way at once, and few sums to send
-        assert (planned.tile, planned.cluster, planned.each) == (128, 4, 1)
+        assert (planned.tile, planned.cluster, planned.each) in ((64, 3, 2), (64, 4, 2))
     if columns == 128256:  # several turns each: no more parts of a sum than must be
         assert planned.cluster == 1
     if columns < 2048:  # as many blocks as there are
         assert planned.cluster == 8
+
+
+def test_few_positions_have_wide_strips():
+    for positions in (1, 8, 9, 64):
+        planned = skinny_gpu.plan_forward((positions, 3072), (1, 3072, 3072), FLAT, None, 132)
+        assert (planned.tile == 128) == (positions < 9)
 
 
 def test_a_turned_plan():
@@ -117,7 +123,7 @@ def test_a_turned_plan():
         (64, 12288), (1, 3072, 12288), FLAT, Second((1, 3072, 16), FLAT), 132
     )
     assert planned.numbers == (64, 3072, 12288, 16, 3072, 1)
-    assert planned.w_box == (1, 128, 64) and planned.launch.defines["B_ROWS"] == "0"
+    assert planned.w_box == (1, planned.tile, 64) and planned.launch.defines["B_ROWS"] == "0"
 
 
 def test_rows_of_blocks_that_share_w():

@@ -27,8 +27,9 @@ def pointwise(x, w, window: Window, *, scale, add, bias, out=None):
         return y.reshape(*x.shape[:-1], y.shape[-1])
     if out is None:
         out = cupy.empty((*x.shape[:-1], w.shape[2] * (groups if window.shared else 1)), x.dtype)
-    x, add, to = (_matrices(a, window) for a in (x, add, out))
-    gemm(x, _columns(w, window), scale=scale, add=add, bias=bias, out=to)
+    if out.size:
+        x, add, to = (_matrices(a, window) for a in (x, add, out))
+        gemm(x, _columns(w, window), scale=scale, add=add, bias=bias, out=to)
     return out
 
 
