@@ -45,7 +45,8 @@ class Terms(NamedTuple):
 
 
 Made = tuple[Array, Array | None]  # the result, and x2 if it was asked for
-Way = tuple[float | Callable[[int], float], Callable[[], Made]]  # its seconds, of bytes moved
+# The seconds of a way, of bytes moved; what runs it, None where it turns out not to run.
+Way = tuple[Callable[[int], float], Callable[[], Made | None]]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ RANKS = 16  # as in extended_tile.cuh
 _OUT_BOX, _SHARED = (16, 32), 226 * 1024  # as of the extended product
 _TILE = Tile(192, 192, 192, 0.0)
 _THREADS = 512
+_TOO_LARGE = 720  # the driver's number for a cooperative launch that has no room
+_refused: set[int] = set()  # devices
 _MAKERS = 3  # tiles of a row of tiles that make its h
 _WAIT = 4000  # cycles until the first round has h: made, told and copied. Estimated
 
@@ -63,7 +65,9 @@ def low_rank_plan(
 ) -> Plan | None:
     """`plan_low_rank` of these arrays, where the kernel takes them: linear, nothing to add.
     inner, other: the windows of down and of up."""
-    if add is not None or bias2 is not None:
+    import cupy
+
+    if add is not None or bias2 is not None or cupy.cuda.runtime.getDevice() in _refused:
         return None
     if any(not v.pointwise or v.groups != 1 for v in (window, inner, other)):
         return None
@@ -73,10 +77,11 @@ def low_rank_plan(
     return plan_low_rank(prod(x.shape[:-1]), inputs, ranks, outputs, processors())
 
 
-def low_rank(x, w, down, up, *, scale, bias) -> tuple[Array, Array]:
+def low_rank(x, w, down, up, *, scale, bias) -> tuple[Array, Array] | None:
     """(y, h = x @ down).  x: (..., IN). w: (1, IN, OUT). down: (1, IN, R). up: (1, R, OUT).
 
-    Only where `extended_gpu.takes` the arrays and there is a `plan_low_rank`.
+    Only where there is a `low_rank_plan`. None where the driver has no room for all blocks at once,
+    as under MPS with a share of the multiprocessors; it is not asked again then.
     """
     import cupy
 
@@ -93,5 +98,11 @@ def low_rank(x, w, down, up, *, scale, bias) -> tuple[Array, Array]:
         matrix_map(y.data.ptr, (positions, columns), _OUT_BOX),
     )
     args = (*maps, scale, bias, h, scaled, counters(), *planned.numbers)
-    planned.launch(planned.grid, (_THREADS,), *args, shared=_SHARED, together=True)
+    try:
+        planned.launch(planned.grid, (_THREADS,), *args, shared=_SHARED, together=True)
+    except cupy.cuda.driver.CUDADriverError as error:
+        if error.status != _TOO_LARGE:
+            raise
+        _refused.add(cupy.cuda.runtime.getDevice())
+        return None
     return y, h
