@@ -4,24 +4,24 @@
 //   y = x @ w + (scale * h) @ up + bias                          scale * h rounded by itself
 //
 // It is the extended product (extended.cu), whose second term's x2 is made on the way: the steps of x pass through
-// shared memory anyway. Of the first tiles of a row of tiles each has one worker that multiplies its 64 rows with a
-// step of down as well, copied beside w's, writes what becomes of them to memory, and raises a flag. For every tile and
-// worker a thread waits for the flag of the rows, and has them copied, with the tile's columns of up, to where the
-// worker's finished columns wait for the copy engine at other times.
+// shared memory anyway. In the first MAKERS tiles of a row of tiles workers multiply their 64 rows with a step of down
+// as well, copied beside w's, write what becomes of them to memory, and raise a flag: one worker of each of three tiles,
+// or all of one, where three of a row are more than run at once. For every tile and worker a thread waits for the flag
+// of the rows, and has them copied, with the tile's columns of up, to where the worker's finished columns wait for the
+// copy engine at other times.
 //
 // Blocks wait for each other's flags, so all of them have to run at once: a cooperative launch, and the tiles that make
 // h are the first of their blocks. The last tile that has seen a flag lowers it.
 //
 // only sm_90a
-// variants bf16: TILE_M=192 TILE_N=192 B_ROWS=1
+// variants bf16: TILE_M=192 TILE_N=192 B_ROWS=1 MAKERS=3 | TILE_M=192 TILE_N=192 B_ROWS=1 MAKERS=1
 #define LOW_RANK 1
 #include "extended_ends.cuh"
 #include "extended_steps.cuh"
 
-constexpr int MAKERS = WORKERS;  // tiles of a row that make h
-constexpr int AHEAD = 2;         // steps of a tile until the worker's slots are free
+constexpr int AHEAD = 2;  // steps of a tile until the worker's slots are free
 constexpr int UP_BOX = RANKS * ROW_BYTES, UP_BYTES = TILE_N / 64 * UP_BOX, H_BYTES = 64 * RANKS * 2;
-static_assert(STAGED && CLUSTER == 1 && ROWS == 1, "what the workers count on");
+static_assert(STAGED && CLUSTER == 1 && ROWS == 1 && (MAKERS == WORKERS || MAKERS == 1), "what the workers count on");
 static_assert(UP_BYTES + H_BYTES <= SLOT_BYTES / WORKERS, "up and h lie in the worker's slots");
 
 // Of 64 rows: h is there; the tiles that have seen it.
@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
         stores_read<0>();  // of the tile before
         barrier_arrive(free + 8 * group);
       };
-      if (tile.column == group * TILE_N) {
+      if (tile.column == (MAKERS == WORKERS ? group * TILE_N : 0)) {
         float made[RANKS / 2] = {};
         release_slots();
         multiply<TILE_N, 0, 4, true>(sum, sum, steps, group, chief, ring, stage, made);

@@ -27,7 +27,7 @@ _TILE = Tile(192, 192, 192, 0.0)
 _THREADS = 512
 _TOO_LARGE = 720  # the driver's number for a cooperative launch that has no room
 _refused: set[int] = set()  # devices
-_MAKERS = 3  # tiles of a row of tiles that make its h
+_MAKERS = (3, 1)  # tiles of a row of tiles that make its h
 _WAIT = 4000  # cycles until the first round has h: made, told and copied. Estimated
 
 
@@ -49,11 +49,12 @@ def plan_low_rank(positions: int, inner: int, ranks: int, columns: int, count: i
         return None
     height, width = ceil(positions, _TILE.rows), ceil(columns, _TILE.columns)
     # The tiles that make h are the first of their blocks: else whole rounds would wait for a few.
-    if _MAKERS > width or _MAKERS * height > min(count, COUNTERS // 2):
+    makers = next((n for n in _MAKERS if n <= width and n * height <= count), None)
+    if makers is None or 2 * height * _TILE.rows // ROW > COUNTERS:
         return None
     tile = _TILE.timed(True, positions, columns, ceil(inner, ROW), 1, count)
     moved = bf16.itemsize * (positions * (inner + columns) + inner * columns)
-    defines = {"TILE_M": 192, "TILE_N": 192, "B_ROWS": 1}
+    defines = {"TILE_M": 192, "TILE_N": 192, "B_ROWS": 1, "MAKERS": makers}
     launch = kernel("extended_low_rank.cu", "extended_low_rank", bf16, **defines)
     seconds = plan.extended(tile.cycles + _WAIT, moved)
     numbers = (positions, columns, inner, ranks, tile.band(count))
