@@ -302,7 +302,7 @@ def test_an_x_that_both_sums_read_is_copied_once():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("columns", [3, 8, 16])
+@pytest.mark.parametrize("columns", [3, 8, 16, 72])
 @pytest.mark.parametrize(
     ("x_shape", "window"),
     [
@@ -336,6 +336,8 @@ def test_narrow(x_shape, window, columns):
     dw = to_device(narrow_gpu.narrow_dw(on[0], on[2], window, scale=None), "cpu")
     expected, size = conv_cpu.conv_dw(x, g, window), conv_cpu.conv_dw(abs(x), abs(g), window)
     assert_within(dw, expected, bound(expected, size, g[..., 0].size, np.float32))
+    if window.taps * columns > narrow_gpu.LIMIT:
+        return  # a forward's way alone
     tape = Tape()
     watched = tape.watch(on[0]), tape.watch(on[1])
     found = tape.gradients(ops.product(*watched, window), on[2], watched)  # g is spread once
@@ -512,6 +514,19 @@ def test_a_narrow_convolution_is_one():
     x, w, window = (4, 64, 64, 640), (9, 640, 16), square(padding=1)
     what = product_gpu._forward_ways(x, w, window, None, True, True, bf16, 132)
     assert plan.choose(*what) == "narrow"
+
+
+def test_more_columns_are_narrow_where_positions_are_few():
+    """Its tiles would be fewer than the multiprocessors; with many positions the parts are large."""
+    window = square(padding=1)
+    for side, channels, columns, way in (
+        (32, 1280, 64, "narrow"), (32, 1280, 144, "narrow"), (64, 640, 64, "extended"),
+        (32, 1280, 256, "extended"),
+    ):  # fmt: skip
+        shapes = (4, side, side, channels), (9, channels, columns)
+        ways = product_gpu._forward_ways(*shapes, window, None, True, True, bf16, 132)
+        assert plan.choose(*ways) == way
+        assert ("narrow" in ways[1]) == (9 * columns <= 5 / 4 * channels)
 
 
 @pytest.mark.parametrize("name", [n for n in FORWARD if FORWARD[n][3] is not None])

@@ -22,17 +22,22 @@ from .conv_plan import geometry_of
 from .halo_gpu import halo_conv, takes_halo
 from .window import Window
 
-LIMIT = 288  # taps * R up to which the parts are smaller than what the taps would read again
+LIMIT = 288  # taps * R up to which g spread out is smaller than what the taps would read again
+_WIDE = (
+    5 / 4
+)  # taps * R over inputs up to which a forward is: its parts are as large as two x or so
 _LEAST = 32  # inputs
 
 
-def suits(x_channels: int, columns: int, window: Window, dtype) -> bool:
-    """Whether a convolution from so many channels to so many columns is done this way."""
+def suits(x_channels: int, columns: int, window: Window, dtype, forward: bool = False) -> bool:
+    """Whether a convolution from so many channels to so many columns may be done this way, or its
+    gradients are."""
+    limit = max(LIMIT, _WIDE * x_channels) if forward else LIMIT
     return (
         dtype == bf16
         and window.groups == 1
         and not window.pointwise
-        and window.taps * columns <= LIMIT
+        and window.taps * columns <= limit
         and x_channels >= _LEAST
     )
 

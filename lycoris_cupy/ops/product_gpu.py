@@ -29,6 +29,7 @@ from . import conv_extended_plan, outer_gpu, skinny_gpu
 from .columns import rows_of
 from .conv_extended_plan import joins, term_of
 from .conv_gpu import conv, conv_dw, conv_dx, conv_extended, conv_extended_dx, processors
+from .conv_plan import direct
 from .elementwise import scale as scaled
 from .extended_gpu import Extra, blocks_dx, extended_dx, extended_forward, takes
 from .extended_plan import Second, plan_blocks_dx, plan_dx, plan_forward
@@ -200,7 +201,8 @@ def _forward_ways(
     more = 2 * positions * extra[0][0] * extra[0][1] * columns if extra else 0
     moved = prod(x) * dtype.itemsize + prod(w) * dtype.itemsize + result
     pixels = prod(x[:-1])
-    ways = _ways(window, operations, x[-1], w[2], dtype, moved, pixels)
+    idle = _idle(positions, w[2], w[1], window, count)
+    ways = _ways(window, operations, x[-1], w[2], dtype, moved, pixels, idle, True)
     planned = plan_forward(x, w, window, extra, count) if hopper and plain else None
     if planned is not None:
         ways["extended"] = plan.extended(planned.tile.cycles, moved)
@@ -264,7 +266,8 @@ def _dx_ways(
         places = positions if term.single else prod(g[:-1])
         more = 2 * places * extra[0][0] * term.inner * inputs
     moved = prod(g) * dtype.itemsize + prod(w) * dtype.itemsize + result
-    ways = _ways(window, operations, inputs, w[2], dtype, moved, positions)
+    idle = _idle(positions, w[1], w[2], window, count)
+    ways = _ways(window, operations, inputs, w[2], dtype, moved, positions, idle, False)
     blocks = plan_blocks_dx(g, w, window, in_space, count) if hopper else None
     if blocks is not None:
         ways["blocks"] = plan.extended(blocks.tile.cycles, moved)
@@ -296,16 +299,29 @@ def _dx_ways(
     return what, ways, operations + more, moved
 
 
-def _ways(window: Window, operations, channels, columns, dtype, moved, pixels):
+def _ways(window: Window, operations, channels, columns, dtype, moved, pixels, idle, forward):
     """Seconds of the ways that are not for Hopper alone."""
     if window.pointwise:
         more = plan.PARTS if columns <= 64 else 0  # cuBLASLt adds up parts by a second kernel
         return {"library": max(plan.library(operations), plan.moving(moved)) + more}
-    ways = {"portable": _portable(window, operations, channels, columns, dtype, moved, pixels)}
-    if suits(channels, columns, window, dtype):
+    ways = {
+        "portable": _portable(window, operations * idle, channels, columns, dtype, moved, pixels)
+    }
+    if suits(channels, columns, window, dtype, forward):
         parts = 2 * pixels * window.taps * columns * 4
-        ways["narrow"] = plan.moving(moved) + plan.rereading(parts)
+        ways["narrow"] = max(plan.library(operations), plan.moving(moved)) + plan.rereading(parts)
     return ways
+
+
+def _idle(positions: int, columns: int, inner: int, window: Window, count: int) -> float:
+    """By how much the portable kernel is slower than its operations say, where its tiles of a group
+    are too few: two on each multiprocessor keep it busy, as far as was measured.
+    """
+    own = columns // (1 if window.shared else window.groups)
+    if direct(inner, own, window.groups):
+        return 1.0
+    tiles = -(-positions // 64) * -(-own // 64) * window.groups
+    return max(1.0, 2 * count / max(tiles, 1))
 
 
 def _portable(
