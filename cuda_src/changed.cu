@@ -83,7 +83,7 @@ __device__ __forceinline__ void load_left(Left& to, const bf16* a, Tile tile, in
   }
 }
 
-// Where eight values from k on of a row in shared memory lie, in pieces of 16 bytes: those of eight rows in banks of their
+// Where eight values from k on of a row in shared memory lie, in pieces of 16 bytes: eight rows' in banks of their
 // own.
 __device__ __forceinline__ int held_at(int row, int k) {
   constexpr int PIECES = RANKS / 8;
