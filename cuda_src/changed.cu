@@ -6,27 +6,36 @@
 // With CORE=1, their Tucker forms, a[t] is down @ core[t]. Its f32 sums are multiplied as two bf16 each, high and low,
 // which keeps 16 of their 24 bits.
 //
-// A warp owns 32 columns and a strip of tiles of 16 rows, with its part of b, and the core of the tap it is in, in
-// registers. The weight passes through shared memory, AHEAD tiles under way, where a lane reads only what it has copied
-// itself; a comes from L1, where the other warps of the block have brought it, a tile early if registers allow. No warp
-// waits for another. A product's inner steps and columns may be named in any order: in the one chosen here a lane reads
-// its values of a row of a, and of b, in one piece; its sums lie in eight neighbouring columns, 16 bytes of the weight;
-// and those of a core's product are the lane's own values of a.
+// A warp owns 32 columns and a strip of tiles of 16 rows, with its part of b in registers. The weight passes through
+// shared memory, AHEAD tiles under way, where a lane reads only what it has copied itself.
+//
+// With SHARED=0, for short rows of a, these come from L1, where the other warps of the block have brought them, a tile
+// early if registers allow, and each warp holds the core of the tap it is in; no warp waits for another.
+//
+// With SHARED=1 the block copies the rows of a to shared memory too, and meets before each tile: there is room for one
+// tile more than are under way, so that what is overwritten is a tile that all warps have left. None of them waits for
+// L2 then, and ldmatrix needs no moves between registers. Each warp holds its part of a core's columns, and multiplies
+// by them for the whole block, which meets once more.
+//
+// A product's inner steps and columns may be named in any order. Lanes' sums lie in eight neighbouring columns, 16
+// bytes of the weight. With SHARED=0 a lane reads its values of a row of a, and of b, in one piece, and those of a
+// core's product are the lane's own values of a.
 //
 // A multiprocessor holds as many BLOCKS as the registers of their lanes allow, and so has 40 KB or more of the weight
-// under way. Two pairs of 64 ranks have 256 bytes of a in a row, which six warps share rather than four.
+// under way. Two pairs of 64 ranks have 256 bytes of a in a row, which six warps share rather than four: L2 gives four
+// as much of a as of the weight.
 //
-// variants bf16: RANKS=16 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6
-// variants bf16: RANKS=16 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=5
-// variants bf16: RANKS=32 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6
-// variants bf16: RANKS=32 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=4
-// variants bf16: RANKS=64 HADAMARD=0 CORE=0 WARPS=4 AHEAD=4 BLOCKS=4
-// variants bf16: RANKS=64 HADAMARD=1 CORE=0 WARPS=6 AHEAD=4 BLOCKS=2
-// variants bf16: RANKS=16 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=6
-// variants bf16: RANKS=16 HADAMARD=1 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4
-// variants bf16: RANKS=32 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4
-// variants bf16: RANKS=32 HADAMARD=1 CORE=1 WARPS=4 AHEAD=4 BLOCKS=3
-// variants bf16: RANKS=64 HADAMARD=0 CORE=1 WARPS=4 AHEAD=5 BLOCKS=2
+// variants bf16: RANKS=16 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6 SHARED=0
+// variants bf16: RANKS=16 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=5 SHARED=0
+// variants bf16: RANKS=32 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6 SHARED=0
+// variants bf16: RANKS=32 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=4 SHARED=0
+// variants bf16: RANKS=64 HADAMARD=0 CORE=0 WARPS=4 AHEAD=4 BLOCKS=4 SHARED=0
+// variants bf16: RANKS=64 HADAMARD=1 CORE=0 WARPS=6 AHEAD=4 BLOCKS=2 SHARED=1
+// variants bf16: RANKS=16 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=6 SHARED=0
+// variants bf16: RANKS=16 HADAMARD=1 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4 SHARED=0
+// variants bf16: RANKS=32 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4 SHARED=0
+// variants bf16: RANKS=32 HADAMARD=1 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4 SHARED=1
+// variants bf16: RANKS=64 HADAMARD=0 CORE=1 WARPS=4 AHEAD=4 BLOCKS=4 SHARED=1
 #include "types.cuh"
 #include "mma.cuh"
 #include "exchange.cuh"
@@ -34,14 +43,20 @@
 constexpr int THREADS = 32 * WARPS, COLUMNS = 32 * WARPS, PAIRS = HADAMARD ? 2 : 1;
 constexpr int RUN = RANKS == 16 ? 4 : 8;                  // values of a that a lane reads at a time
 constexpr int RUNS = RANKS / (4 * RUN), STEPS = RUN / 4;  // of a row; products of a run
-// Pairs whose next rows are read a tile early: the others would spill a register or two, from sm_100 on more of them.
-#if __CUDA_ARCH__ >= 1000
+// Of the core's columns that a warp holds: runs, and pieces of eight in each.
+constexpr int OWN_RUNS = SHARED ? 1 : RUNS, OWN = SHARED && CORE ? RANKS / 8 / WARPS : RUN / 2;
+static_assert(!(SHARED && CORE) || OWN * WARPS * 8 == RANKS, "the warps of a block have equal parts of a core");
+// Pairs whose next rows are read a tile early: the others would spill a register or two from sm_100 on.
+#if SHARED
+constexpr int EARLY = 0;
+#elif __CUDA_ARCH__ >= 1000
 constexpr int EARLY = RANKS == 16 || (CORE && RANKS == 32) ? PAIRS : 0;
 #else
-constexpr int EARLY = PAIRS - (RANKS == 64 && (HADAMARD || CORE));
+constexpr int EARLY = PAIRS;
 #endif
 
-// Place k of step s of run c is (c * 4 + quad) * RUN + s * 4 and the next three, on both sides of a product.
+// Place k of step s of run c is (c * 4 + quad) * RUN + s * 4 and the next three, on both sides of a product. Of a left
+// side that is in shared memory it is (c * STEPS + s) * 16 + quad * 2, the next, and those eight further on.
 using Left = unsigned[2][RUNS][RUN / 2];  // of rows 0 to 7 and 8 to 15, a lane's values in pairs
 template <int PIECES>
 using Right = unsigned[RUNS][STEPS][PIECES][2];  // of pieces of eight columns
@@ -73,9 +88,29 @@ __device__ __forceinline__ void load_left(Left& to, const bf16* a, Tile tile, in
   }
 }
 
+// Where eight values from k on of a row in shared memory lie, in pieces of 16 bytes: eight rows' in banks of their
+// own.
+__device__ __forceinline__ int held_at(int row, int k) {
+  constexpr int PIECES = RANKS / 8;
+  return row * PIECES + (k / 8 ^ row * PIECES / 8 % PIECES);
+}
+
+__device__ __forceinline__ void take_left(Left& to, const uint4* rows) {
+#pragma unroll
+  for (int c = 0; c < RUNS; ++c)
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s) {
+      const int lane = threadIdx.x % 32;
+      unsigned a[4];
+      load_matrices<false>(a, shared_address(rows + held_at(lane % 16, (c * STEPS + s) * 16 + lane / 16 * 8)));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[i % 2][c][s * 2 + i / 2] = a[i];
+    }
+}
+
 // A lane's own column of piece j is n + j * 2, one more for every other row of lanes: it reads those of all pieces at
 // once, and the neighbour's with them.
-template <int PIECES>
+template <bool HELD, int PIECES>
 __device__ __forceinline__ void load_right(Right<PIECES>& to, const bf16* __restrict__ b, int n, int ranks,
                                            int columns) {
   const int quad = threadIdx.x % 4;
@@ -84,7 +119,7 @@ __device__ __forceinline__ void load_right(Right<PIECES>& to, const bf16* __rest
   for (int c = 0; c < RUNS; ++c)
 #pragma unroll
     for (int pair = 0; pair < RUN / 2; ++pair) {
-      const int k = (c * 4 + quad) * RUN + pair * 2;
+      const int k = HELD ? (c * STEPS * 2 + pair) * 8 + quad * 2 : (c * 4 + quad) * RUN + pair * 2;
       Pack<unsigned, PIECES> rows[2] = {};
 #pragma unroll
       for (int i = 0; i < 2; ++i)
@@ -107,21 +142,46 @@ __device__ __forceinline__ void multiply(float (&sum)[PIECES][4], const Left& le
     }
 }
 
+// What a pair of bf16 leaves out of two values.
+__device__ __forceinline__ unsigned rest(float one, float other, unsigned pair) {
+  return round_pair(one - low_half(pair), other - high_half(pair));
+}
+
 // down @ core, `low` what `high` leaves out. The core's columns are named as the places k of the product that follows.
-__device__ __forceinline__ void fold(Left& high, Left& low, const Left& down, const Right<RUN / 2> (&core)[RUNS]) {
+__device__ __forceinline__ void fold(Left& high, Left& low, const Left& down, const Right<OWN> (&core)[OWN_RUNS]) {
 #pragma unroll
-  for (int c = 0; c < RUNS; ++c) {
-    float sum[RUN / 2][4] = {};
+  for (int c = 0; c < OWN_RUNS; ++c) {
+    float sum[OWN][4] = {};
     multiply(sum, down, core[c]);
 #pragma unroll
-    for (int i = 0; i < RUN / 2; ++i)
+    for (int i = 0; i < OWN; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float one = sum[i][half * 2], other = sum[i][half * 2 + 1];
         const unsigned both = round_pair(one, other);
         high[half][c][i] = both;
-        low[half][c][i] = round_pair(one - low_half(both), other - high_half(both));
+        low[half][c][i] = rest(one, other, both);
       }
+  }
+}
+
+// The same of the columns of the core that the warp holds, to shared memory.
+__device__ __forceinline__ void fold(uint4* high, uint4* low, const Left& down, const Right<OWN>& core) {
+  const int lane = threadIdx.x % 32, k = (threadIdx.x / 32 * 4 + lane % 4) * OWN * 2;
+  float sum[OWN][4] = {};
+  multiply(sum, down, core);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    Pack<unsigned, OWN> both, left;
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+      const float one = sum[i][half * 2], other = sum[i][half * 2 + 1];
+      both.at[i] = round_pair(one, other);
+      left.at[i] = rest(one, other, both.at[i]);
+    }
+    const int at = held_at(half * 8 + lane / 4, k) * 8 + k % 8;
+    *reinterpret_cast<Pack<unsigned, OWN>*>(reinterpret_cast<bf16*>(high) + at) = both;
+    *reinterpret_cast<Pack<unsigned, OWN>*>(reinterpret_cast<bf16*>(low) + at) = left;
   }
 }
 
@@ -147,54 +207,85 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                            bf16* __restrict__ out, int taps, int inputs, int columns, int ranks, int pitch,
                            int core_rows, int core_pitch, int span) {
   __shared__ uint4 held[AHEAD][2][THREADS];
+  __shared__ uint4 rows[AHEAD + 1][PAIRS][16 * RANKS / 8];  // of a, with SHARED
+  __shared__ uint4 folded[2][PAIRS][16 * RANKS / 8];        // down @ core, high and low
   const int lane = threadIdx.x % 32, quad = lane % 4, row_of = lane / 4;
   const int column = blockIdx.x * COLUMNS + threadIdx.x / 32 * 32;
-  if (column >= columns) return;
+  if (!SHARED && column >= columns) return;
   const int own = column + quad * 8;  // the first of eight columns that the lane reads and writes
   const int tap_tiles = (inputs + 15) / 16, first = blockIdx.y * span;
   const int tiles = min(span, taps * tap_tiles - first), tap = first / tap_tiles;
   Tile now{tap * inputs + first % tap_tiles * 16, (tap + 1) * inputs}, ahead = now;
 
-  auto read = [&](int tile, int slot) {
+  auto read = [&](int tile, int slot, int rows_slot) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = ahead.row + half * 8 + row_of;
       const bool valid = tile < tiles && row < ahead.end && own < columns;
       copy(held[slot][half][threadIdx.x], weight + (valid ? (long long)row * columns + own : 0), valid);
     }
+    constexpr int ALL = SHARED ? PAIRS * 2 * RANKS : 0;  // pieces of 16 bytes
+#pragma unroll
+    for (int j = 0; j < (ALL + THREADS - 1) / THREADS; ++j) {
+      const int i = j * THREADS + threadIdx.x, p = i / (2 * RANKS), row = i / (RANKS / 8) % 16, k = i % (RANKS / 8) * 8;
+      const long long from = (long long)min(ahead.row - ahead.end + inputs + row, inputs - 1) * pitch + k;
+      const bool valid = tile < tiles && k < pitch;
+      if (ALL % THREADS == 0 || i < ALL)
+        copy_async(shared_address(&rows[rows_slot][p][held_at(row, k)]), (p ? a2 : a1) + (valid ? from : 0), valid);
+    }
     commit_copies();
     ahead.next(inputs);
   };
 #pragma unroll
-  for (int i = 0; i < AHEAD; ++i) read(i, i);
+  for (int i = 0; i < AHEAD; ++i) read(i, i, i);
 
   Left left[PAIRS];
   Right<4> right[PAIRS];
-  Right<RUN / 2> core[PAIRS][RUNS];
+  Right<OWN> core[PAIRS][OWN_RUNS];
 #pragma unroll
-  for (int p = 0; p < PAIRS; ++p) load_right(right[p], p ? b2 : b1, column + row_of / 2 * 8, ranks, columns);
+  for (int p = 0; p < PAIRS; ++p) load_right<SHARED>(right[p], p ? b2 : b1, column + row_of / 2 * 8, ranks, columns);
 #pragma unroll
   for (int p = 0; p < EARLY; ++p) load_left(left[p], p ? a2 : a1, now, inputs, pitch);
   const float factor = *scale;
 
-  int slot = 0, core_end = 0;  // where the tap ends whose core is loaded
+  int slot = 0, rows_slot = 0;
+  int core_end = 0;  // where the tap ends whose core is loaded
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
+    if (SHARED) {
+      wait_copies<AHEAD - 1>();
+      __syncthreads();
+    }
     if (CORE && now.end != core_end) {
       core_end = now.end;
       const long long from = (long long)(now.end / inputs - 1) * core_rows * core_pitch;
 #pragma unroll
       for (int p = 0; p < PAIRS; ++p)
 #pragma unroll
-        for (int c = 0; c < RUNS; ++c)
-          load_right(core[p][c], (p ? core2 : core1) + from, (c * 4 + row_of / 2) * RUN, core_rows, core_pitch);
+        for (int c = 0; c < OWN_RUNS; ++c)
+          load_right<SHARED>(core[p][c], (p ? core2 : core1) + from,
+                             ((SHARED ? threadIdx.x / 32 : c) * 4 + row_of / 2) * OWN * 2, core_rows, core_pitch);
     }
 #pragma unroll
-    for (int p = EARLY; p < PAIRS; ++p) load_left(left[p], p ? a2 : a1, now, inputs, pitch);
+    for (int p = EARLY; p < (SHARED ? 0 : PAIRS); ++p) load_left(left[p], p ? a2 : a1, now, inputs, pitch);
+    if (SHARED && CORE) {
+#pragma unroll
+      for (int p = 0; p < PAIRS; ++p) {
+        take_left(left[p], rows[rows_slot][p]);
+        fold(folded[0][p], folded[1][p], left[p], core[p][0]);
+      }
+      __syncthreads();
+    }
     float sum[PAIRS][4][4] = {};
 #pragma unroll
     for (int p = 0; p < PAIRS; ++p) {
-      if (CORE) {
+      if (SHARED) {
+#pragma unroll
+        for (int part = 0; part < 1 + CORE; ++part) {
+          take_left(left[p], CORE ? folded[part][p] : rows[rows_slot][p]);
+          multiply(sum[p], left[p], right[p]);
+        }
+      } else if (CORE) {
         Left high, low;
         fold(high, low, left[p], core[p]);
         multiply(sum[p], high, right[p]);
@@ -208,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
     for (int p = 0; p < EARLY; ++p) load_left(left[p], p ? a2 : a1, then, inputs, pitch);
 
-    wait_copies<AHEAD - 1>();
+    if (!SHARED) wait_copies<AHEAD - 1>();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint4 v = held[slot][half][threadIdx.x];
@@ -229,8 +320,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         *reinterpret_cast<uint4*>(out + (long long)row * columns + own) =
             make_uint4(after[0], after[1], after[2], after[3]);
     }
-    read(tile + AHEAD, slot);
+    read(tile + AHEAD, slot, rows_slot ? rows_slot - 1 : AHEAD);
     slot = slot + 1 == AHEAD ? 0 : slot + 1;
+    rows_slot = rows_slot == AHEAD ? 0 : rows_slot + 1;
     now = then;
   }
 }
