@@ -9,51 +9,42 @@
 // A warp owns 32 columns and a strip of tiles of 16 rows, with its part of b in registers. The weight passes through
 // shared memory, AHEAD tiles under way, where a lane reads only what it has copied itself.
 //
-// With SHARED=0, for short rows of a, these come from L1, where the other warps of the block have brought them, a tile
-// early if registers allow, and each warp holds the core of the tap it is in; no warp waits for another.
-//
-// With SHARED=1 the block copies the rows of a to shared memory too, and meets before each tile: there is room for one
-// tile more than are under way, so that what is overwritten is a tile that all warps have left. None of them waits for
-// L2 then, and ldmatrix needs no moves between registers. Each warp holds its part of a core's columns, and multiplies
-// by them for the whole block, which meets once more.
+// Rows of 16 ranks of a come from L1, where the other warps of the block have brought them, a tile early, and each warp
+// holds the core of the tap it is in; no warp waits for another. Longer rows (SHARED) the block copies to shared memory
+// too, and meets before each tile: there is room for one tile more than are under way, so that what is overwritten is a
+// tile that all warps have left. None of them waits for L2 then, and ldmatrix needs no moves between registers. Each
+// warp holds its part of a core's columns, and multiplies by them for the whole block, which meets once more.
 //
 // A product's inner steps and columns may be named in any order. Lanes' sums lie in eight neighbouring columns, 16
-// bytes of the weight. With SHARED=0 a lane reads its values of a row of a, and of b, in one piece, and those of a
-// core's product are the lane's own values of a.
+// bytes of the weight; of 16 ranks a lane reads its values of a row of a, and of b, in one piece, and those of a core's
+// product are the lane's own values of a.
 //
 // A multiprocessor holds as many BLOCKS as the registers of their lanes allow, and so has 40 KB or more of the weight
-// under way. Two pairs of 64 ranks have 256 bytes of a in a row, which six warps share rather than four: L2 gives four
-// as much of a as of the weight.
+// under way.
 //
-// variants bf16: RANKS=16 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6 SHARED=0
-// variants bf16: RANKS=16 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=5 SHARED=0
-// variants bf16: RANKS=32 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6 SHARED=0
-// variants bf16: RANKS=32 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=4 SHARED=0
-// variants bf16: RANKS=64 HADAMARD=0 CORE=0 WARPS=4 AHEAD=4 BLOCKS=4 SHARED=0
-// variants bf16: RANKS=64 HADAMARD=1 CORE=0 WARPS=6 AHEAD=4 BLOCKS=2 SHARED=1
-// variants bf16: RANKS=16 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=6 SHARED=0
-// variants bf16: RANKS=16 HADAMARD=1 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4 SHARED=0
-// variants bf16: RANKS=32 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4 SHARED=0
-// variants bf16: RANKS=32 HADAMARD=1 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4 SHARED=1
-// variants bf16: RANKS=64 HADAMARD=0 CORE=1 WARPS=4 AHEAD=4 BLOCKS=4 SHARED=1
+// variants bf16: RANKS=16 HADAMARD=0 CORE=0 WARPS=4 AHEAD=3 BLOCKS=6
+// variants bf16: RANKS=16 HADAMARD=1 CORE=0 WARPS=4 AHEAD=3 BLOCKS=5
+// variants bf16: RANKS=32 HADAMARD=0 CORE=0 WARPS=4 AHEAD=4 BLOCKS=5
+// variants bf16: RANKS=32 HADAMARD=1 CORE=0 WARPS=4 AHEAD=4 BLOCKS=4
+// variants bf16: RANKS=64 HADAMARD=0 CORE=0 WARPS=4 AHEAD=4 BLOCKS=4
+// variants bf16: RANKS=64 HADAMARD=1 CORE=0 WARPS=4 AHEAD=4 BLOCKS=3
+// variants bf16: RANKS=16 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=6
+// variants bf16: RANKS=16 HADAMARD=1 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4
+// variants bf16: RANKS=32 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=5
+// variants bf16: RANKS=32 HADAMARD=1 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4
+// variants bf16: RANKS=64 HADAMARD=0 CORE=1 WARPS=4 AHEAD=4 BLOCKS=4
+// variants bf16: RANKS=64 HADAMARD=1 CORE=1 WARPS=4 AHEAD=3 BLOCKS=3
 #include "types.cuh"
 #include "mma.cuh"
 #include "exchange.cuh"
 
 constexpr int THREADS = 32 * WARPS, COLUMNS = 32 * WARPS, PAIRS = HADAMARD ? 2 : 1;
+constexpr bool SHARED = RANKS > 16;                       // the rows of a
 constexpr int RUN = RANKS == 16 ? 4 : 8;                  // values of a that a lane reads at a time
 constexpr int RUNS = RANKS / (4 * RUN), STEPS = RUN / 4;  // of a row; products of a run
 // Of the core's columns that a warp holds: runs, and pieces of eight in each.
 constexpr int OWN_RUNS = SHARED ? 1 : RUNS, OWN = SHARED && CORE ? RANKS / 8 / WARPS : RUN / 2;
 static_assert(!(SHARED && CORE) || OWN * WARPS * 8 == RANKS, "the warps of a block have equal parts of a core");
-// Pairs whose next rows are read a tile early: the others would spill a register or two from sm_100 on.
-#if SHARED
-constexpr int EARLY = 0;
-#elif __CUDA_ARCH__ >= 1000
-constexpr int EARLY = RANKS == 16 || (CORE && RANKS == 32) ? PAIRS : 0;
-#else
-constexpr int EARLY = PAIRS;
-#endif
 
 // Place k of step s of run c is (c * 4 + quad) * RUN + s * 4 and the next three, on both sides of a product. Of a left
 // side that is in shared memory it is (c * STEPS + s) * 16 + quad * 2, the next, and those eight further on.
@@ -245,7 +236,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
   for (int p = 0; p < PAIRS; ++p) load_right<SHARED>(right[p], p ? b2 : b1, column + row_of / 2 * 8, ranks, columns);
 #pragma unroll
-  for (int p = 0; p < EARLY; ++p) load_left(left[p], p ? a2 : a1, now, inputs, pitch);
+  for (int p = 0; p < PAIRS; ++p)
+    if (!SHARED) load_left(left[p], p ? a2 : a1, now, inputs, pitch);
   const float factor = *scale;
 
   int slot = 0, rows_slot = 0;
@@ -266,8 +258,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           load_right<SHARED>(core[p][c], (p ? core2 : core1) + from,
                              ((SHARED ? threadIdx.x / 32 : c) * 4 + row_of / 2) * OWN * 2, core_rows, core_pitch);
     }
-#pragma unroll
-    for (int p = EARLY; p < (SHARED ? 0 : PAIRS); ++p) load_left(left[p], p ? a2 : a1, now, inputs, pitch);
     if (SHARED && CORE) {
 #pragma unroll
       for (int p = 0; p < PAIRS; ++p) {
@@ -297,7 +287,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     Tile then = now;
     then.next(inputs);
 #pragma unroll
-    for (int p = 0; p < EARLY; ++p) load_left(left[p], p ? a2 : a1, then, inputs, pitch);
+    for (int p = 0; p < PAIRS; ++p)
+      if (!SHARED) load_left(left[p], p ? a2 : a1, then, inputs, pitch);
 
     if (!SHARED) wait_copies<AHEAD - 1>();
 #pragma unroll

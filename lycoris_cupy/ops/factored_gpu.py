@@ -1,8 +1,8 @@
 """The launch of cuda_src/changed.cu: a weight with a low-rank change, or the elementwise product of
 two, each with a Tucker core or without, added in one pass over it.
 
-Refused, with None: other dtypes than bf16, more than 64 ranks (32 of two pairs with cores), rows
-that are no multiple of 16 bytes.
+Refused, with None: other dtypes than bf16, more than 64 ranks, rows that are no multiple of 16
+bytes.
 """
 
 from __future__ import annotations
