@@ -33,7 +33,7 @@
 // variants bf16: RANKS=32 HADAMARD=0 CORE=1 WARPS=4 AHEAD=3 BLOCKS=5
 // variants bf16: RANKS=32 HADAMARD=1 CORE=1 WARPS=4 AHEAD=3 BLOCKS=4
 // variants bf16: RANKS=64 HADAMARD=0 CORE=1 WARPS=4 AHEAD=4 BLOCKS=4
-// variants bf16: RANKS=64 HADAMARD=1 CORE=1 WARPS=4 AHEAD=3 BLOCKS=3
+// variants bf16: RANKS=64 HADAMARD=1 CORE=1 WARPS=4 AHEAD=4 BLOCKS=2
 #include "types.cuh"
 #include "mma.cuh"
 #include "exchange.cuh"
