@@ -18,35 +18,12 @@
 #define LOW_RANK 1
 #include "extended_ends.cuh"
 #include "extended_steps.cuh"
+#include "flags.cuh"
 
 constexpr int AHEAD = 2;  // steps of a tile until the worker's slots are free
 constexpr int UP_BOX = RANKS * ROW_BYTES, UP_BYTES = TILE_N / 64 * UP_BOX, H_BYTES = 64 * RANKS * 2;
 static_assert(STAGED && CLUSTER == 1 && ROWS == 1 && (MAKERS == WORKERS || MAKERS == 1), "what the workers count on");
 static_assert(UP_BYTES + H_BYTES <= SLOT_BYTES / WORKERS, "up and h lie in the worker's slots");
-
-// Of 64 rows: h is there; the tiles that have seen it.
-struct Flag {
-  unsigned up, seen;
-};
-
-INLINE void raise(Flag* flag) {
-  fence_copies_global();
-  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(&flag->up) : "memory");
-}
-
-INLINE void await(Flag* flag) {
-  unsigned up;
-  do {
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(up) : "l"(&flag->up) : "memory");
-  } while (!up);
-  __threadfence();
-  fence_copies_global();
-}
-
-// Of `tiles` that call this the last one lowers the flag.
-INLINE void lower(Flag* flag, int tiles) {
-  if (atomicInc(&flag->seen, tiles - 1) == tiles - 1) flag->up = 0;
-}
 
 // Rounds factor * h, a worker's, and writes what lies inside; first: its first row.
 INLINE void leave(const float (&h)[RANKS / 2], float factor, bf16* to, int first, int positions, int ranks) {
@@ -134,7 +111,7 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
         barrier_expect(done, UP_BYTES + H_BYTES);
 #pragma unroll
         for (int box = 0; box < TILE_N / 64; ++box) copy_box(own + box * UP_BOX, &up, done, tile.column + 64 * box, 0);
-        await(flag_of(tile, worker));
+        await(flag_of(tile, worker), 1);
         copy_box(own + UP_BYTES, &scaled_map, done, 0, tile.row + worker * 64);
         lower(flag_of(tile, worker), tiles_n);
       }
@@ -161,7 +138,7 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
         leave(made, 1, h, tile.row + group * 64, positions, ranks);
         leave(made, factor, scaled, tile.row + group * 64, positions, ranks);
         group_barrier(group);
-        if (chief) raise(flag_of(tile, group));
+        if (chief) raise(flag_of(tile, group), 1);
       } else {
         multiply<TILE_N, 0, 4>(sum, sum, min(steps, AHEAD), group, chief, ring, stage);
         release_slots();

@@ -143,35 +143,6 @@ def test_graphs_and_streams_have_flags_of_their_own(on_hopper):
     assert all((wide(y) == expected).all() for y in found)
 
 
-@pytest.mark.gpu
-def test_a_device_without_room_for_all_blocks_goes_another_way(on_hopper, monkeypatch):
-    import cupy
-
-    from lycoris_cupy.ops import extended_low_rank_gpu as module
-
-    rng, tries = np.random.default_rng(2), []
-    x, w, down, up = on_gpu(
-        draw(rng, 1536, 512), *(draw(rng, 1, *s) for s in ((512, 768), (512, 16), (16, 768)))
-    )
-
-    def refuse():
-        tries.append(1)
-        raise cupy.cuda.driver.CUDADriverError(720)
-
-    planned = plan_low_rank(1536, 512, 16, 768, 132)._replace(
-        launch=lambda *args, **of: refuse(), seconds=0.0
-    )
-    monkeypatch.setattr(module, "plan_low_rank", lambda *sizes: planned)
-    monkeypatch.setattr(module, "_refused", set())
-    change = ops.pending(x, up, before=Down(down, ops.Window()))
-    for _ in range(2):
-        y = wide(ops.extended(x, w, ops.Window(), change))
-    assert len(tries) == 1 and module._refused == {0}
-    assert (
-        y == wide(ops.extended(x, w, ops.Window(), ops.pending(ops.product(x, down), up)))
-    ).all()
-
-
 def test_plan():
     planned = plan_low_rank(4608, 3072, 16, 3072, 132)
     assert planned.grid == (132,) and planned.numbers[:-1] == (4608, 3072, 3072, 16)

@@ -2,9 +2,9 @@
 not carried out yet.
 
 On Hopper one kernel may make it beside the layer's own product, for few positions (see
-`skinny_gpu`) or, a LoRA's, for many (`extended_low_rank_gpu`). Both results are then there; what
-they are recorded as is the same as if each had been computed by itself. Hu et al. 2021, arXiv
-2106.09685; Yeh et al. 2023, arXiv 2309.14859.
+`skinny_gpu`) or for many (`extended_low_rank_gpu`, `extended_mixed_gpu`). Both results are then
+there; what they are recorded as is the same as if each had been computed by itself. Hu et al. 2021,
+arXiv 2106.09685; Yeh et al. 2023, arXiv 2309.14859.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..tape import value_of
 from . import product_gpu, skinny_gpu
 from .extended_gpu import Extra
 from .extended_low_rank_gpu import low_rank, low_rank_plan
+from .extended_mixed_gpu import mixed, mixed_plan
 from .kron import mix_blocks
 from .product import product
 from .window import Window
@@ -94,15 +95,26 @@ class Mixed:
 
     def joined(self, t: Terms, keep: bool) -> Made | None:
         """As for Down."""
-        w1 = value_of(self.w1)
-        few = skinny_gpu.mixed_plan(*t[:3], w1, t.w2, t.other, *t.more) if on_gpu(t.x) else None
-        if few is None:
+        if not on_gpu(t.x):
             return None
-        extra = Extra(t.x, t.w2, t.other, t.scale, t.bias2)
-        more = {"add": t.add, "bias": t.bias, "keep": keep, "out": t.out}
-        way: Way = few.seconds, lambda: skinny_gpu.skinny_mixed(t.x, t.w, w1, few, extra, **more)
+        w1, ways = value_of(self.w1), {}
+        few = skinny_gpu.mixed_plan(*t[:3], w1, t.w2, t.other, *t.more)
+        if few is not None:
+            extra = Extra(t.x, t.w2, t.other, t.scale, t.bias2)
+            more = {"add": t.add, "bias": t.bias, "keep": keep, "out": t.out}
+            ways["inside"] = (
+                few.seconds,
+                lambda: skinny_gpu.skinny_mixed(t.x, t.w, w1, few, extra, **more),
+            )
+        many = mixed_plan(*t[:3], w1, t.w2, t.other, *t.more)
+        if many is not None:
+            terms = {"scale": t.scale, "bias": t.bias, "keep": keep, "out": t.out}
+            ways["mixed"] = (
+                lambda moved: many.seconds,
+                lambda: mixed(t.x, t.w, w1, t.w2, many, **terms),
+            )
         results = t.x.size // w1.shape[1] * sum(w1.shape) * t.x.dtype.itemsize
-        return _fastest(t, {"inside": way}, lambda: plan.moving(results))
+        return _fastest(t, ways, lambda: plan.moving(results))
 
 
 def _fastest(t: Terms, ways: dict[str, Way], before: Callable[[], float]) -> Made | None:

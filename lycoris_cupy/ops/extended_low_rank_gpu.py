@@ -14,19 +14,17 @@ from .. import plan
 from ..arrays import Array, bf16
 from ..kernels import Kernel, kernel
 from ..tensor_map import ROW, matrix_map
+from . import cooperative
 from .conv_gpu import processors
 from .conv_plan import ceil
 from .counters import COUNTERS, counters
-from .extended_gpu import takes
+from .extended_gpu import OUT_BOX, SHARED, takes
 from .extended_tile import Tile
 from .window import Window
 
 RANKS = 16  # as in extended_tile.cuh
-_OUT_BOX, _SHARED = (16, 32), 226 * 1024  # as of the extended product
 _TILE = Tile(192, 192, 192, 0.0)
 _THREADS = 512
-_TOO_LARGE = 720  # the driver's number for a cooperative launch that has no room
-_refused: set[int] = set()  # devices
 _MAKERS = (3, 1)  # tiles of a row of tiles that make its h
 _WAIT = 4000  # cycles until the first round has h: made, told and copied. Estimated
 
@@ -66,9 +64,7 @@ def low_rank_plan(
 ) -> Plan | None:
     """`plan_low_rank` of these arrays, where the kernel takes them: linear, nothing to add.
     inner, other: the windows of down and of up."""
-    import cupy
-
-    if add is not None or bias2 is not None or cupy.cuda.runtime.getDevice() in _refused:
+    if add is not None or bias2 is not None or cooperative.refused():
         return None
     if any(not v.pointwise or v.groups != 1 for v in (window, inner, other)):
         return None
@@ -81,8 +77,7 @@ def low_rank_plan(
 def low_rank(x, w, down, up, *, scale, bias) -> tuple[Array, Array] | None:
     """(y, h = x @ down).  x: (..., IN). w: (1, IN, OUT). down: (1, IN, R). up: (1, R, OUT).
 
-    Only where there is a `low_rank_plan`. None where the driver has no room for all blocks at once,
-    as under MPS with a share of the multiprocessors; it is not asked again then.
+    Only where there is a `low_rank_plan`. None where the driver has no room for the launch.
     """
     import cupy
 
@@ -96,14 +91,9 @@ def low_rank(x, w, down, up, *, scale, bias) -> tuple[Array, Array] | None:
         matrix_map(down.data.ptr, (inner, ranks), (ROW, RANKS)),
         matrix_map(scaled.data.ptr, (positions, ranks), (ROW, RANKS)),
         matrix_map(up.data.ptr, (ranks, columns), (RANKS, ROW)),
-        matrix_map(y.data.ptr, (positions, columns), _OUT_BOX),
+        matrix_map(y.data.ptr, (positions, columns), OUT_BOX),
     )
     args = (*maps, scale, bias, h, scaled, counters(), *planned.numbers)
-    try:
-        planned.launch(planned.grid, (_THREADS,), *args, shared=_SHARED, together=True)
-    except cupy.cuda.driver.CUDADriverError as error:
-        if error.status != _TOO_LARGE:
-            raise
-        _refused.add(cupy.cuda.runtime.getDevice())
+    if not cooperative.launched(planned.launch, planned.grid, (_THREADS,), *args, shared=SHARED):
         return None
     return y, h
