@@ -16,7 +16,7 @@ from typing import NamedTuple
 from .. import plan
 from ..arrays import Array, on_gpu
 from ..tape import value_of
-from . import product_gpu, skinny_gpu
+from . import product_ways, skinny_gpu
 from .extended_gpu import Extra
 from .extended_low_rank_gpu import low_rank, low_rank_plan
 from .extended_mixed_gpu import mixed, mixed_plan
@@ -81,7 +81,7 @@ class Down:
                 lambda moved: many.seconds,
                 lambda: low_rank(t.x, t.w, down, t.w2, scale=t.scale, bias=t.bias),
             )
-        return _fastest(t, ways, lambda: product_gpu.seconds(t.x, down, self.window))
+        return _fastest(t, ways, lambda: product_ways.seconds(t.x, down, self.window))
 
 
 @dataclass(frozen=True)
@@ -123,5 +123,5 @@ def _fastest(t: Terms, ways: dict[str, Way], before: Callable[[], float]) -> Mad
     if not ways:
         return None
     seconds = {name: of for name, (of, _) in ways.items()}
-    best = product_gpu.way_with(t.x, t.w, t.window, t.w2, t.other, seconds, before())
+    best = product_ways.way_with(t.x, t.w, t.window, t.w2, t.other, seconds, before())
     return ways[best][1]() if best in ways else None
