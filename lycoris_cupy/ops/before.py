@@ -2,26 +2,25 @@
 not carried out yet.
 
 On Hopper one kernel may make it beside the layer's own product, for few positions (see
-`skinny_gpu`) or for many (`extended_low_rank_gpu`, `extended_mixed_gpu`). Both results are then
-there; what they are recorded as is the same as if each had been computed by itself. Hu et al. 2021,
-arXiv 2106.09685; Yeh et al. 2023, arXiv 2309.14859.
+`skinny_gpu`) or for many (`extended_low_rank_gpu`, `extended_mixed_gpu`). Hu et al. 2021, arXiv
+2106.09685; Yeh et al. 2023, arXiv 2309.14859.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .. import plan
 from ..arrays import Array, on_gpu
-from ..tape import value_of
-from . import product_ways, skinny_gpu
+from ..tape import Fresh
+from . import product_gpu, product_ways, skinny_gpu
 from .extended_gpu import Extra
 from .extended_low_rank_gpu import low_rank, low_rank_plan
 from .extended_mixed_gpu import mixed, mixed_plan
-from .kron import mix_blocks
-from .product import product
+from .kron import _mix_blocks, _mix_blocks_dw1, mix_blocks, mix_gradients, mixed_shape
+from .product import finished, in_space_of, out_shape, product, product_gradients, wide_product
 from .window import Window
 
 
@@ -44,6 +43,12 @@ class Terms(NamedTuple):
     def more(self) -> tuple[Array | None, ...]:
         return self.add, self.bias, self.bias2
 
+    @property
+    def inside(self) -> tuple[Extra, dict[str, Any]]:
+        """For the kernel of few positions, which makes x2 itself."""
+        extra = Extra(self.x, self.w2, self.other, self.scale, self.bias2)
+        return extra, {"add": self.add, "bias": self.bias, "out": self.out}
+
 
 Made = tuple[Array, Array | None]  # the result, and x2 if it was asked for
 # The seconds of a way, of bytes moved; what runs it, None where it turns out not to run.
@@ -52,28 +57,64 @@ Way = tuple[Callable[[int], float], Callable[[], Made | None]]
 
 @dataclass(frozen=True)
 class Down:
-    """x * w, by this window. w: of the dtype of x, or wide."""
+    """x * factor, by a window.  factor: down, (taps, IN, R), of the dtype of x or wide."""
 
-    w: Array
+    factor: Array
     window: Window
 
-    def __call__(self, x: Array, made: Array | None = None) -> Array:
-        return product(x, self.w, self.window, made=made)
+    def __call__(self, x: Array) -> Array:
+        return product(x, self.factor, self.window)
 
-    def joined(self, t: Terms, keep: bool) -> Made | None:
+    @property
+    def kind(self) -> _Down:
+        return _Down(self.window)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """mix_blocks(x, factor).  factor: w1, (L, M), of the dtype of x."""
+
+    factor: Array
+
+    def __call__(self, x: Array) -> Array:
+        return mix_blocks(x, self.factor)
+
+    @property
+    def kind(self) -> _Mixed:
+        return _Mixed()
+
+
+@dataclass(frozen=True)
+class _Down:
+    """Of plain arrays."""
+
+    window: Window
+
+    def shape(self, x: tuple[int, ...], down: tuple[int, ...]) -> tuple[int, ...]:
+        return out_shape(x, down, self.window)
+
+    def make(self, x: Array, down: Array) -> Array:
+        if on_gpu(x):
+            return product_gpu.forward(x, down, self.window, scale=None, add=None, bias=None)
+        return finished(wide_product(x, down, self.window), None, None, None, x)
+
+    def gradients(self, needs: tuple[bool, bool], g: Array, x: Array, down: Array) -> tuple:
+        """For x and down, by that of x2; None for one that is not needed."""
+        own = (x if needs[1] else None), (down if needs[0] else None)
+        return product_gradients(g, *own, None, self.window, in_space_of(x, self.window))
+
+    def joined(self, t: Terms, down: Array, keep: bool) -> Made | None:
         """The results of the terms, and x2 if keep, where one kernel makes both here and is
         estimated to be the fastest way; else None."""
-        down = value_of(self.w)
-        if not on_gpu(t.x) or not self.window.pointwise or down.dtype != t.x.dtype:
+        if not self.window.pointwise:
             return None
         ways: dict[str, Way] = {}
         few = skinny_gpu.low_rank_plan(*t[:3], down, t.w2, t.other, *t.more)
         if few is not None:
-            extra = Extra(t.x, t.w2, t.other, t.scale, t.bias2)
-            more = {"add": t.add, "bias": t.bias, "keep": keep, "out": t.out}
+            extra, more = t.inside
             ways["inside"] = (
                 few.seconds,
-                lambda: skinny_gpu.skinny_low_rank(t.x, t.w, down, few, extra, **more),
+                lambda: skinny_gpu.skinny_low_rank(t.x, t.w, down, few, extra, keep=keep, **more),
             )
         many = low_rank_plan(*t[:3], down, self.window, t.w2, t.other, *t.more)
         if many is not None:
@@ -85,26 +126,34 @@ class Down:
 
 
 @dataclass(frozen=True)
-class Mixed:
-    """mix_blocks(x, w1)."""
+class _Mixed:
+    """Of plain arrays."""
 
-    w1: Array
+    def shape(self, x: tuple[int, ...], w1: tuple[int, ...]) -> tuple[int, ...]:
+        return mixed_shape(x, w1)
 
-    def __call__(self, x: Array, made: Array | None = None) -> Array:
-        return mix_blocks(x, self.w1, made=made)
+    def make(self, x: Array, w1: Array) -> Array:
+        return _mix_blocks(x, w1, turned=False)
 
-    def joined(self, t: Terms, keep: bool) -> Made | None:
-        """As for Down."""
-        if not on_gpu(t.x):
-            return None
-        w1, ways = value_of(self.w1), {}
+    def gradients(self, needs: tuple[bool, bool], g: Array, x: Array, w1: Array) -> tuple:
+        """As for _Down."""
+        if all(needs):
+            dx, dw1 = mix_gradients(g, x, w1)
+            return Fresh(dx), dw1
+        if needs[0]:
+            return Fresh(_mix_blocks(g, w1, turned=True)), None
+        rows, columns = w1.shape
+        return None, _mix_blocks_dw1(g, x, rows=rows, columns=columns) if needs[1] else None
+
+    def joined(self, t: Terms, w1: Array, keep: bool) -> Made | None:
+        """As for _Down."""
+        ways: dict[str, Way] = {}
         few = skinny_gpu.mixed_plan(*t[:3], w1, t.w2, t.other, *t.more)
         if few is not None:
-            extra = Extra(t.x, t.w2, t.other, t.scale, t.bias2)
-            more = {"add": t.add, "bias": t.bias, "keep": keep, "out": t.out}
+            extra, more = t.inside
             ways["inside"] = (
                 few.seconds,
-                lambda: skinny_gpu.skinny_mixed(t.x, t.w, w1, few, extra, **more),
+                lambda: skinny_gpu.skinny_mixed(t.x, t.w, w1, few, extra, keep=keep, **more),
             )
         many = mixed_plan(*t[:3], w1, t.w2, t.other, *t.more)
         if many is not None:
