@@ -88,7 +88,9 @@ INLINE void multiply(float (&sum)[ROWS][TILE_N / 2], float (&more)[ROWS][TILE_N 
   for (; steps > 0; --steps) {
     const unsigned at = ring.memory + stage.index * STAGE;
     const unsigned long long a = operand(at + worker * (TILE_M / WORKERS) * ROW_BYTES, 16);
-    const unsigned long long b = operand(at + A_BYTES, leading), down = narrow_operand(at + A_BYTES + B_BYTES);
+    const unsigned long long b = operand(at + A_BYTES, leading);
+    const unsigned long long down =
+        B_ROWS ? narrow_operand(at + A_BYTES + B_BYTES) : operand(at + A_BYTES + B_BYTES, 16);
     barrier_wait(ring.full(stage.index), stage.parity);
     products_begin();
 #pragma unroll
@@ -98,7 +100,7 @@ INLINE void multiply(float (&sum)[ROWS][TILE_N / 2], float (&more)[ROWS][TILE_N 
         const unsigned long long rows = further(a, r * 64 * ROW_BYTES + s * 32);
         wgmma<COLUMNS, B_ROWS>(sum[r] + FIRST, rows, further(b, s * b_step));
         if (PAIR) wgmma<COLUMNS, B_ROWS>(more[r] + FIRST, rows, further(b, B_BYTES + s * b_step));
-        if (MAKE) wgmma<RANKS, true>(h, rows, further(down, s * 16 * RANKS * 2));
+        if (MAKE) wgmma<RANKS, B_ROWS>(h, rows, further(down, s * (B_ROWS ? 16 * RANKS * 2 : 32)));
       }
     products_commit();
     products_wait<0>();  // the other workers multiply meanwhile

@@ -20,6 +20,7 @@ from .extended_gpu import Extra
 from .extended_low_rank_gpu import low_rank, low_rank_plan
 from .extended_mixed_gpu import mixed, mixed_plan
 from .kron import _mix_blocks, _mix_blocks_dw1, mix_blocks, mix_gradients, mixed_shape
+from .low_rank_back import low_rank_back
 from .product import finished, in_space_of, out_shape, product, product_gradients, wide_product
 from .window import Window
 
@@ -103,6 +104,11 @@ class _Down:
         own = (x if needs[1] else None), (down if needs[0] else None)
         return product_gradients(g, *own, None, self.window, in_space_of(x, self.window))
 
+    def together(self, g, x, w, window: Window, down, h, up, other: Window, scale):
+        """(dx of the layer and of what is beside it, ddown, dup) where one kernel makes more than
+        one of them, and is estimated to be faster; else None."""
+        return low_rank_back(g, x, w, window, down, self.window, h, up, other, scale)
+
     def joined(self, t: Terms, down: Array, keep: bool) -> Made | None:
         """The results of the terms, and x2 if keep, where one kernel makes both here and is
         estimated to be the fastest way; else None."""
@@ -120,7 +126,7 @@ class _Down:
         if many is not None:
             ways["low rank"] = (
                 lambda moved: many.seconds,
-                lambda: low_rank(t.x, t.w, down, t.w2, scale=t.scale, bias=t.bias),
+                lambda: low_rank(t.x, t.w, down, t.w2, many, scale=t.scale, bias=t.bias),
             )
         return _fastest(t, ways, lambda: product_ways.seconds(t.x, down, self.window))
 
@@ -144,6 +150,9 @@ class _Mixed:
             return Fresh(_mix_blocks(g, w1, turned=True)), None
         rows, columns = w1.shape
         return None, _mix_blocks_dw1(g, x, rows=rows, columns=columns) if needs[1] else None
+
+    def together(self, *arrays) -> None:
+        """As for _Down."""
 
     def joined(self, t: Terms, w1: Array, keep: bool) -> Made | None:
         """As for _Down."""

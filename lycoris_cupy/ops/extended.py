@@ -175,6 +175,8 @@ def _vjp(
     x, w = (x if needs[1] else None), (w if needs[0] else None)
     made, w2 = (made if needs[6] else None), (w2 if onward else None)
     source, first = (x2, first) if before is not None and onward else (None, None)
+    # The layer's own weight stands still, and all else is wanted.
+    alone = source is not None and c is None and needs[0] and all(needs[4:7]) and not needs[1]
     held = [made]  # until it has been used: x2 may be as large as x
     del kept, x2, made
 
@@ -184,23 +186,20 @@ def _vjp(
             if made is not None and w2 is not None and on_gpu(g):
                 thin = thin_gradients(g, made, w2, other, None, c, own)
             flow, dc = (thin.gc, thin.dc) if thin else column_gradients(g, own, c)
+        rest = column_sum(g) if needs[2] else None, g if needs[3] else None
+        last = column_sum(g, scale) if needs[7] else None, None, dc
+        if alone and on_gpu(g):
+            joint = before.together(g, source, w, window, first, made, w2, other, scale)
+            if joint is not None:
+                dx, *factors = joint
+                return dx, None, *rest, None, *factors, *last
         base = product_gradients(flow, x, w, None, window, space)
         dx2, dw2 = thin[:2] if thin else product_gradients(g, made, w2, scale, other, other_space)
         dfirst = made = None
         if source is not None:
             dx2 = cast(total_of([dx2], g.dtype), g.dtype)
             dx2, dfirst = before.gradients(needs[4:6], dx2, source, first)
-        return (
-            *base,
-            column_sum(g) if needs[2] else None,
-            g if needs[3] else None,
-            dx2,
-            dfirst,
-            dw2,
-            column_sum(g, scale) if needs[7] else None,
-            None,
-            dc,
-        )
+        return (*base, *rest, dx2, dfirst, dw2, *last)
 
     return pull
 

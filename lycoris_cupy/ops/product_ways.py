@@ -52,6 +52,12 @@ def seconds(x, w, window: Window) -> float:
     return min(ways[1].values())
 
 
+def dx_seconds(g, w, window: Window, second: Second) -> float:
+    """Estimated of the input gradient of a linear product with a second term, likewise."""
+    shapes = tuple(g.shape), tuple(w.shape), window, tuple(g.shape[1:-1]), second
+    return min(dx_ways(*shapes, True, True, g.dtype, processors())[1].values())
+
+
 @functools.lru_cache(maxsize=4096)
 def forward_ways(
     x, w, window: Window, extra, hopper: bool, plain: bool, dtype, count: int,
