@@ -16,14 +16,15 @@ from . import product_gpu
 from .extended_gpu import Extra
 from .extended_low_rank_gpu import Plan, low_rank_dx, low_rank_dx_plan
 from .extended_plan import Second
+from .product import in_space_of
 from .product_ways import dx_seconds
 from .thin_gpu import thin_seconds
 from .window import Window
 
 
 class LowRankBack:
-    """dx and ddown, whichever is asked for first; dh is made once. Of plain arrays, which are let go
-    as soon as they have been used.
+    """dx and ddown, whichever is asked for first; dh is made once. Of plain arrays, which are let
+    go as soon as they have been used.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class LowRankBack:
         extra = Extra(self._made(), self._down, self._inner, None)
         more = {"scale": None, "add": add, "extra": extra, "spend": spend}
         g, self._g = self._g, None
-        return product_gpu.dx(g, self._w, self._window, g.shape[:-1], **more)
+        return product_gpu.dx(g, self._w, self._window, in_space_of(g, self._window), **more)
 
     def _run_ddown(self, add, term, spend):
         self._made()
@@ -62,7 +63,8 @@ class LowRankBack:
     def _made(self) -> Array:
         if self._dh is None:
             more = {"scale": self._scale, "add": None}
-            self._keep(product_gpu.dx(self._g, self._up, self._other, self._g.shape[:-1], **more))
+            space = in_space_of(self._g, self._other)
+            self._keep(product_gpu.dx(self._g, self._up, self._other, space, **more))
         return self._dh
 
     def _keep(self, dh: Array) -> None:
