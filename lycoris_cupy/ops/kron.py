@@ -62,8 +62,10 @@ def mix_blocks(x: Array, w1: Array) -> Array:
 
 def mixed_shape(x: tuple[int, ...], w1: tuple[int, ...]) -> tuple[int, ...]:
     """That of mix_blocks(x, w1), after checking that both fit."""
-    if len(w1) != 2 or w1[1] == 0 or x[-1] % w1[1]:
-        raise ShapeError(f"x has {x[-1]} channels, expected a multiple of the columns of w1 {w1}")
+    if w1[1] == 0 or x[-1] % w1[1]:
+        raise ShapeError(
+            f"x has {x[-1]} channels, expected a multiple of the {w1[1]} columns of w1"
+        )
     return (*x[:-1], x[-1] // w1[1] * w1[0])
 
 
