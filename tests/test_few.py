@@ -33,14 +33,14 @@ def shapes(name):
 def force(cluster, monkeypatch):
     monkeypatch.setattr(few_gpu, "_cluster_of", lambda *sizes: cluster)
     monkeypatch.setattr(few_gpu.plan, "choose", lambda *ways: "few")
-    few_gpu._plan.cache_clear()
+    few_gpu.plan_few.cache_clear()
 
 
 @pytest.fixture(params=[1, 8])
 def cluster(request, monkeypatch):
     force(request.param, monkeypatch)
     yield request.param
-    few_gpu._plan.cache_clear()
+    few_gpu.plan_few.cache_clear()
 
 
 @pytest.mark.gpu
@@ -106,7 +106,7 @@ def followed(planned, cluster, g, x, w):
 @pytest.mark.parametrize("name", CASES)
 def test_the_tiles_cover_both_gradients_once(name, cluster):
     positions, inner, outer, blocks, window = shapes(name)
-    planned = few_gpu._plan(positions, (1, inner, outer), window, 132)
+    planned = few_gpu.plan_few(positions, (1, inner, outer), window, 132)
     rng = np.random.default_rng(0)
     rows = positions * blocks
     g, x, w = (
@@ -119,13 +119,13 @@ def test_the_tiles_cover_both_gradients_once(name, cluster):
 
 def test_what_it_is_for():
     def plan(positions, inner, outer, window=FLAT):
-        return few_gpu._plan(positions, (1, inner, outer), window, 132)
+        return few_gpu.plan_few(positions, (1, inner, outer), window, 132)
 
     assert plan(64, 16, 3072).launch.defines == {"CLUSTER": "8"}
     assert plan(64, 384, 384, FLAT.grouped(8, shared=True)).launch.defines == {"CLUSTER": "1"}
     assert plan(4608, 16, 3072) is None  # many rows
-    assert plan(64, 3072, 16) is None  # a dx that waits for the layer's own
+    assert plan(64, 3072, 16) is None  # a wide dx
     assert plan(64, 3072, 3072) is None  # no small product
     assert plan(64, 12, 64) is None  # rows of dx that are no whole chunks
     assert plan(64, 16, 32, FLAT.grouped(4)) is None  # columns of their own
-    assert few_gpu._plan(64, (9, 16, 32), Window.of((3, 3), 1, 1), 132) is None
+    assert few_gpu.plan_few(64, (9, 16, 32), Window.of((3, 3), 1, 1), 132) is None
