@@ -76,14 +76,8 @@ def plan_few(positions: int, w: tuple[int, int, int], window: Window, count: int
     cluster = _cluster_of(tiles_r * tiles_i, tiles_o, count)
     back = tiles_r * tiles_i * cluster
     grid = back + -(-tiles_i * tiles_o // cluster) * cluster
-    copied = (
-        2
-        * ROW
-        * ROW
-        * bf16.itemsize
-        * max(-(-tiles_o // cluster), tiles_r)
-        * -(-grid // (2 * count))
-    )
+    steps = max(-(-tiles_o // cluster), tiles_r) * -(-grid // (2 * count))
+    copied = steps * 2 * ROW * ROW * bf16.itemsize
     operations = 4 * rows * inner * outer
     moved = (rows * (2 * inner + outer) + inner * outer) * 2 + inner * outer * 4
     each = max(plan.library(operations // 2), plan.moving(moved // 2))
