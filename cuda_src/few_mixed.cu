@@ -77,11 +77,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
   // The items of a tile: each position's 64 columns, or 32 where the tile has no more. Of those from `first` on that
   // this warp has, item i: its position in the tile, this lane's n, and whether they lie inside.
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, at = lane / 4;
-  const int halves = inner - task.column > 32 ? 2 : 1, items = TILE_M / L * halves;
+  const int more = inner - task.column > 32, items = TILE_M / L << more;
   const int start = cluster_rank() + warp * CLUSTER;
   const auto find = [&](int first, int i, int& p, int& n) {
     const int item = first + i * STRIDE;
-    p = item / halves, n = task.column + item % halves * 32 + lane % 4 * 8;
+    p = item >> more, n = task.column + (item & more) * 32 + lane % 4 * 8;
     return item < items && task.row + p * L < rows && n < inner;
   };
   const auto place = [&](int p, int m, int n) { return ((long long)(task.row / L + p) * M + m) * inner + n; };
@@ -109,24 +109,35 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
     if (mixes) load_mix(mix, w1, L, M, M, 1), fetch(start);  // they come while the products are made
     task.make(stage, sums, factor, dw2, rows, inner, outer);
   }
-  meet();
+  if (CLUSTER > 1)
+    meet();
+  else
+    __syncthreads();
 
   if (mixes) {
     float sum[HALVES][4] = {};
 #pragma unroll 1
     for (int first = start; first < items; first += ITEMS * STRIDE) {
       if (first > start) fetch(first);
+      // For one block without a branch, so that all reads are under way: what lies outside is read somewhere else.
 #pragma unroll
       for (int i = 0; i < ITEMS; ++i) {
         int p, n;
         const bool inside = find(first, i, p, n);
+        if (CLUSTER > 1 && !inside) continue;
 #pragma unroll
-        for (int h = 0; h < HALVES; ++h)
-          if (inside && at + h * 8 < L) {
-            float total[8];
-            collect_scaled(total, sums, p * L + at + h * 8, (n - task.column) / 8, factor);
-            *reinterpret_cast<uint4*>(&v[i].g[h]) = rounded(total);
-          }
+        for (int h = 0; h < HALVES; ++h) {
+          float total[8];
+          collect_scaled(total, sums, min(p * L + at + h * 8, TILE_M - 1), n / 8 % CHUNKS, factor);
+          const unsigned kept = inside && at + h * 8 < L ? ~0u : 0;
+          const uint4 of = rounded(total);
+          *reinterpret_cast<uint4*>(&v[i].g[h]) = make_uint4(of.x & kept, of.y & kept, of.z & kept, of.w & kept);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < ITEMS; ++i) {
+        int p, n;
+        const bool inside = find(first, i, p, n);
         add_products(sum, v[i]);
         unsigned mixed[HALVES][4];
         mix_item(mixed, mix, v[i]);
