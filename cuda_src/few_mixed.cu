@@ -109,7 +109,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
     if (mixes) load_mix(mix, w1, L, M, M, 1), fetch(start);  // they come while the products are made
     task.make(stage, sums, factor, dw2, rows, inner, outer);
   }
-  if (CLUSTER > 1)
+  if (CLUSTER > 1)  // a fence of the whole GPU
     meet();
   else
     __syncthreads();
