@@ -19,9 +19,18 @@ from . import product_gpu, product_ways, skinny_gpu
 from .extended_gpu import Extra
 from .extended_low_rank_gpu import low_rank, low_rank_plan
 from .extended_mixed_gpu import mixed, mixed_plan
+from .few_mixed_gpu import few_mixed_gradients
 from .kron import _mix_blocks, _mix_blocks_dw1, mix_blocks, mix_gradients, mixed_shape
 from .low_rank_back import low_rank_back
-from .product import finished, in_space_of, out_shape, product, product_gradients, wide_product
+from .product import (
+    deferred_dx,
+    finished,
+    in_space_of,
+    out_shape,
+    product,
+    product_gradients,
+    wide_product,
+)
 from .window import Window
 
 
@@ -105,9 +114,10 @@ class _Down:
         return product_gradients(g, *own, None, self.window, in_space_of(x, self.window))
 
     def together(self, g, x, w, window: Window, down, h, up, other: Window, scale):
-        """(dx of the layer and of what is beside it, ddown, dup) where one kernel makes more than
-        one of them, and is estimated to be faster; else None."""
-        return low_rank_back(g, x, w, window, down, self.window, h, up, other, scale)
+        """(two parts of dx, ddown, dup) where one kernel makes more than one of them, and is
+        estimated to be faster; else None."""
+        made = low_rank_back(g, x, w, window, down, self.window, h, up, other, scale)
+        return made and (made[0], None, *made[1:])
 
     def joined(self, t: Terms, down: Array, keep: bool) -> Made | None:
         """The results of the terms, and x2 if keep, where one kernel makes both here and is
@@ -151,8 +161,13 @@ class _Mixed:
         rows, columns = w1.shape
         return None, _mix_blocks_dw1(g, x, rows=rows, columns=columns) if needs[1] else None
 
-    def together(self, *arrays) -> None:
+    def together(self, g, x, w, window: Window, w1, x2, w2, other: Window, scale):
         """As for _Down."""
+        made = few_mixed_gradients(g, x2, w2, x, w1, other, scale)
+        if made is None:
+            return None
+        dx = deferred_dx(g, w, None, window, in_space_of(x, window))
+        return dx, Fresh(made[0]), *made[1:]
 
     def joined(self, t: Terms, w1: Array, keep: bool) -> Made | None:
         """As for _Down."""

@@ -191,8 +191,8 @@ def _vjp(
         if alone and on_gpu(g):
             joint = before.together(g, source, w, window, first, made, w2, other, scale)
             if joint is not None:
-                dx, *factors = joint
-                return dx, None, *rest, None, *factors, *last
+                dx, *others = joint
+                return dx, None, *rest, *others, *last
         base = product_gradients(flow, x, w, None, window, space)
         dx2, dw2 = thin[:2] if thin else product_gradients(g, made, w2, scale, other, other_space)
         dfirst = made = None
