@@ -1,10 +1,10 @@
-"""What a pending product's x is before: the product with a LoRA's down, or the mix by a LoKr's w1,
-not carried out yet.
+"""What a pending product's x is before: the product with a LoRA's down, the mix by a LoKr's w1, or
+one after the other, not carried out yet.
 
-On Hopper one kernel may make it beside the layer's own product, for few positions (see
-`skinny_gpu`) or for many (`extended_low_rank_gpu`, `extended_mixed_gpu`). Both results are then
-there; what they are recorded as is the same as if each had been computed by itself. Hu et al. 2021,
-arXiv 2106.09685; Yeh et al. 2023, arXiv 2309.14859.
+On Hopper one kernel may make it beside the layer's own product, for few positions (see `skinny_gpu`
+and `skinny_mixed_down_gpu`) or for many (`extended_low_rank_gpu`, `extended_mixed_gpu`). Both
+results are then there; what they are recorded as is the same as if each had been computed by
+itself. Hu et al. 2021, arXiv 2106.09685; Yeh et al. 2023, arXiv 2309.14859.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from .extended_gpu import Extra
 from .extended_low_rank_gpu import low_rank, low_rank_plan
 from .extended_mixed_gpu import mixed, mixed_plan
 from .kron import mix_blocks
+from .mixed import mixed_product
+from .mixed import seconds as mixed_seconds
 from .product import product
+from .skinny_mixed_down_gpu import mixed_down_plan, skinny_mixed_down
 from .window import Window
 
 
@@ -115,6 +118,32 @@ class Mixed:
             )
         results = t.x.size // w1.shape[1] * sum(w1.shape) * t.x.dtype.itemsize
         return _fastest(t, ways, lambda: plan.moving(results))
+
+
+@dataclass(frozen=True)
+class MixedDown:
+    """mixed_product(x, w, w1, window). w: of the dtype of x, or wide."""
+
+    w: Array
+    w1: Array
+    window: Window
+
+    def __call__(self, x: Array, made: tuple[Array, Array] | None = None) -> Array:
+        """made: the result and its inner one."""
+        return mixed_product(x, self.w, self.w1, self.window, made=made)
+
+    def joined(self, t: Terms, keep: bool) -> tuple[Array, tuple[Array, Array] | None] | None:
+        """As for Down, but with x2 comes what it is mixed from."""
+        down, w1 = value_of(self.w), value_of(self.w1)
+        if not on_gpu(t.x) or not self.window.pointwise or down.dtype != t.x.dtype:
+            return None
+        few = mixed_down_plan(*t[:3], down, w1, t.w2, t.other, *t.more)
+        if few is None:
+            return None
+        extra = Extra(t.x, t.w2, t.other, t.scale, t.bias2)
+        more = {"add": t.add, "bias": t.bias, "keep": keep, "out": t.out}
+        inside = few.seconds, lambda: skinny_mixed_down(t.x, t.w, down, w1, few, extra, **more)
+        return _fastest(t, {"inside": inside}, lambda: mixed_seconds(t.x, down, w1))
 
 
 def _fastest(t: Terms, ways: dict[str, Way], before: Callable[[], float]) -> Made | None:

@@ -24,11 +24,14 @@ from .product import finished, in_space_of, out_shape, product_gradients, wide_p
 from .window import Window
 
 
-def mixed_product(x: Array, w: Array, w1: Array, window: Window) -> Array:
+def mixed_product(
+    x: Array, w: Array, w1: Array, window: Window, *, made: tuple[Array, Array | None] | None = None
+) -> Array:
     """mix_blocks(x * w, w1), whose inner result is rounded too.
 
     x: (..., M * N), or (N, *space, M * N). w: (taps, N, R), shared by the M groups of the window.
-    w1: (L, M) of the dtype of x. Returns (..., L * R) in the dtype of x. Raises ShapeError,
+    w1: (L, M) of the dtype of x. made: the result and inner, if that is recorded, where another
+    kernel has computed them already. Returns (..., L * R) in the dtype of x. Raises ShapeError,
     DtypeError.
     """
     require_float(value_of(x), "x")
@@ -41,7 +44,7 @@ def mixed_product(x: Array, w: Array, w1: Array, window: Window) -> Array:
             f"w1 has shape {tuple(w1.shape)}, expected a column for each of {window.groups} groups "
             "that share w"
         )
-    return _mixed_product(x, w, w1, window=window)
+    return _mixed_product(x, w, w1, window=window, made=made)
 
 
 def _cpu(x, w, w1, *, window, keep):
@@ -58,20 +61,31 @@ def _gpu(x, w, w1, *, window, keep):
 
 def _in_one_launch(x, w, w1, window) -> bool:
     """Whether the kernel takes these, and is estimated to be the faster way."""
-    (_, n, columns), positions = w.shape, prod(x.shape[:-1])
-    rows = positions * window.groups
+    n, positions = w.shape[1], prod(x.shape[:-1])
     if not window.pointwise or n % 8 or window.groups > ROW or positions > skinny_gpu.MOST:
         return False
     if not takes(x, w) or w1.dtype != bf16 or not w1.flags.c_contiguous:
         return False
-    operations, results = 2 * rows * n * columns, positions * sum(w1.shape) * columns * 2
+    what = f"x {tuple(x.shape)} * w {tuple(w.shape)}, mixed by w1 {tuple(w1.shape)}"
+    return plan.choose(what, *_ways(x, w, w1)) == "mixed"
+
+
+def _ways(x, w, w1):
+    """(seconds of each way, operations, bytes) of one position a row, of arrays that `takes`."""
+    (_, n, columns), positions = w.shape, prod(x.shape[:-1])
+    operations = 2 * positions * w1.shape[1] * n * columns
+    results = positions * sum(w1.shape) * columns * 2
     moved = (x.size + w.size) * 2 + results
     seconds = {
         "mixed": plan.skinny(moved, -(-n // ROW) * 2 * ROW * ROW * 2),
         "library": max(plan.library(operations), plan.moving(moved)) + plan.moving(results),
     }
-    what = f"x {tuple(x.shape)} * w {tuple(w.shape)}, mixed by w1 {tuple(w1.shape)}"
-    return plan.choose(what, seconds, operations, moved) == "mixed"
+    return seconds, operations, moved
+
+
+def seconds(x: Array, w: Array, w1: Array) -> float:
+    """Estimated of mixed_product by itself, pointwise, of arrays that Hopper's kernels take."""
+    return min(_ways(x, w, w1)[0].values())
 
 
 def _launch(x, w, w1, keep):
