@@ -26,9 +26,9 @@
 // With RANKS down stands beside the columns of w, as 16 more of them: each block has its part of x2, multiplies that with
 // w2 (which is linear), and only one cluster adds up x2 itself, where it is wanted.
 //
-// With both a step is a whole block of x: what a block has in the 16 columns after one is that part of inner, complete,
-// so that it can be rounded, and written by whoever has the first strip. Its product with w1 is added to eight more
-// registers, of which the rest is as with RANKS.
+// With both a step is a whole block of x: what stands in the 16 columns after it is that block of inner, complete, so
+// that it can be rounded, and written by the first strip. Times its factor of w1 it is added to this block's part of x2,
+// eight more registers; the rest is as with RANKS.
 //
 // Positions go by 64, and each 64 read w again, from L2. Fewer are 64 all the same: the copy engine writes zeros for
 // those that are not there, and reads nothing.

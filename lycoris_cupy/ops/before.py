@@ -48,7 +48,8 @@ class Terms(NamedTuple):
         return self.add, self.bias, self.bias2
 
 
-Made = tuple[Array, Array | None]  # the result, and x2 if it was asked for
+# The result, and x2 if it was asked for, of MixedDown with what it is mixed from.
+Made = tuple[Array, Array | tuple[Array, Array] | None]
 # The seconds of a way, of bytes moved; what runs it, None where it turns out not to run.
 Way = tuple[Callable[[int], float], Callable[[], Made | None]]
 
@@ -132,10 +133,12 @@ class MixedDown:
         """made: the result and its inner one."""
         return mixed_product(x, self.w, self.w1, self.window, made=made)
 
-    def joined(self, t: Terms, keep: bool) -> tuple[Array, tuple[Array, Array] | None] | None:
+    def joined(self, t: Terms, keep: bool) -> Made | None:
         """As for Down, but with x2 comes what it is mixed from."""
         down, w1 = value_of(self.w), value_of(self.w1)
         if not on_gpu(t.x) or not self.window.pointwise or down.dtype != t.x.dtype:
+            return None
+        if not self.window.shared or self.window.groups != w1.shape[1]:  # refused, by itself
             return None
         few = mixed_down_plan(*t[:3], down, w1, t.w2, t.other, *t.more)
         if few is None:

@@ -71,20 +71,20 @@ def _in_one_launch(x, w, w1, window) -> bool:
 
 
 def _ways(x, w, w1):
-    """(seconds of each way, operations, bytes) of one position a row, of arrays that `takes`."""
+    """(seconds of each way, operations, bytes), pointwise, of arrays that Hopper's kernels take."""
     (_, n, columns), positions = w.shape, prod(x.shape[:-1])
     operations = 2 * positions * w1.shape[1] * n * columns
     results = positions * sum(w1.shape) * columns * 2
     moved = (x.size + w.size) * 2 + results
-    seconds = {
+    ways = {
         "mixed": plan.skinny(moved, -(-n // ROW) * 2 * ROW * ROW * 2),
         "library": max(plan.library(operations), plan.moving(moved)) + plan.moving(results),
     }
-    return seconds, operations, moved
+    return ways, operations, moved
 
 
 def seconds(x: Array, w: Array, w1: Array) -> float:
-    """Estimated of mixed_product by itself, pointwise, of arrays that Hopper's kernels take."""
+    """Estimated of mixed_product by itself, of the same."""
     return min(_ways(x, w, w1)[0].values())
 
 
