@@ -13,40 +13,21 @@
 // Blocks wait for each other's flags, so all of them have to run at once: a cooperative launch, and the tiles that make
 // h are the first of their blocks. The last tile that has seen a flag lowers it.
 //
+// The input gradient is the same product with all factors turned (B_ROWS=0): of y's gradient for x, up for down.
+//
 // only sm_90a
 // variants bf16: TILE_M=192 TILE_N=192 B_ROWS=1 MAKERS=3 | TILE_M=192 TILE_N=192 B_ROWS=1 MAKERS=1
+// variants bf16: TILE_M=192 TILE_N=192 B_ROWS=0 MAKERS=3 | TILE_M=192 TILE_N=192 B_ROWS=0 MAKERS=1
 #define LOW_RANK 1
 #include "extended_ends.cuh"
 #include "extended_steps.cuh"
+#include "flags.cuh"
 
-constexpr int AHEAD = 2;  // steps of a tile until the worker's slots are free
-constexpr int UP_BOX = RANKS * ROW_BYTES, UP_BYTES = TILE_N / 64 * UP_BOX, H_BYTES = 64 * RANKS * 2;
+constexpr int AHEAD = 2;                   // steps of a tile until the worker's slots are free
+constexpr int UP_BOX = RANKS * ROW_BYTES;  // 16 ranks by 64 columns; turned, one box of TILE_N by 16 is as large in all
+constexpr int UP_BYTES = TILE_N * RANKS * 2, H_BYTES = 64 * RANKS * 2;
 static_assert(STAGED && CLUSTER == 1 && ROWS == 1 && (MAKERS == WORKERS || MAKERS == 1), "what the workers count on");
 static_assert(UP_BYTES + H_BYTES <= SLOT_BYTES / WORKERS, "up and h lie in the worker's slots");
-
-// Of 64 rows: h is there; the tiles that have seen it.
-struct Flag {
-  unsigned up, seen;
-};
-
-INLINE void raise(Flag* flag) {
-  fence_copies_global();
-  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(&flag->up) : "memory");
-}
-
-INLINE void await(Flag* flag) {
-  unsigned up;
-  do {
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(up) : "l"(&flag->up) : "memory");
-  } while (!up);
-  __threadfence();
-  fence_copies_global();
-}
-
-// Of `tiles` that call this the last one lowers the flag.
-INLINE void lower(Flag* flag, int tiles) {
-  if (atomicInc(&flag->seen, tiles - 1) == tiles - 1) flag->up = 0;
-}
 
 // Rounds factor * h, a worker's, and writes what lies inside; first: its first row.
 INLINE void leave(const float (&h)[RANKS / 2], float factor, bf16* to, int first, int positions, int ranks) {
@@ -63,15 +44,15 @@ INLINE void leave(const float (&h)[RANKS / 2], float factor, bf16* to, int first
 
 // Grid (blocks that run at once). ranks: a multiple of 8.
 extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
-    NAME(extended_low_rank)(const __grid_constant__ TensorMap x,           // (positions, inner)
-                            const __grid_constant__ TensorMap w,           // (1, inner, columns)
-                            const __grid_constant__ TensorMap down,        // (inner, ranks)
+    NAME(extended_low_rank)(const __grid_constant__ TensorMap x,     // (positions, inner)
+                            const __grid_constant__ TensorMap w,     // (1, inner, columns); turned: (1, columns, inner)
+                            const __grid_constant__ TensorMap down,  // (inner, ranks); turned: (ranks, inner)
                             const __grid_constant__ TensorMap scaled_map,  // (positions, ranks)
-                            const __grid_constant__ TensorMap up,          // (ranks, columns)
+                            const __grid_constant__ TensorMap up,          // (ranks, columns); turned: (columns, ranks)
                             const __grid_constant__ TensorMap y_map,       // (positions, columns)
                             const float* scale,                            // (1,), or null for 1
                             const bf16* bias,                              // (columns), or null
-                            bf16* h,                                       // (positions, ranks)
+                            bf16* h,                                       // (positions, ranks), or null
                             bf16* scaled,                                  // (positions, ranks): scale * h
                             unsigned* flags,  // two for 64 rows of every row of tiles; zeros before and after
                             int positions, int columns, int inner, int ranks, int band) {
@@ -120,7 +101,7 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
           barrier_expect(done, A_BYTES + box_bytes(TILE_N) + (makes ? DOWN_BYTES : 0));
           copy_box(to, &x, done, k, tile.row);
           share<TILE_N>(to + A_BYTES, &w, done, tile.column, k, 0);
-          if (makes) copy_box(to + A_BYTES + B_BYTES, &down, done, 0, k);
+          if (makes) copy_box(to + A_BYTES + B_BYTES, &down, done, B_ROWS ? 0 : k, B_ROWS ? k : 0);
           stage.next();
         }
       }
@@ -132,9 +113,13 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
         const Tile tile = tile_of(t);
         barrier_wait(free + 8 * worker, parity);
         barrier_expect(done, UP_BYTES + H_BYTES);
+        if (B_ROWS)
 #pragma unroll
-        for (int box = 0; box < TILE_N / 64; ++box) copy_box(own + box * UP_BOX, &up, done, tile.column + 64 * box, 0);
-        await(flag_of(tile, worker));
+          for (int box = 0; box < TILE_N / 64; ++box)
+            copy_box(own + box * UP_BOX, &up, done, tile.column + 64 * box, 0);
+        else
+          copy_box(own, &up, done, 0, tile.column);
+        await(flag_of(tile, worker), 1);
         copy_box(own + UP_BYTES, &scaled_map, done, 0, tile.row + worker * 64);
         lower(flag_of(tile, worker), tiles_n);
       }
@@ -158,10 +143,10 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
         release_slots();
         multiply<TILE_N, 0, 4, true>(sum, sum, steps, group, chief, ring, stage, made);
         const float factor = scale ? *scale : 1.0f;
-        leave(made, 1, h, tile.row + group * 64, positions, ranks);
+        if (h) leave(made, 1, h, tile.row + group * 64, positions, ranks);
         leave(made, factor, scaled, tile.row + group * 64, positions, ranks);
         group_barrier(group);
-        if (chief) raise(flag_of(tile, group));
+        if (chief) raise(flag_of(tile, group), 1);
       } else {
         multiply<TILE_N, 0, 4>(sum, sum, min(steps, AHEAD), group, chief, ring, stage);
         release_slots();
@@ -170,7 +155,8 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
       barrier_wait(held + 8 * group, parity);
       settle(sum);
       products_begin();
-      wgmma<TILE_N, B_ROWS>(sum[0], narrow_operand(own + UP_BYTES), operand(own, UP_BOX));
+      wgmma<TILE_N, B_ROWS>(sum[0], narrow_operand(own + UP_BYTES),
+                            B_ROWS ? operand(own, UP_BOX) : narrow_operand(own));
       products_commit();
       products_wait<0>();
       settle(sum);

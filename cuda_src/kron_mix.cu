@@ -4,36 +4,17 @@
 //   dw1[l][m] = sum over p and n of g[p][l * N + n] * x[p][m * N + n]
 //   dx[p][m * N + n] = sum over l of w1[l][m] * g[p][l * N + n], where one block has all of w1
 //
-// An item is 32 neighbouring n of one position. Lane (row, q) = (lane / 4, lane % 4) brings n = 8 q to 8 q + 7 of
-// rows l = row and row + 8 of g, and likewise of x, straight from global memory. The order of a summed axis is free
-// as long as both sides agree: the registers of these 16-byte loads are operands over n as they are. Over l they are
-// after movmatrix has turned them, and the lane's sums are then those of the very n that it brought, 16 bytes of dx.
+// By the items of mix_item.cuh, straight from global memory.
 //
 // variants bf16: SIDE=8 | SIDE=16
-#include "mma.cuh"
+#include "mix_item.cuh"
 
-constexpr int HALVES = SIDE / 8, ITEMS = 4 / HALVES;  // items in flight: 8 loads of 16 bytes a lane
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 #if __CUDA_ARCH__ >= 1200
 constexpr int BLOCKS = 2;  // on a multiprocessor; three would spill
 #else
 constexpr int BLOCKS = 3;
 #endif
-
-struct Item {
-  Chunk g[HALVES], x[HALVES];
-};
-
-__device__ __forceinline__ const unsigned* words(const Chunk& v) {
-  return reinterpret_cast<const unsigned*>(&v);
-}
-
-// An 8 x 8 matrix of which lane l holds row l / 4, columns 2 * (l % 4) and the next, turned.
-__device__ __forceinline__ unsigned turned(unsigned v) {
-  unsigned out;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
-  return out;
-}
 
 // Grid (parts, l / SIDE, m / SIDE). w1, and dw1 in each part, hold (l, m) at l * l_step + m * m_step. Lanes, then
 // warps, then parts are added in a fixed order.
@@ -51,16 +32,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int l0 = blockIdx.y * SIDE, m0 = blockIdx.z * SIDE;
   const unsigned chunks = (N + 31) / 32, groups = (items + ITEMS - 1) / ITEMS;
 
-  // w1 turned, as the first operand: rows m = row and row + 8, columns l = 2 q, 2 q + 1 and those behind 8.
-  unsigned mix[4] = {};
-  if (dx)
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const int m = row + e / 2 % 2 * 8, l = q * 2 + e / 4 * 8 + e % 2;
-      if (l < L && m < M) mix[e / 2] |= unsigned(w1[l * l_step + m * m_step].bits) << e % 2 * 16;
-    }
+  unsigned mix[4];
+  if (dx) load_mix(mix, w1, L, M, l_step, m_step);
 
-  float sum[HALVES][4] = {};  // of a half of m each: l = row and row + 8, m = 2 q and 2 q + 1
+  float sum[HALVES][4] = {};
   for (unsigned group = blockIdx.x * WARPS + warp; group < groups; group += gridDim.x * WARPS) {
     const unsigned first = group * ITEMS, p0 = first / chunks, c0 = first - p0 * chunks;
     Item v[ITEMS] = {};
@@ -82,22 +57,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     p = p0, c = c0;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-      const unsigned *low = words(v[i].g[0]), *high = words(v[i].g[HALVES - 1]);
-#pragma unroll
-      for (int k = 0; k < 4; k += 2) {
-        const unsigned left[4] = {low[k], HALVES > 1 ? high[k] : 0, low[k + 1], HALVES > 1 ? high[k + 1] : 0};
-#pragma unroll
-        for (int h = 0; h < HALVES; ++h) mma(sum[h], left, words(v[i].x[h])[k], words(v[i].x[h])[k + 1]);
-      }
+      add_products(sum, v[i]);
       if (dx) {
         unsigned mixed[HALVES][4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          float to[4] = {};
-          mma(to, mix, turned(low[k]), HALVES > 1 ? turned(high[k]) : 0);
-#pragma unroll
-          for (int h = 0; h < HALVES; ++h) mixed[h][k] = round_pair(to[h * 2], to[h * 2 + 1]);
-        }
+        mix_item(mixed, mix, v[i]);
         const int n = c * 32 + q * 8;
 #pragma unroll
         for (int h = 0; h < HALVES; ++h)
@@ -109,10 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   }
 
-#pragma unroll
-  for (int h = 0; h < HALVES; ++h)
-#pragma unroll
-    for (int e = 0; e < HALVES * 2; ++e) sums[warp][(row + e / 2 * 8) * SIDE + h * 8 + q * 2 + e % 2] = sum[h][e];
+  spread(sums[warp], sum);
   __syncthreads();
   const int l = l0 + threadIdx.x / SIDE, m = m0 + threadIdx.x % SIDE;
   if (threadIdx.x < SIDE * SIDE && l < L && m < M) {

@@ -7,7 +7,11 @@
 //
 //   x2[p, l * width2 + k] = sum over m of w1[l, m] * x[p, m * width2 + k]
 //
-// and with RANKS=16 likewise, but for the last bits, as x2[p, r] = sum over k of x[p, k] * down[k, r], width2 <= 16.
+// and with RANKS=16 likewise, but for the last bits, as x2[p, r] = sum over k of x[p, k] * down[k, r], width2 <= 16, and
+// with both, where inner is rounded:
+//
+//   x2[p, l * width2 + r] = sum over m of w1[l, m] * inner[p, m * width2 + r]
+//   inner[p, m * width2 + r] = sum over n of x[p, m * N + n] * down[n, r]                         N = width / blocks
 //
 // The time is that of reading w once. A cluster has a strip of TILE_N columns, none of which leaves its block of w2;
 // each of its blocks takes a part of the steps of 64 channels, those of x2 before those of x. Strips read x again, from
@@ -21,6 +25,10 @@
 //
 // With RANKS down stands beside the columns of w, as 16 more of them: each block has its part of x2, multiplies that with
 // w2 (which is linear), and only one cluster adds up x2 itself, where it is wanted.
+//
+// With both a step is a whole block of x: what stands in the 16 columns after it is that block of inner, complete, so
+// that it can be rounded, and written by the first strip. Times its factor of w1 it is added to this block's part of x2,
+// eight more registers; the rest is as with RANKS.
 //
 // Positions go by 64, and each 64 read w again, from L2. Fewer are 64 all the same: the copy engine writes zeros for
 // those that are not there, and reads nothing.
@@ -44,8 +52,13 @@
 // variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=4 EACH=1 MIXED=0 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=8 EACH=1 MIXED=0 RANKS=16
 // variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=2 EACH=1 MIXED=0 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=1 MIXED=0 RANKS=16
 // variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=2 MIXED=0 RANKS=16
+// variants bf16: TILE_N=64 B_ROWS=1 CLUSTER=4 EACH=2 MIXED=1 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=3 EACH=1 MIXED=1 RANKS=16
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=4 EACH=1 MIXED=1 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=8 EACH=1 MIXED=1 RANKS=16
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=2 EACH=1 MIXED=1 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=1 MIXED=1 RANKS=16
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=2 MIXED=1 RANKS=16
 #define ALL_BYTES ((EACH == 1 ? 226 : 112) * 1024)  // of shared memory, but for barriers and the factors of a mix
-#define RING (ALL_BYTES - 1024 - PARTS_BYTES - MIXED * 64 * 128)
+#define SLICED (MIXED && !RANKS)                    // x2 is made in slices of 64 channels
+#define RING (ALL_BYTES - 1024 - PARTS_BYTES - SLICED * 64 * 128)
 #include "cluster_sums.cuh"
 #include "skinny.cuh"
 #include "skinny_terms.cuh"
@@ -60,21 +73,21 @@ INLINE void fetch_w(const TensorMap* w, int k, int m, int n, const Stage& stage)
   }
 }
 
-// Copies the operands of the steps [from, to) of one of the two sums. p: the first position. b: the block of x. n: the
-// first column of w. down: with RANKS.
-INLINE void fetch(const TensorMap* x, const TensorMap* w, const TensorMap* down, int from, int to, int p, int b, int n,
-                  Stage& stage) {
+// Copies the operands of the steps [from, to) of one of the two sums. p: the first position. b: the block of x. m: that
+// of w. n: the first column of w. down: with RANKS.
+INLINE void fetch(const TensorMap* x, const TensorMap* w, const TensorMap* down, int from, int to, int p, int b, int m,
+                  int n, Stage& stage) {
 #pragma unroll 1
   for (int k = from * TILE_K; k < to * TILE_K; k += TILE_K) {
     stage.claim();
-    fetch_w(w, k, 0, n, stage);
+    fetch_w(w, k, m, n, stage);
     if (RANKS) copy_box(stage.b() + W_BYTES, down, stage.full(), 0, k, 0);
     copy_box(stage.a(), x, stage.full(), k, b, p);
     stage.next();
   }
 }
 
-// The same for MIXED: of each slice the tiles of all blocks of x, then that of w2 by itself.
+// The same for slices: of each the tiles of all blocks of x, then that of w2 by itself.
 INLINE void fetch_slices(const TensorMap* x, const TensorMap* w, const TensorMap* w2, int from, int to, int blocks,
                          int p, int n, int n2, Stage& stage) {
 #pragma unroll 1
@@ -105,11 +118,11 @@ INLINE void add_pair(float* total, const bf16* from, float factor) {
 // Grid (CLUSTER blocks for each strip, ceil(block / TILE_N) of them for each of columns / block blocks; positions /
 // 64).
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GROUP + 32, EACH)
-    NAME(skinny)(const __grid_constant__ TensorMap x,  // (positions, 1, width); MIXED: (positions, blocks, width2)
+    NAME(skinny)(const __grid_constant__ TensorMap x,  // (positions, 1, width); MIXED: (positions, blocks, N)
                  const __grid_constant__ TensorMap w,  // (1, width, columns), or (1, columns, width); MIXED: (blocks,
-                                                       // width2, columns)
+                                                       // N, columns)
                  const __grid_constant__ TensorMap
-                     x2,  // (positions, columns / block, width2); RANKS: down, (1, width, width2); not with MIXED
+                     x2,  // (positions, columns / block, width2); RANKS: down, (1, N, width2); not if SLICED
                  const __grid_constant__ TensorMap w2,  // (1, width2, block), or (1, block, width2)
                  const float* scale,                    // (1,), or null for 1
                  const bf16* add,                       // (positions, columns), or null
@@ -117,23 +130,25 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
                  const bf16* bias2,                     // (columns), or null
                  const bf16* w1,                        // (columns / block, blocks), with MIXED
                  bf16* kept,                            // (positions, columns / block, width2), x2 made here; or null
+                 bf16* inner,                           // (positions, blocks, width2), or null
                  bf16* y,                               // (positions, columns)
                  int positions, int columns, int width, int width2, int block, int blocks) {
   extern __shared__ char memory[];
   __shared__ unsigned long long barriers[2 * STAGES + 1];
   Stage stage = {(shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers)};
-  const unsigned tile2 = stage.memory + STAGES * STAGE;  // of x2, with MIXED
+  const unsigned tile2 = stage.memory + STAGES * STAGE;  // of x2, if SLICED
   const int rank = cluster_rank();
-  const int pieces = RANKS && (!kept || blockIdx.x >= CLUSTER) ? TILE_N / 8 : PIECES;
-  const Parts parts = {tile2 + MIXED * BOX, shared_address(barriers + 2 * STAGES), rank, pieces};
-
   const int strips = (block + TILE_N - 1) / TILE_N, strip = blockIdx.x / CLUSTER;
+  const int pieces = RANKS && (!kept || strip % strips) ? TILE_N / 8 : PIECES;
+  const Parts parts = {tile2 + SLICED * BOX, shared_address(barriers + 2 * STAGES), rank, pieces};
+
   const int b = strip / strips, column = b * block + strip % strips * TILE_N;
   const int past = min(column + TILE_N, (b + 1) * block);
   const int start = blockIdx.y * TILE_M, rows = min(positions - start, TILE_M);
-  // With MIXED a step is a slice of 64 channels of x2, and of every block of x.
+  // With MIXED a step is a slice of 64 channels of x2, and of every block of x; with RANKS too, a block of x.
   const int steps2 = RANKS ? 0 : (width2 + TILE_K - 1) / TILE_K;
-  const int steps = MIXED ? steps2 : steps2 + (width + TILE_K - 1) / TILE_K;
+  const int slices = (width / (MIXED ? blocks : 1) + TILE_K - 1) / TILE_K;
+  const int steps = SLICED ? steps2 : MIXED ? blocks : steps2 + slices;
   const int first = rank * steps / CLUSTER, last = (rank + 1) * steps / CLUSTER;
 
   if (threadIdx.x == 0) parts.begin((rows + 15) / 16), stage.begin();
@@ -144,15 +159,21 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
   if (threadIdx.x >= GROUP) {
     if (threadIdx.x == GROUP) {
       prefetch_map(&w), prefetch_map(&x), prefetch_map(&w2);
-      if constexpr (MIXED) {
+      if constexpr (SLICED) {
         fetch_slices(&x, &w, &w2, first, last, blocks, start, column, column - b * block, stage);
       } else {
         prefetch_map(&x2);
-        if constexpr (!RANKS) fetch(&x2, &w2, nullptr, first, min(last, steps2), start, b, column - b * block, stage);
-        fetch(&x, &w, &x2, max(first, steps2) - steps2, last - steps2, start, 0, column, stage);
+        if constexpr (!RANKS)
+          fetch(&x2, &w2, nullptr, first, min(last, steps2), start, b, 0, column - b * block, stage);
+        if constexpr (MIXED) {
+#pragma unroll 1
+          for (int m = first; m < last; ++m) fetch(&x, &w, &x2, 0, slices, start, m, m, column, stage);
+        } else {
+          fetch(&x, &w, &x2, max(first, steps2) - steps2, last - steps2, start, 0, 0, column, stage);
+        }
         if constexpr (RANKS) {
           stage.claim(W_BYTES);
-          fetch_w(&w2, 0, 0, column, stage);
+          fetch_w(&w2, 0, 0, column - b * block, stage);
         }
       }
     }
@@ -175,10 +196,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
     }
 
   float sum[SUMS] = {};
+  __shared__ float factors[MOST_MIXED];
   if constexpr (MIXED) {
-    __shared__ float factors[MOST_MIXED];
     if (threadIdx.x < blocks) factors[threadIdx.x] = widen(w1[b * blocks + threadIdx.x]);
     group_barrier(0);
+  }
+  if constexpr (SLICED) {
     settle(sum);
 #pragma unroll 1
     for (int slice = first; slice < last; ++slice) {
@@ -210,6 +233,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
       for (int i = 0; i < TILE_N / 2; ++i) sum[i] += factor * second[i];
       settle(sum);
     }
+  } else if constexpr (MIXED) {
+    float mixed[8] = {};  // of x2, as the 16 columns lie
+    bf16* to = blockIdx.x < CLUSTER ? inner : nullptr;
+    if (to) to += (long long)start * blocks * width2;
+#pragma unroll 1
+    for (int m = first; m < last; ++m) {
+      multiply<false, B_ROWS>(sum, slices, stage);
+      mix_inner(mixed, sum + TILE_N / 2, factors[m], to ? to + m * width2 : nullptr, blocks * width2, rows, width2);
+    }
+#pragma unroll
+    for (int i = 0; i < RANKS / 2; ++i) sum[TILE_N / 2 + i] = mixed[i];
   } else {
     const int before = min(last, steps2) - first;
     multiply<false, B_ROWS>(sum, before, stage);
@@ -217,12 +251,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
 #pragma unroll
       for (int i = 0; i < TILE_N / 2; ++i) sum[i] *= factor;
     multiply<false, B_ROWS>(sum, last - max(first, steps2), stage);
-    if constexpr (RANKS) {
-      barrier_wait(stage.full(), stage.parity);
-      settle(sum);
-      multiply_inner(sum, sum + TILE_N / 2, factor, stage.b());
-      settle(sum);
-    }
+  }
+  if constexpr (RANKS) {
+    barrier_wait(stage.full(), stage.parity);
+    settle(sum);
+    multiply_inner(sum, sum + TILE_N / 2, factor, stage.b());
+    settle(sum);
   }
 
   await();  // until all blocks of the cluster have begun, long ago
@@ -246,8 +280,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
     if (i / 2 >= parts.count() || r >= rows) continue;
     const unsigned pair = round_pair(own[i / 2][i % 2 * 2], own[i / 2][i % 2 * 2 + 1]);
     if (n < past) *reinterpret_cast<unsigned*>(y + (long long)(start + r) * columns + n) = pair;
-    const int inner = n - column - TILE_N;  // a column of x2
-    if (RANKS && inner >= 0 && inner < width2)
-      *reinterpret_cast<unsigned*>(kept + (long long)(start + r) * width2 + inner) = pair;
+    const int of = n - column - TILE_N;  // a column of x2
+    if (RANKS && of >= 0 && of < width2)
+      *reinterpret_cast<unsigned*>(kept + ((long long)(start + r) * (MIXED ? columns / block : 1) + b) * width2 + of) =
+          pair;
   }
 }

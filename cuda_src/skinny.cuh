@@ -125,9 +125,13 @@ INLINE void collect(float (&total)[8], unsigned sums, int row, int chunk) {
   }
 }
 
-INLINE void store_rounded(bf16* to, const float (&total)[8]) {
+INLINE uint4 rounded(const float (&total)[8]) {
   unsigned out[4];
 #pragma unroll
   for (int v = 0; v < 4; ++v) out[v] = round_pair(total[2 * v], total[2 * v + 1]);
-  *reinterpret_cast<uint4*>(to) = make_uint4(out[0], out[1], out[2], out[3]);
+  return make_uint4(out[0], out[1], out[2], out[3]);
+}
+
+INLINE void store_rounded(bf16* to, const float (&total)[8]) {
+  *reinterpret_cast<uint4*>(to) = rounded(total);
 }

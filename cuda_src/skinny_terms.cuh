@@ -1,4 +1,4 @@
-// How skinny.cu makes the x2 of its second sum itself: the mix of a LoKr, and the inner product of a LoRA.
+// How skinny.cu makes the x2 of its second sum itself: the mix of a LoKr, and the inner product of a LoRA or LoKr.
 #pragma once
 #include "hopper.cuh"
 #include "exchange.cuh"
@@ -36,6 +36,21 @@ INLINE void leave_mix(const float (&mixed)[32], unsigned tile, bf16* kept, int p
     const int row = i * 16 + threadIdx.x / 8, column = (threadIdx.x % 8 ^ row % 8) * 8;  // the swizzle
     if (kept && row < rows && column < columns)
       *reinterpret_cast<uint4*>(kept + (long long)row * pitch + column) = make_uint4(v[0], v[1], v[2], v[3]);
+  }
+}
+
+// mixed += factor * inner: 64 x 16 sums as a product leaves them, rounded; they are zeros again. What rows and columns
+// there are of inner also goes to `kept`, if not null.
+INLINE void mix_inner(float (&mixed)[8], float* inner, float factor, bf16* kept, int pitch, int rows, int columns) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const unsigned pair = round_pair(inner[2 * i], inner[2 * i + 1]);
+    mixed[2 * i] += factor * low_half(pair);
+    mixed[2 * i + 1] += factor * high_half(pair);
+    inner[2 * i] = inner[2 * i + 1] = 0;
+    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + i % 2 * 8, column = threadIdx.x % 4 * 2 + i / 2 * 8;
+    if (kept && row < rows && column < columns)
+      *reinterpret_cast<unsigned*>(kept + (long long)row * pitch + column) = pair;
   }
 }
 

@@ -3,32 +3,32 @@
 //   out[i] = scale * sum over k of a[i, k] * b[i, k]        i: three axes, k: two; an array has each by its own stride, or 0
 //
 // What a weight's factors get of its gradient, and what a weight is made of, is so small that a launch takes longer than
-// the sums. A few lanes have an element, and add up what they have always in the same order.
+// the sums. A lane has an element, or eight of them where there is more to add up, always in the same order.
 #include "types.cuh"
 
-constexpr int LANES = 8, THREADS = 256;
+constexpr int THREADS = 256;
 
 struct Job {
   int size[3], a[3], b[3];               // of the result: its axes, and the strides of a and b along them
   int inner[2], a_inner[2], b_inner[2];  // likewise what is summed over
+  int lanes;                             // of an element: 1 or 8
   int blocks;                            // that do this one
 };
 
 template <class Left>
 __device__ __forceinline__ void sums(const Left* a, const T* b, A factor, A* out, const Job& job, int block) {
-  const int i = (block * THREADS + threadIdx.x) / LANES, lane = threadIdx.x % LANES;
+  const int i = (block * THREADS + threadIdx.x) / job.lanes, lane = threadIdx.x % job.lanes;
   const bool inside = i < job.size[0] * job.size[1] * job.size[2];
   const int z = i % job.size[2], y = i / job.size[2] % job.size[1], x = i / job.size[2] / job.size[1];
   a += x * job.a[0] + y * job.a[1] + z * job.a[2];
   b += x * job.b[0] + y * job.b[1] + z * job.b[2];
   A sum = 0;
-  for (int k = lane; inside && k < job.inner[0] * job.inner[1]; k += LANES) {
+  for (int k = lane; inside && k < job.inner[0] * job.inner[1]; k += job.lanes) {
     const int outer = k / job.inner[1], own = k % job.inner[1];
     sum += A(widen(a[outer * job.a_inner[0] + own * job.a_inner[1]])) *
            A(widen(b[outer * job.b_inner[0] + own * job.b_inner[1]]));
   }
-#pragma unroll
-  for (int step = LANES / 2; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  for (int step = job.lanes / 2; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
   if (inside && lane == 0) out[i] = factor * sum;
 }
 

@@ -106,13 +106,10 @@ class Primitive:
             raise LycorisError(f"a primitive named {self.name!r} exists already")
         PRIMITIVES[self.name] = self
 
-    def __call__(self, *args, made: Any = None, **static) -> Any:
-        """made: what `gpu` would return, where another kernel has computed it already."""
+    def __call__(self, *args, **static) -> Any:
         values = [value_of(a) for a in args]
         tape = next((a.tape for a in args if isinstance(a, Var)), None)
         run = self.gpu if on_gpu(values[0]) else self.cpu
-        if made is not None:
-            run = lambda *values, **static: made  # noqa: E731
         if self.keeps:
             out, static["kept"] = run(*values, keep=tape is not None, **static)
         else:
@@ -161,7 +158,7 @@ class Tape:
             _play(self.entries.pop(), parts, kept, done)
         for node in nodes:
             if node in parts:
-                done[node] = _total(parts.pop(node), node.dtype)
+                done[node] = total_of(parts.pop(node), node.dtype)
         return [done.get(node) for node in nodes]
 
 
@@ -176,7 +173,7 @@ def _play(entry, parts: dict[Node, list[Part]], kept: set[Node], done: dict[Node
     args, result, pull = entry
     if result not in parts:
         return
-    g = _total(parts.pop(result), result.dtype)
+    g = total_of(parts.pop(result), result.dtype)
     if result in kept:
         done[result] = g
     for arg, contribution in zip(args, pull(g), strict=True):
@@ -184,7 +181,7 @@ def _play(entry, parts: dict[Node, list[Part]], kept: set[Node], done: dict[Node
             parts.setdefault(arg, []).append(contribution)
 
 
-def _total(parts: list[Part], dtype) -> Array:
+def total_of(parts: list[Part], dtype) -> Array:
     """The sum of all parts, which are taken out. Ready arrays first; then the deferred ones, last
     recorded first.
 

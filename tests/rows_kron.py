@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from lycoris_cupy import ops
-from lycoris_cupy.ops.before import Mixed
+from lycoris_cupy.ops.before import Mixed, MixedDown
 from lycoris_cupy.ops.kron_product import _kron_product
 from tests import naive
 from tests.row import FACTOR, Row
@@ -18,6 +18,7 @@ def kron_rows():
     yield from _kron_product_rows()
     yield from _mixed_product_rows()
     yield from _mixed_rows()
+    yield from _mixed_down_rows()
 
 
 def _kron_product_cases():
@@ -143,4 +144,55 @@ def _mixed_rows():
             fixed=(7,),
             roundings=3.0,  # x2, and elsewhere the second sum and the scaled bias
             gradient_roundings=2.0,
+        )  # fmt: skip
+
+
+def _mixed_down_rows():
+    """The aligned ones with few positions and 8 or 16 ranks are one launch on Hopper."""
+    flat, square = _window(), _window((3, 3), padding=1)
+    cases = {
+        "odd": (flat, (2, 3), (3, 2), (1, 7, 5), 4),
+        "none": (flat, (0,), (2, 3), (1, 8, 8), 8),
+        "vector": (flat, (), (8, 8), (1, 64, 16), 16),
+        "few": (flat, (61,), (8, 8), (1, 136, 16), 40),
+        "uneven": (flat, (3, 7), (6, 5), (1, 40, 8), 200),
+        "two bands": (flat, (67,), (2, 3), (1, 64, 16), 136),
+        "one block": (flat, (5,), (3, 1), (1, 72, 8), 8),
+        "other ranks": (flat, (5,), (3, 4), (1, 72, 24), 8),
+        "1x1": (_window((1, 1)), (2, 3, 5), (4, 4), (1, 72, 8), 24),
+        "conv": (square, (1, 4, 5), (4, 2), (9, 8, 8), 8),
+    }
+    for name, (window, lead, w1, down, k) in cases.items():
+        walk = window.grouped(w1[1], shared=True)
+        other = window.pointwise_like(w1[0], shared=True)
+        inputs, columns, up = w1[1] * down[1], w1[0] * k, (1, down[2], k)
+        yield Row(
+            "extended",
+            f"mixed down, {name}",
+            lambda x, w, down, w1, up, b, a, b2, s, window=window, walk=walk, other=other: (
+                ops.extended(
+                    x,
+                    w,
+                    window,
+                    ops.pending(
+                        x, up, other, add=a, scale=s, bias=b2, before=MixedDown(down, w1, walk)
+                    ),
+                    bias=b,
+                )
+            ),
+            lambda x, w, down, w1, up, b, a, b2, s, window=window, walk=walk, other=other: (
+                a
+                + b
+                + naive.product(x, w, window)
+                + s * (naive.product(naive.mix(naive.product(x, down, walk), w1), up, other) + b2)
+            ),
+            (
+                (*lead, inputs), (down[0], inputs, columns), down, w1, up, (columns,),
+                (*lead, columns), (columns,), FACTOR,
+            ),
+            2 * down[0] * inputs + int(np.prod(lead)) * max(*w1, *down[1:], k) + 4,
+            wide=(8,),
+            fixed=(8,),
+            roundings=4.0,  # inner, x2, and elsewhere the second sum and the scaled bias
+            gradient_roundings=3.0,  # likewise, and the flow through both factors
         )  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lycoris_cupy import bf16, ops, plan, to_device
-from lycoris_cupy.ops import conv_cpu, conv_extended_plan, conv_gpu, conv_plan, product_gpu
+from lycoris_cupy.ops import conv_cpu, conv_extended_plan, conv_gpu, conv_plan, product_ways
 from lycoris_cupy.ops.conv_extended_plan import Term, joins, term_of
 from lycoris_cupy.ops.extended_gpu import Extra
 from lycoris_cupy.ops.extended_plan import Second
@@ -183,24 +183,24 @@ def test_blocks_of_a_tile():
     ],
 )  # fmt: skip
 def test_it_is_offered_where_hopper_refuses(x, w, window, second, hopper):
-    ways = product_gpu._forward_ways(x, w, window, second, hopper, True, bf16, 132)
+    ways = product_ways.forward_ways(x, w, window, second, hopper, True, bf16, 132)
     assert plan.choose(*ways) == "portable"
     g = (x[0], *window.out_space(x[1:-1]), w[2])
     second = Second((1, x[-1] // second.window.groups, 16 * second.window.groups), second.window)
-    ways = product_gpu._dx_ways(g, w, window, x[1:-1], second, hopper, True, bf16, 132)
+    ways = product_ways.dx_ways(g, w, window, x[1:-1], second, hopper, True, bf16, 132)
     assert plan.choose(*ways) == "portable"
 
 
 def test_it_is_offered_where_an_input_gradient_has_a_stride():
     second = Second((1, 320, 144), ONE)
     g, w, space = (4, 32, 32, 320), (9, 320, 320), (64, 64)
-    ways = product_gpu._dx_ways(g, w, HALF, space, second, True, True, bf16, 132)
+    ways = product_ways.dx_ways(g, w, HALF, space, second, True, True, bf16, 132)
     assert plan.choose(*ways) == "portable" and set(ways[1]) == {"portable", "apart"}
 
 
 def test_it_is_not_offered_where_hopper_takes_both():
     for hopper in (True, False):
-        ways = product_gpu._forward_ways(
+        ways = product_ways.forward_ways(
             (4, 64, 64, 640),
             (9, 640, 640),
             SAME,
@@ -215,7 +215,7 @@ def test_it_is_not_offered_where_hopper_takes_both():
 
 
 def test_wide_products_stay_with_the_library():
-    ways = product_gpu._forward_ways(
+    ways = product_ways.forward_ways(
         (4608, 3072), (1, 3072, 12288), FLAT, Second((1, 16, 12288), FLAT), False, True, bf16, 132
     )
     assert plan.choose(*ways) == "library" and "portable" in ways[1]
@@ -225,10 +225,10 @@ def test_a_term_of_another_walk_is_written_by_itself():
     """Its own extents, which the first sum's plan does not know."""
     wide = Second((25, 8, 72), Window.of((5, 5), 1, 0))
     x, w, g, space = (2, 3, 3, 24), (9, 24, 72), (2, 3, 3, 72), (3, 3)
-    ways = product_gpu._forward_ways(x, w, SAME, wide, True, True, bf16, 132)
+    ways = product_ways.forward_ways(x, w, SAME, wide, True, True, bf16, 132)
     assert "portable" not in ways[1] and plan.choose(*ways) == "apart"
     turned = Second((25, 24, 8), wide.window)
-    ways = product_gpu._dx_ways(g, w, SAME, space, turned, True, True, bf16, 132)
+    ways = product_ways.dx_ways(g, w, SAME, space, turned, True, True, bf16, 132)
     assert "portable" not in ways[1] and plan.choose(*ways) == "apart"
 
 
@@ -243,7 +243,7 @@ def test_what_does_not_join():
     assert joins(bf16, (9, 3, 72), SAME, (1, 4, 72), ONE)  # as its own are
     assert not joins(bf16, (1, 3, 72), FLAT, (1, 4, 72), FLAT)  # cuBLASLt is better at those
     assert not joins(bf16, (9, 4, 32), SAME.grouped(4), (1, 8, 32), ONE.grouped(4))  # no tiles
-    ways = product_gpu._forward_ways(
+    ways = product_ways.forward_ways(
         (2, 9, 11, 24), (9, 24, 72), SAME, Second((1, 16, 72), ONE), False, True, bf16, 132, False
     )
     assert "portable" not in ways[1] and "apart" in ways[1]

@@ -17,7 +17,7 @@ from lycoris_cupy.ops import (
     halo_gpu,
     narrow_gpu,
     outer_gpu,
-    product_gpu,
+    product_ways,
 )
 from lycoris_cupy.ops.extended_gpu import Extra
 from lycoris_cupy.ops.extended_plan import Second
@@ -480,7 +480,7 @@ SHAPES = {
 def ways(name, hopper, extra=((1, 16, None), FLAT)):
     x, w, window = SHAPES[name]
     second = Second((extra[0][0], extra[0][1], w[2]), window.pointwise_like())
-    return product_gpu._forward_ways(x, w, window, second, hopper, True, bf16, 132)
+    return product_ways.forward_ways(x, w, window, second, hopper, True, bf16, 132)
 
 
 def test_the_term_is_taken_in_where_that_saves_a_pass():
@@ -512,7 +512,7 @@ def test_choices_are_recorded_and_readable():
 
 def test_a_narrow_convolution_is_one():
     x, w, window = (4, 64, 64, 640), (9, 640, 16), square(padding=1)
-    what = product_gpu._forward_ways(x, w, window, None, True, True, bf16, 132)
+    what = product_ways.forward_ways(x, w, window, None, True, True, bf16, 132)
     assert plan.choose(*what) == "narrow"
 
 
@@ -524,7 +524,7 @@ def test_more_columns_are_narrow_where_positions_are_few():
         (32, 1280, 256, "extended"),
     ):  # fmt: skip
         shapes = (4, side, side, channels), (9, channels, columns)
-        ways = product_gpu._forward_ways(*shapes, window, None, True, True, bf16, 132)
+        ways = product_ways.forward_ways(*shapes, window, None, True, True, bf16, 132)
         assert plan.choose(*ways) == way
         assert ("narrow" in ways[1]) == (9 * columns <= 5 / 4 * channels)
 

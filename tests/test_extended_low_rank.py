@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from lycoris_cupy import bf16, ops, plan, to_device
-from lycoris_cupy.ops import before, counters
+from lycoris_cupy.ops import before, counters, low_rank_back
+from lycoris_cupy.ops import extended_low_rank_gpu as module
 from lycoris_cupy.ops.before import Down
 from lycoris_cupy.ops.extended_gpu import hopper
-from lycoris_cupy.ops.extended_low_rank_gpu import low_rank, plan_low_rank
+from lycoris_cupy.ops.extended_low_rank_gpu import plan_low_rank
 from lycoris_cupy.tape import Tape
 from tests.bounds import assert_within, bound
 
@@ -21,6 +22,12 @@ SIZES = [
     (4608, 320, 16, 3072), (4608, 3072, 16, 3072), (300, 136, 8, 200), (25000, 64, 16, 392), (9000, 1032, 8, 640), (8000, 640, 8, 392), (8448, 64, 16, 584), (6400, 4104, 16, 600),
     (400, 200, 16, 30000),
 ]  # fmt: skip
+
+
+def low_rank(x, w, down, up, *, scale, bias):
+    flat = ops.Window()
+    planned = module.low_rank_plan(x, w, flat, down, flat, up, flat, None, bias, None)
+    return module.low_rank(x, w, down, up, planned, scale=scale, bias=bias)
 
 
 def draw(rng, *shape):
@@ -70,9 +77,37 @@ def test_against_f64(size, terms, on_hopper):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_input_gradient_against_f64(size, scaled, on_hopper):
+    """positions, outputs, ranks, inputs: the columns are the inputs here."""
+    positions, outputs, ranks, inputs = size
+    rng = np.random.default_rng([*size, 1])
+    g, w = draw(rng, positions, outputs), draw(rng, inputs, outputs)
+    down, up = draw(rng, inputs, ranks), draw(rng, ranks, outputs)
+    scale, factor = (to_device(SCALE, "cuda:0"), SCALE[0]) if scaled else (None, 1.0)
+    flat = ops.Window()
+    on = on_gpu(g, w[None], down[None], up[None])
+    planned = module.low_rank_dx_plan(*on[:2], flat, on[2], flat, on[3], flat)
+    runs = [module.low_rank_dx(*on, planned, scale=scale) for _ in range(3)]
+    dx, dh = map(wide, runs[0])
+    for more in runs[1:]:
+        assert all((wide(a) == b).all() for a, b in zip(more, (dx, dh), strict=True))
+    first, size_of_dh = factor * g @ up.T, factor * abs(g) @ abs(up).T
+    limit = bound(first, size_of_dh, outputs + 1, bf16)
+    assert_within(dh, first, limit, "dh")
+    expected, size_of_dx = g @ w.T + first @ down.T, abs(g) @ abs(w).T + size_of_dh @ abs(down).T
+    rounded = limit @ abs(down).T
+    assert_within(dx, expected, bound(expected, size_of_dx, outputs + ranks + 2, bf16) + rounded)
+    assert not wide(counters.counters().view(np.int32)).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", ["x", "down"])
 @pytest.mark.parametrize("shape", [(2, 700, 3072), (2, 48, 64, 640)], ids=str)
-def test_a_layer_takes_it_and_its_gradients_are_the_same(shape, on_hopper, monkeypatch):
-    """With the kernel and without: products of the same numbers, h and what follows from it alike."""
+def test_a_layer_takes_it_and_its_gradients_are_the_same(shape, last, on_hopper, monkeypatch):
+    """With the kernels and without: products of the same numbers, h and what follows from it alike.
+    last: of the gradients, what is asked for."""
     rng = np.random.default_rng(0)
     x, w, down, up = on_gpu(
         draw(rng, *shape), draw(rng, 1, shape[-1], 3072), draw(rng, 1, shape[-1], 16),
@@ -90,12 +125,17 @@ def test_a_layer_takes_it_and_its_gradients_are_the_same(shape, on_hopper, monke
             )
             y = ops.extended(watched[0], w, window, change)
         g = to_device(np.ones(y.shape, bf16), "cuda:0")
-        return choices[0].way, [wide(a) for a in (y.value, *tape.gradients(y, g, watched))]
+        order = watched if last == "down" else watched[::-1]
+        with plan.recording() as back:
+            found = dict(zip(order, tape.gradients(y, g, order), strict=True))
+        ways = choices[0].way, back[0].way
+        return ways, [wide(a) for a in (y.value, *(found[v] for v in watched))]
 
     way, found = step()
     monkeypatch.setattr(before, "low_rank_plan", lambda *arrays: None)
+    monkeypatch.setattr(low_rank_back, "low_rank_dx_plan", lambda *arrays: None)
     _, expected = step()
-    assert way == "low rank"
+    assert way == ("low rank", "low rank")
     for a, b in zip(found, expected, strict=True):
         assert np.linalg.norm(a - b) < 2.0**-8 * np.linalg.norm(b)
 
@@ -141,35 +181,6 @@ def test_graphs_and_streams_have_flags_of_their_own(on_hopper):
             graph.launch(stream)
     cupy.cuda.Device().synchronize()
     assert all((wide(y) == expected).all() for y in found)
-
-
-@pytest.mark.gpu
-def test_a_device_without_room_for_all_blocks_goes_another_way(on_hopper, monkeypatch):
-    import cupy
-
-    from lycoris_cupy.ops import extended_low_rank_gpu as module
-
-    rng, tries = np.random.default_rng(2), []
-    x, w, down, up = on_gpu(
-        draw(rng, 1536, 512), *(draw(rng, 1, *s) for s in ((512, 768), (512, 16), (16, 768)))
-    )
-
-    def refuse():
-        tries.append(1)
-        raise cupy.cuda.driver.CUDADriverError(720)
-
-    planned = plan_low_rank(1536, 512, 16, 768, 132)._replace(
-        launch=lambda *args, **of: refuse(), seconds=0.0
-    )
-    monkeypatch.setattr(module, "plan_low_rank", lambda *sizes: planned)
-    monkeypatch.setattr(module, "_refused", set())
-    change = ops.pending(x, up, before=Down(down, ops.Window()))
-    for _ in range(2):
-        y = wide(ops.extended(x, w, ops.Window(), change))
-    assert len(tries) == 1 and module._refused == {0}
-    assert (
-        y == wide(ops.extended(x, w, ops.Window(), ops.pending(ops.product(x, down), up)))
-    ).all()
 
 
 def test_plan():

@@ -216,12 +216,13 @@ def test_what_has_a_low_rank_plan():
 
 ADAPTERS = {
     "LoKr": lambda shape: LoKr.create(shape, 10**6, factor=8),
+    "LoKr, w2 factored": lambda shape: LoKr.create(shape, 16, factor=8),
     "LoRA": lambda shape: LoCon(shape, 16, 16.0),
 }
 
 
 @pytest.mark.parametrize("positions", [1, 64, 4608])
-@pytest.mark.parametrize(("name", "step"), [("LoKr", 5), ("LoRA", 4)])
+@pytest.mark.parametrize(("name", "step"), [("LoKr", 5), ("LoKr, w2 factored", 4), ("LoRA", 4)])
 def test_launches_of_a_layer(name, step, positions, monkeypatch):
     """One forward for few positions. A step's: the library's are not counted."""
     called, call = [], kernels.Kernel.__call__

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lycoris_cupy import bf16, plan
-from lycoris_cupy.ops import product_gpu, skinny_gpu
+from lycoris_cupy.ops import product_ways, skinny_gpu
 from lycoris_cupy.ops.extended_plan import Second
 from lycoris_cupy.ops.window import Window
 from tests.test_skinny import FORWARD
@@ -163,20 +163,20 @@ def test_few_positions_and_a_term_are_one_launch():
     x, w = (16, 3072), (1, 3072, 3072)
     blocks = Second((1, 384, 384), FLAT.grouped(8, shared=True))
     for second in (Second((1, 16, 3072), FLAT), blocks):
-        ways = product_gpu._forward_ways(x, w, FLAT, second, True, True, bf16, 132)
+        ways = product_ways.forward_ways(x, w, FLAT, second, True, True, bf16, 132)
         assert plan.choose(*ways) == "skinny"
         for other in (False, True):  # elsewhere, and with more positions
             rows = (4608 if other else 16, 3072)
-            ways = product_gpu._forward_ways(rows, w, FLAT, second, other, True, bf16, 132)
+            ways = product_ways.forward_ways(rows, w, FLAT, second, other, True, bf16, 132)
             assert "skinny" not in ways[1]
-    ways = product_gpu._dx_ways(
+    ways = product_ways.dx_ways(
         x, w, FLAT, (16,), Second((1, 3072, 16), FLAT), True, True, bf16, 132
     )
     assert plan.choose(*ways) == "skinny"
 
 
 def test_a_scale_goes_without_the_extended_product():
-    ways = product_gpu._forward_ways(
+    ways = product_ways.forward_ways(
         (64, 3072), (1, 3072, 3072), FLAT, None, True, False, bf16, 132
     )
     assert set(ways[1]) == {"library", "skinny"}

@@ -33,7 +33,8 @@ def test_strides(spec):
         for k in np.ndindex(k0, k1):
             out[i] += a.flat[from_a + k @ job["a_inner"]] * b.flat[from_b + k @ job["b_inner"]]
     np.testing.assert_allclose(out.reshape(shape), np.einsum(spec, a, b), rtol=1e-12, atol=1e-12)
-    assert job["blocks"] * 256 >= out.size * 8
+    assert job["blocks"] * 256 >= out.size * job["lanes"] > (job["blocks"] - 1) * 256
+    assert job["lanes"] == (1 if k0 * k1 <= 16 else 8)
 
 
 @pytest.mark.gpu
@@ -60,6 +61,18 @@ def test_sums(count, dtype, scaled, narrow):
         terms = a.size * b.size // exact.size  # more than are summed
         assert found.dtype == wide and (found == again).all()
         assert_within(host(found), exact, bound(exact, size, terms, wide), spec)
+
+
+@pytest.mark.gpu
+def test_many_short_sums():
+    """What the two factors of a LoKr's sides are: a lane an element."""
+    a, b = arrays("tnr,rk->tnk", {"t": 2, "n": 150, "r": 3, "k": 170})
+    first, second = arrays("lr,rm->lm", {"l": 7, "r": 3, "m": 5}, 1)
+    given = [("tnr,rk->tnk", a, b), ("lr,rm->lm", first, second)]
+    sums = [Sum(s, *(to_device(v.astype(bf16), "cuda:0") for v in of)) for s, *of in given]
+    for (spec, a, b), found in zip(given, small_sums(sums), strict=True):
+        exact, size = np.einsum(spec, a, b), np.einsum(spec, abs(a), abs(b))
+        assert_within(host(found), exact, bound(exact, size, 3, np.float32), spec)
 
 
 @pytest.mark.gpu

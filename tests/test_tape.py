@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 
 from lycoris_cupy import ops
-from lycoris_cupy.tape import Deferred, Fresh, Tape, _total
+from lycoris_cupy.tape import Deferred, Fresh, Tape, total_of
 
 
 class Asked:
@@ -23,7 +23,7 @@ class Asked:
 
 
 def total(*parts) -> float:
-    return float(_total(list(parts), np.dtype(np.float64))[0])
+    return float(total_of(list(parts), np.dtype(np.float64))[0])
 
 
 def test_only_what_nobody_else_holds_is_spent():

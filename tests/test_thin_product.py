@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lycoris_cupy import bf16, ops, plan, to_device
-from lycoris_cupy.ops import product_gpu
+from lycoris_cupy.ops import product_ways
 from lycoris_cupy.ops.extended_gpu import hopper
 from lycoris_cupy.ops.thin_product_gpu import _SHARED, plan_thin, thin_product
 from lycoris_cupy.ops.window import Window
@@ -99,7 +99,7 @@ def forward_ways(rows, inner, ranks, window=FLAT, bare=True):
     groups = window.groups
     w = (1, inner // groups, ranks)
     arguments = (rows, inner), w, window, None, True, True, bf16, 132, False, bare
-    return product_gpu._forward_ways(*arguments)
+    return product_ways.forward_ways(*arguments)
 
 
 def test_where_it_is_chosen():

@@ -21,7 +21,7 @@ import numpy as np
 from ..arrays import Array, module_of, wide_dtype
 from ..errors import ShapeError
 from ..layers import Layer, LayerShape
-from ..ops.before import Mixed
+from ..ops.before import Mixed, MixedDown
 from ..ops.changed import kron_changed
 from ..ops.elementwise import cast, multiply
 from ..ops.extended import pending, ready
@@ -29,7 +29,6 @@ from ..ops.kron import kron_weight
 from ..ops.kron_product import in_one_piece, kron_product
 from ..ops.kron_square import kron_square
 from ..ops.low_rank import low_rank_weight, tucker_weight
-from ..ops.mixed import mixed_product
 from ..ops.product import product
 from ..ops.shapes import reshape
 from ..ops.small_sums import Sum, small, small_sums
@@ -256,9 +255,9 @@ class LoKr(Adapter):
         if self.tucker:
             inner, last = product(x, last, window.pointwise_like(blocks, shared=True)), p["t2"]
         # The mix runs between the factors, where the blocks are only rank wide.
-        mixed = mixed_product(inner, last, w1, walk)
+        before = MixedDown(last, w1, walk)
         up, outer = by_columns(p["w2_up"], columns), window.pointwise_like(rows, shared=shared)
-        return pending(mixed, up, outer, add=change, scale=scale)
+        return pending(inner, up, outer, add=change, scale=scale, before=before)
 
     @classmethod
     def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:

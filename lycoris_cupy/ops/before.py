@@ -1,26 +1,39 @@
-"""What a pending product's x is before: the product with a LoRA's down, or the mix by a LoKr's w1,
-not carried out yet.
+"""What a pending product's x is before: the product with a LoRA's down, the mix by a LoKr's w1, or
+one after the other, not carried out yet.
 
-On Hopper one kernel may make it beside the layer's own product, for few positions (see
-`skinny_gpu`) or, a LoRA's, for many (`extended_low_rank_gpu`). Both results are then there; what
-they are recorded as is the same as if each had been computed by itself. Hu et al. 2021, arXiv
-2106.09685; Yeh et al. 2023, arXiv 2309.14859.
+On Hopper one kernel may make it beside the layer's own product, for few positions (see `skinny_gpu`
+and `skinny_mixed_down_gpu`) or for many (`extended_low_rank_gpu`, `extended_mixed_gpu`). Hu et al.
+2021, arXiv 2106.09685; Yeh et al. 2023, arXiv 2309.14859.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .. import plan
 from ..arrays import Array, on_gpu
-from ..tape import value_of
-from . import product_gpu, skinny_gpu
+from ..tape import Fresh
+from . import product_gpu, product_ways, skinny_gpu
 from .extended_gpu import Extra
 from .extended_low_rank_gpu import low_rank, low_rank_plan
-from .kron import mix_blocks
-from .product import product
+from .extended_mixed_gpu import mixed, mixed_plan
+from .few_mixed_gpu import few_mixed_gradients
+from .kron import _mix_blocks, _mix_blocks_dw1, mix_blocks, mix_gradients, mixed_shape
+from .low_rank_back import low_rank_back
+from .mixed import mixed_cpu, mixed_gpu, mixed_gradients, mixed_product
+from .mixed import seconds as mixed_seconds
+from .product import (
+    deferred_dx,
+    finished,
+    in_space_of,
+    out_shape,
+    product,
+    product_gradients,
+    wide_product,
+)
+from .skinny_mixed_down_gpu import mixed_down_plan, skinny_mixed_down
 from .window import Window
 
 
@@ -43,66 +56,230 @@ class Terms(NamedTuple):
     def more(self) -> tuple[Array | None, ...]:
         return self.add, self.bias, self.bias2
 
+    @property
+    def inside(self) -> tuple[Extra, dict[str, Any]]:
+        """For the kernel of few positions, which makes x2 itself."""
+        extra = Extra(self.x, self.w2, self.other, self.scale, self.bias2)
+        return extra, {"add": self.add, "bias": self.bias, "out": self.out}
 
-Made = tuple[Array, Array | None]  # the result, and x2 if it was asked for
+
+# The result, and if they were asked for x2 and what that is mixed from, where there are both.
+Made = tuple[Array, Array | None, Array | None]
 # The seconds of a way, of bytes moved; what runs it, None where it turns out not to run.
 Way = tuple[Callable[[int], float], Callable[[], Made | None]]
 
 
 @dataclass(frozen=True)
 class Down:
-    """x * w, by this window. w: of the dtype of x, or wide."""
+    """x * factor, by a window.  factor: down, (taps, IN, R), of the dtype of x or wide."""
 
-    w: Array
+    factor: Array
     window: Window
 
-    def __call__(self, x: Array, made: Array | None = None) -> Array:
-        return product(x, self.w, self.window, made=made)
+    def __call__(self, x: Array) -> Array:
+        return product(x, self.factor, self.window)
 
-    def joined(self, t: Terms, keep: bool) -> Made | None:
+    @property
+    def factors(self) -> tuple[Array, ...]:
+        return (self.factor,)
+
+    @property
+    def kind(self) -> _Down:
+        return _Down(self.window)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """mix_blocks(x, factor).  factor: w1, (L, M), of the dtype of x."""
+
+    factor: Array
+
+    def __call__(self, x: Array) -> Array:
+        return mix_blocks(x, self.factor)
+
+    @property
+    def factors(self) -> tuple[Array, ...]:
+        return (self.factor,)
+
+    @property
+    def kind(self) -> _Mixed:
+        return _Mixed()
+
+
+@dataclass(frozen=True)
+class MixedDown:
+    """mixed_product(x, down, w1, window).  down: of the dtype of x, or wide."""
+
+    down: Array
+    w1: Array
+    window: Window
+
+    def __call__(self, x: Array) -> Array:
+        return mixed_product(x, self.down, self.w1, self.window)
+
+    @property
+    def factors(self) -> tuple[Array, ...]:
+        return self.down, self.w1
+
+    @property
+    def kind(self) -> _MixedDown:
+        return _MixedDown(self.window)
+
+
+@dataclass(frozen=True)
+class _Down:
+    """Of plain arrays."""
+
+    window: Window
+
+    def shape(self, x: tuple[int, ...], down: tuple[int, ...]) -> tuple[int, ...]:
+        return out_shape(x, down, self.window)
+
+    def make(self, x: Array, down: Array) -> tuple[Array, None]:
+        """x2, and what that is mixed from."""
+        if on_gpu(x):
+            more = {"scale": None, "add": None, "bias": None}
+            return product_gpu.forward(x, down, self.window, **more), None
+        return finished(wide_product(x, down, self.window), None, None, None, x), None
+
+    def gradients(self, needs: tuple[bool, ...], g: Array, x: Array, inner, down: Array) -> tuple:
+        """For x and the factors, by that of x2; None for one that is not needed."""
+        own = (x if needs[1] else None), (down if needs[0] else None)
+        return product_gradients(g, *own, None, self.window, in_space_of(x, self.window))
+
+    def together(self, g, x, w, window: Window, x2, inner, w2, other: Window, scale, down):
+        """(two parts of dx, dw2, the factors') where one kernel makes more than one of them, and is
+        estimated to be faster; else None."""
+        made = low_rank_back(g, x, w, window, down, self.window, x2, w2, other, scale)
+        if made is None:
+            return None
+        dx, ddown, dup = made
+        return dx, None, dup, ddown
+
+    def joined(self, t: Terms, down: Array, keep: bool) -> Made | None:
         """The results of the terms, and x2 if keep, where one kernel makes both here and is
         estimated to be the fastest way; else None."""
-        down = value_of(self.w)
-        if not on_gpu(t.x) or not self.window.pointwise or down.dtype != t.x.dtype:
+        if not self.window.pointwise:
             return None
         ways: dict[str, Way] = {}
         few = skinny_gpu.low_rank_plan(*t[:3], down, t.w2, t.other, *t.more)
         if few is not None:
-            extra = Extra(t.x, t.w2, t.other, t.scale, t.bias2)
-            more = {"add": t.add, "bias": t.bias, "keep": keep, "out": t.out}
+            extra, more = t.inside
             ways["inside"] = (
                 few.seconds,
-                lambda: skinny_gpu.skinny_low_rank(t.x, t.w, down, few, extra, **more),
+                lambda: (
+                    *skinny_gpu.skinny_low_rank(t.x, t.w, down, few, extra, keep=keep, **more),
+                    None,
+                ),
             )
         many = low_rank_plan(*t[:3], down, self.window, t.w2, t.other, *t.more)
         if many is not None:
             ways["low rank"] = (
                 lambda moved: many.seconds,
-                lambda: low_rank(t.x, t.w, down, t.w2, scale=t.scale, bias=t.bias),
+                lambda: _and_none(low_rank(t.x, t.w, down, t.w2, many, scale=t.scale, bias=t.bias)),
             )
-        return _fastest(t, ways, lambda: product_gpu.seconds(t.x, down, self.window))
+        return _fastest(t, ways, lambda: product_ways.seconds(t.x, down, self.window))
 
 
 @dataclass(frozen=True)
-class Mixed:
-    """mix_blocks(x, w1)."""
+class _Mixed:
+    """Of plain arrays."""
 
-    w1: Array
+    def shape(self, x: tuple[int, ...], w1: tuple[int, ...]) -> tuple[int, ...]:
+        return mixed_shape(x, w1)
 
-    def __call__(self, x: Array, made: Array | None = None) -> Array:
-        return mix_blocks(x, self.w1, made=made)
+    def make(self, x: Array, w1: Array) -> tuple[Array, None]:
+        return _mix_blocks(x, w1, turned=False), None
 
-    def joined(self, t: Terms, keep: bool) -> Made | None:
-        """As for Down."""
-        w1 = value_of(self.w1)
-        few = skinny_gpu.mixed_plan(*t[:3], w1, t.w2, t.other, *t.more) if on_gpu(t.x) else None
+    def gradients(self, needs: tuple[bool, ...], g: Array, x: Array, inner, w1: Array) -> tuple:
+        """As for _Down."""
+        if all(needs):
+            dx, dw1 = mix_gradients(g, x, w1)
+            return Fresh(dx), dw1
+        if needs[0]:
+            return Fresh(_mix_blocks(g, w1, turned=True)), None
+        rows, columns = w1.shape
+        return None, _mix_blocks_dw1(g, x, rows=rows, columns=columns) if needs[1] else None
+
+    def together(self, g, x, w, window: Window, x2, inner, w2, other: Window, scale, w1):
+        """As for _Down."""
+        made = few_mixed_gradients(g, x2, w2, x, w1, other, scale)
+        if made is None:
+            return None
+        dx, dw1, dw2 = made
+        own = deferred_dx(g, w, None, window, in_space_of(x, window))
+        return own, Fresh(dx), dw2, dw1
+
+    def joined(self, t: Terms, w1: Array, keep: bool) -> Made | None:
+        """As for _Down."""
+        ways: dict[str, Way] = {}
+        few = skinny_gpu.mixed_plan(*t[:3], w1, t.w2, t.other, *t.more)
+        if few is not None:
+            extra, more = t.inside
+            ways["inside"] = (
+                few.seconds,
+                lambda: (
+                    *skinny_gpu.skinny_mixed(t.x, t.w, w1, few, extra, keep=keep, **more),
+                    None,
+                ),
+            )
+        many = mixed_plan(*t[:3], w1, t.w2, t.other, *t.more)
+        if many is not None:
+            terms = {"scale": t.scale, "bias": t.bias, "keep": keep, "out": t.out}
+            ways["mixed"] = (
+                lambda moved: many.seconds,
+                lambda: _and_none(mixed(t.x, t.w, w1, t.w2, many, **terms)),
+            )
+        results = t.x.size // w1.shape[1] * sum(w1.shape) * t.x.dtype.itemsize
+        return _fastest(t, ways, lambda: plan.moving(results))
+
+
+@dataclass(frozen=True)
+class _MixedDown:
+    """Of plain arrays."""
+
+    window: Window
+
+    def shape(self, x: tuple[int, ...], down: tuple[int, ...], w1: tuple[int, ...]):
+        return mixed_shape(out_shape(x, down, self.window), w1)
+
+    def make(self, x: Array, down: Array, w1: Array) -> tuple[Array, Array]:
+        run = mixed_gpu if on_gpu(x) else mixed_cpu
+        return run(x, down, w1, window=self.window, keep=True)
+
+    def gradients(self, needs, g: Array, x: Array, inner: Array, down: Array, w1: Array) -> tuple:
+        """As for _Down."""
+        return mixed_gradients(needs, g, x, down, w1, inner, self.window)
+
+    def together(self, g, x, w, window: Window, x2, inner, w2, other: Window, scale, down, w1):
+        """As for _Down."""
+        made = few_mixed_gradients(g, x2, w2, inner, w1, other, scale)
+        if made is None:
+            return None
+        flow, dw1, dw2 = made
+        own = deferred_dx(g, w, None, window, in_space_of(x, window))
+        dx, ddown = product_gradients(flow, x, down, None, self.window, in_space_of(x, window))
+        return own, dx, dw2, ddown, dw1
+
+    def joined(self, t: Terms, down: Array, w1: Array, keep: bool) -> Made | None:
+        """As for _Down."""
+        if not self.window.pointwise or not self.window.shared:
+            return None
+        few = mixed_down_plan(*t[:3], down, w1, t.w2, t.other, *t.more)
         if few is None:
             return None
-        extra = Extra(t.x, t.w2, t.other, t.scale, t.bias2)
-        more = {"add": t.add, "bias": t.bias, "keep": keep, "out": t.out}
-        way: Way = few.seconds, lambda: skinny_gpu.skinny_mixed(t.x, t.w, w1, few, extra, **more)
-        results = t.x.size // w1.shape[1] * sum(w1.shape) * t.x.dtype.itemsize
-        return _fastest(t, {"inside": way}, lambda: plan.moving(results))
+        extra, more = t.inside
+
+        def run() -> Made:
+            y, kept = skinny_mixed_down(t.x, t.w, down, w1, few, extra, keep=keep, **more)
+            return y, *(kept or (None, None))
+
+        ways: dict[str, Way] = {"inside": (few.seconds, run)}
+        return _fastest(t, ways, lambda: mixed_seconds(t.x, down, w1))
+
+
+def _and_none(made: tuple | None) -> Made | None:
+    return None if made is None else (*made, None)
 
 
 def _fastest(t: Terms, ways: dict[str, Way], before: Callable[[], float]) -> Made | None:
@@ -111,5 +288,5 @@ def _fastest(t: Terms, ways: dict[str, Way], before: Callable[[], float]) -> Mad
     if not ways:
         return None
     seconds = {name: of for name, (of, _) in ways.items()}
-    best = product_gpu.way_with(t.x, t.w, t.window, t.w2, t.other, seconds, before())
+    best = product_ways.way_with(t.x, t.w, t.window, t.w2, t.other, seconds, before())
     return ways[best][1]() if best in ways else None

@@ -22,8 +22,8 @@ _THREADS = {
     192: 512,
     256: 384,
 }  # by the rows of a tile: a warpgroup that copies, and more
-_OUT_BOX = (16, 32)  # rows and columns that a warp writes at a time
-_SHARED = 226 * 1024  # sm_90 has 227 KiB for a block; the barriers stand in the rest
+OUT_BOX = (16, 32)  # rows and columns that a warp writes at a time
+SHARED = 226 * 1024  # sm_90 has 227 KiB for a block; the barriers stand in the rest
 
 
 class Extra(NamedTuple):
@@ -53,11 +53,10 @@ def run(plan: Plan, x, w, out, *, extra: Extra | None, add, bias, c=None, kept=N
     )
     written = (kept, out) if plan.tile.staged(plan.b_rows) else (None, None)
     to = [
-        NOTHING if y is None else matrix_map(y.data.ptr, plan.numbers[:2], _OUT_BOX)
-        for y in written
+        NOTHING if y is None else matrix_map(y.data.ptr, plan.numbers[:2], OUT_BOX) for y in written
     ]
     args = (*maps, *to, scale, c, add, bias, bias2, kept, out, plan.geometry, plan.own, plan.other)
-    plan.launch(plan.grid, (_THREADS[plan.tile.rows],), *args, *plan.numbers, shared=_SHARED)
+    plan.launch(plan.grid, (_THREADS[plan.tile.rows],), *args, *plan.numbers, shared=SHARED)
     return out
 
 

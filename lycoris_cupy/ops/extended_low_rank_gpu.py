@@ -1,5 +1,5 @@
-"""The launch of cuda_src/extended_low_rank.cu on Hopper: y = x @ w + scale * (x @ down) @ up + bias
-from one read of x, one rounding.
+"""The launches of cuda_src/extended_low_rank.cu on Hopper: y = x @ w + scale * (x @ down) @ up +
+bias from one read of x, one rounding, and its input gradient from one read of y's.
 
 For arrays that `extended_gpu.takes` allows, and shapes that there is a plan for.
 """
@@ -14,19 +14,17 @@ from .. import plan
 from ..arrays import Array, bf16
 from ..kernels import Kernel, kernel
 from ..tensor_map import ROW, matrix_map
+from . import cooperative
 from .conv_gpu import processors
 from .conv_plan import ceil
 from .counters import COUNTERS, counters
-from .extended_gpu import takes
+from .extended_gpu import OUT_BOX, SHARED, takes
 from .extended_tile import Tile
 from .window import Window
 
 RANKS = 16  # as in extended_tile.cuh
-_OUT_BOX, _SHARED = (16, 32), 226 * 1024  # as of the extended product
 _TILE = Tile(192, 192, 192, 0.0)
 _THREADS = 512
-_TOO_LARGE = 720  # the driver's number for a cooperative launch that has no room
-_refused: set[int] = set()  # devices
 _MAKERS = (3, 1)  # tiles of a row of tiles that make its h
 _WAIT = 4000  # cycles until the first round has h: made, told and copied. Estimated
 
@@ -41,9 +39,12 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_low_rank(positions: int, inner: int, ranks: int, columns: int, count: int) -> Plan | None:
+def plan_low_rank(
+    positions: int, inner: int, ranks: int, columns: int, count: int, b_rows: int = 1
+) -> Plan | None:
     """The plan for shapes; None for more than 16 ranks, rows that are no multiple of 16 bytes,
-    more rows than one round of tiles has. count: multiprocessors.
+    more rows than one round of tiles has. count: multiprocessors. b_rows: 0 for an input gradient,
+    whose columns are the inputs.
     """
     if not 0 < ranks <= RANKS or ranks % 8 or inner % 8 or columns % 8 or not positions:
         return None
@@ -52,9 +53,9 @@ def plan_low_rank(positions: int, inner: int, ranks: int, columns: int, count: i
     makers = next((n for n in _MAKERS if n <= width and n * height <= count), None)
     if makers is None or 2 * height * _TILE.rows // ROW > COUNTERS:
         return None
-    tile = _TILE.timed(True, positions, columns, ceil(inner, ROW), 1, count)
+    tile = _TILE.timed(b_rows, positions, columns, ceil(inner, ROW), 1, count)
     moved = bf16.itemsize * (positions * (inner + columns) + inner * columns)
-    defines = {"TILE_M": 192, "TILE_N": 192, "B_ROWS": 1, "MAKERS": makers}
+    defines = {"TILE_M": 192, "TILE_N": 192, "B_ROWS": b_rows, "MAKERS": makers}
     launch = kernel("extended_low_rank.cu", "extended_low_rank", bf16, **defines)
     seconds = plan.extended(tile.cycles + _WAIT, moved)
     numbers = (positions, columns, inner, ranks, tile.band(count))
@@ -66,44 +67,60 @@ def low_rank_plan(
 ) -> Plan | None:
     """`plan_low_rank` of these arrays, where the kernel takes them: linear, nothing to add.
     inner, other: the windows of down and of up."""
-    import cupy
-
-    if add is not None or bias2 is not None or cupy.cuda.runtime.getDevice() in _refused:
+    if add is not None or bias2 is not None:
         return None
-    if any(not v.pointwise or v.groups != 1 for v in (window, inner, other)):
-        return None
-    if not takes(x, w, down, up, bias):
+    if not _linear(window, inner, other) or not takes(x, w, down, up, bias):
         return None
     (_, inputs, outputs), ranks = w.shape, down.shape[2]
     return plan_low_rank(prod(x.shape[:-1]), inputs, ranks, outputs, processors())
 
 
-def low_rank(x, w, down, up, *, scale, bias) -> tuple[Array, Array] | None:
+def low_rank_dx_plan(g, w, window: Window, down, inner: Window, up, other: Window) -> Plan | None:
+    """The same of the input gradient, by that of the result."""
+    if not _linear(window, inner, other) or not takes(g, w, down, up):
+        return None
+    (_, inputs, outputs), ranks = w.shape, down.shape[2]
+    return plan_low_rank(prod(g.shape[:-1]), outputs, ranks, inputs, processors(), 0)
+
+
+def _linear(*windows: Window) -> bool:
+    return not cooperative.refused() and all(v.pointwise and v.groups == 1 for v in windows)
+
+
+def low_rank(x, w, down, up, planned: Plan, *, scale, bias) -> tuple[Array, Array] | None:
     """(y, h = x @ down).  x: (..., IN). w: (1, IN, OUT). down: (1, IN, R). up: (1, R, OUT).
 
-    Only where there is a `low_rank_plan`. None where the driver has no room for all blocks at once,
-    as under MPS with a share of the multiprocessors; it is not asked again then.
+    planned: a `low_rank_plan`. None where the driver has no room for the launch.
     """
+    return _run(x, w, down, up, planned, scale, bias, 1)
+
+
+def low_rank_dx(g, w, down, up, planned: Plan, *, scale) -> tuple[Array, Array] | None:
+    """(dx = g @ w^T + dh @ down^T, dh = scale * g @ up^T, rounded), by the gradient g of y, as
+    above. planned: a `low_rank_dx_plan`.
+    """
+    return _run(g, w, up, down, planned, scale, None, 0)
+
+
+def _run(x, w, first, second, planned: Plan, scale, bias, b_rows: int):
+    """(y, h) forward; (y, scale * h) of what is turned."""
     import cupy
 
-    (_, inner, columns), ranks, positions = w.shape, down.shape[2], prod(x.shape[:-1])
-    planned = plan_low_rank(positions, inner, ranks, columns, processors())
-    assert planned is not None
-    y, h, scaled = (cupy.empty((*x.shape[:-1], n), bf16) for n in (columns, ranks, ranks))
+    positions, columns, inner, ranks, _ = planned.numbers
+    y = cupy.empty((*x.shape[:-1], columns), bf16)
+    scaled = cupy.empty((*x.shape[:-1], ranks), bf16)
+    h = cupy.empty(scaled.shape, bf16) if b_rows else None
+    tile = (_TILE.columns, ROW), (RANKS, ROW), (_TILE.columns, RANKS)
+    w_box, first_box, second_box = ((ROW, ROW), (ROW, RANKS), (RANKS, ROW)) if b_rows else tile
     maps = (
         matrix_map(x.data.ptr, (positions, inner), (_TILE.rows, ROW)),
-        matrix_map(w.data.ptr, tuple(w.shape), (1, ROW, ROW)),
-        matrix_map(down.data.ptr, (inner, ranks), (ROW, RANKS)),
+        matrix_map(w.data.ptr, tuple(w.shape), (1, *w_box)),
+        matrix_map(first.data.ptr, tuple(first.shape[1:]), first_box),
         matrix_map(scaled.data.ptr, (positions, ranks), (ROW, RANKS)),
-        matrix_map(up.data.ptr, (ranks, columns), (RANKS, ROW)),
-        matrix_map(y.data.ptr, (positions, columns), _OUT_BOX),
+        matrix_map(second.data.ptr, tuple(second.shape[1:]), second_box),
+        matrix_map(y.data.ptr, (positions, columns), OUT_BOX),
     )
     args = (*maps, scale, bias, h, scaled, counters(), *planned.numbers)
-    try:
-        planned.launch(planned.grid, (_THREADS,), *args, shared=_SHARED, together=True)
-    except cupy.cuda.driver.CUDADriverError as error:
-        if error.status != _TOO_LARGE:
-            raise
-        _refused.add(cupy.cuda.runtime.getDevice())
+    if not cooperative.launched(planned.launch, planned.grid, (_THREADS,), *args, shared=SHARED):
         return None
-    return y, h
+    return y, scaled if h is None else h

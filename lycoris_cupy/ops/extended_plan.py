@@ -70,8 +70,8 @@ def plan_forward(
         return None
     positions = (x_shape[0] * prod(to)) if space else prod(x_shape[:-1])
     columns, steps, more = w_shape[2], w_shape[0] * ceil(w_shape[1], ROW), 0
-    own = _term(w_shape[0], w_shape[1], image)
-    other, block, other_image, pair = _term(0, 0, None), ALL, None, False
+    own = term(w_shape[0], w_shape[1], image)
+    other, block, other_image, pair = term(0, 0, None), ALL, None, False
     if extra is not None:
         (taps, width, block_columns), extra_window, _ = extra
         pair = extra.pairs(w_shape, window) and not scaled
@@ -81,7 +81,7 @@ def plan_forward(
             return None
         block = block_columns if extra_window.groups > 1 else ALL
         other_image = None if extra_window.pointwise else image
-        other = _term(taps, width, other_image, block)
+        other = term(taps, width, other_image, block)
         more = taps * ceil(width, ROW)
     tile = choose(True, positions, columns, steps, more, count, block, pair)
     if tile is None or (scaled and tile.ext != tile.columns):
@@ -113,15 +113,15 @@ def plan_dx(
     columns, steps, more = w_shape[1], w_shape[0] * ceil(w_shape[2], ROW), 0
     if columns % 8:
         return None
-    own = _term(w_shape[0], w_shape[2], image, flip=1)
-    other, other_image, pair = _term(0, 0, None), None, False
+    own = term(w_shape[0], w_shape[2], image, flip=1)
+    other, other_image, pair = term(0, 0, None), None, False
     if extra is not None:
         (taps, _, width), extra_window, _ = extra
         pair = extra.pairs(w_shape, window)
         if not joins_dx(window, extra_window):
             return None
         other_image = None if extra_window.pointwise else image
-        other = _term(taps, width, other_image, flip=1)
+        other = term(taps, width, other_image, flip=1)
         more = taps * ceil(width, ROW)
     tile = choose(False, positions, columns, steps, more, count, ALL, pair)
     assert tile is not None  # any serves where there are no blocks
@@ -164,7 +164,9 @@ def walk_of(window: Window, images: int, space, to, padding, stride):
     return ((images, *space), lower, upper, stride), geometry_of(walk, space, to)
 
 
-def _term(taps: int, width: int, image, block: int = ALL, flip: int = 0) -> np.ndarray:
+def term(taps: int, width: int, image, block: int = ALL, flip: int = 0) -> np.ndarray:
+    """One of the two sums, as the kernel is told of it. width: channels a tap, of one block. block:
+    columns that share one. flip: taps of w in reverse."""
     out = np.zeros((), _TERM)
     axes = 0 if image is None else len(image[0]) - 1
     for name, value in zip(_TERM.names or (), (taps, width, axes, block, flip), strict=True):
@@ -190,7 +192,7 @@ def plan_blocks_dx(g_shape, w_shape, window: Window, in_space, count: int) -> Pl
         return None
     return Plan(
         tile.launch(0), tile.grid(positions, columns, count), geometry,
-        _term(0, 0, None), _term(taps, outer, image, inner, flip=1),
+        term(0, 0, None), term(taps, outer, image, inner, flip=1),
         (positions, columns, tile.band(count)), None, image,
         tile.boxes(0), tile, 0,
     )  # fmt: skip

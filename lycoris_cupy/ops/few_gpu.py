@@ -24,11 +24,24 @@ _MOST, _WIDEST = 1024, 512  # rows; columns of dx
 _BOX = (ROW, ROW)
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
+    """A launch but for its arrays."""
+
     launch: Kernel
+    cluster: int
+    back: int  # blocks of tiles of dx, the first of the grid
     grid: tuple[int]
     numbers: tuple[int, int, int]  # rows, inner, outer
+    copied: int  # bytes that the busiest multiprocessor copies
     ways: tuple  # what `plan.choose` takes
+
+    def maps(self, x, w, g) -> list:
+        """Of x (rows, inner), w (inner, outer) and g (rows, outer)."""
+        rows, inner, outer = self.numbers
+        shapes = (rows, inner), (inner, outer), (rows, outer)
+        return [
+            matrix_map(a.data.ptr, shape, _BOX) for a, shape in zip((x, w, g), shapes, strict=True)
+        ]
 
 
 def few_gradients(g, x, w, window: Window, scale) -> tuple[Array, Array] | None:
@@ -40,41 +53,39 @@ def few_gradients(g, x, w, window: Window, scale) -> tuple[Array, Array] | None:
 
     if not takes(g, x, w):
         return None
-    planned = _plan(prod(g.shape[:-1]), tuple(w.shape), window, processors())
-    if planned is None or plan.choose(*planned.ways) != "few":
+    planned = plan_few(prod(g.shape[:-1]), tuple(w.shape), window, processors())
+    # A dx wider than g is left to wait for others: see `Deferred`.
+    if planned is None or w.shape[1] > w.shape[2] or plan.choose(*planned.ways) != "few":
         return None
-    rows, inner, outer = planned.numbers
-    maps = (
-        matrix_map(a.data.ptr, shape, _BOX)
-        for a, shape in ((x, (rows, inner)), (w, (inner, outer)), (g, (rows, outer)))
-    )
     dx, dw = cupy.empty(x.shape, bf16), cupy.empty(w.shape, f32)
-    args = (*maps, scale, dx, dw, *planned.numbers)
+    args = (*planned.maps(x, w, g), scale, dx, dw, *planned.numbers)
     planned.launch(planned.grid, (THREADS,), *args, shared=SHARED)
     return dx, dw
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(positions: int, w: tuple[int, int, int], window: Window, count: int) -> _Plan | None:
-    """count: multiprocessors. A dx wider than g is left to wait for others: see `Deferred`."""
+def plan_few(positions: int, w: tuple[int, int, int], window: Window, count: int) -> Plan | None:
+    """The plan for shapes; None where the kernel does not take them. count: multiprocessors."""
     _, inner, outer = w
     if not window.pointwise or (window.groups > 1 and not window.shared):
         return None
     rows = positions * window.groups
-    if rows > _MOST or inner > _WIDEST or inner > outer or inner % 8:
+    if rows > _MOST or inner > _WIDEST or inner % 8:
         return None
     (tiles_r, tiles_i, tiles_o) = (-(-n // ROW) for n in (rows, inner, outer))
-    back = tiles_r * tiles_i
-    cluster = _cluster_of(back, tiles_o, count)
-    grid = (back + -(-tiles_i * tiles_o // cluster)) * cluster
+    cluster = _cluster_of(tiles_r * tiles_i, tiles_o, count)
+    back = tiles_r * tiles_i * cluster
+    grid = back + -(-tiles_i * tiles_o // cluster) * cluster
     steps = max(-(-tiles_o // cluster), tiles_r) * -(-grid // (2 * count))
+    copied = steps * 2 * ROW * ROW * bf16.itemsize
     operations = 4 * rows * inner * outer
     moved = (rows * (2 * inner + outer) + inner * outer) * 2 + inner * outer * 4
     each = max(plan.library(operations // 2), plan.moving(moved // 2))
-    seconds = {"few": plan.skinny(moved, steps * 2 * ROW * ROW * 2), "library": 2 * each}
+    seconds = {"few": plan.skinny(moved, copied), "library": 2 * each}
     what = f"both gradients of x ({rows}, {inner}) * w {w}"
     launch = kernel("few.cu", "few", bf16, CLUSTER=cluster)
-    return _Plan(launch, (grid,), (rows, inner, outer), (what, seconds, operations, moved))
+    ways = what, seconds, operations, moved
+    return Plan(launch, cluster, back, (grid,), (rows, inner, outer), copied, ways)
 
 
 def _cluster_of(tiles: int, steps: int, count: int) -> int:

@@ -46,22 +46,27 @@ def kron_weight(w1: Array, w2: Array, scale: Array | None = None) -> Array:
     return _kron_weight(w1, w2, scale)
 
 
-def mix_blocks(x: Array, w1: Array, made: Array | None = None) -> Array:
+def mix_blocks(x: Array, w1: Array) -> Array:
     """out[..., l * N + n] = sum over m of w1[l, m] * x[..., m * N + n]: blocks of channels mixed by
     w1.
 
     With w2 applied to each block afterwards this is x @ kron_weight(w1, w2). x: (..., M * N). w1:
-    (L, M) of the dtype of x. made: the result, if another kernel has computed it already. Returns
-    (..., L * N) in the dtype of x. Raises ShapeError, DtypeError.
+    (L, M) of the dtype of x. Returns (..., L * N) in the dtype of x. Raises ShapeError, DtypeError.
     """
     require_axes(w1, 2, "w1", "(L, M)")
     require_float(value_of(x), "x")
     require_same("x", value_of(x), "w1", value_of(w1))
-    if w1.shape[1] == 0 or x.shape[-1] % w1.shape[1]:
+    mixed_shape(x.shape, w1.shape)
+    return _mix_blocks(x, w1, turned=False)
+
+
+def mixed_shape(x: tuple[int, ...], w1: tuple[int, ...]) -> tuple[int, ...]:
+    """That of mix_blocks(x, w1), after checking that both fit."""
+    if w1[1] == 0 or x[-1] % w1[1]:
         raise ShapeError(
-            f"x has {x.shape[-1]} channels, expected a multiple of the {w1.shape[1]} columns of w1"
+            f"x has {x[-1]} channels, expected a multiple of the {w1[1]} columns of w1"
         )
-    return _mix_blocks(x, w1, turned=False, made=made)
+    return (*x[:-1], x[-1] // w1[1] * w1[0])
 
 
 def _kron_weight_cpu(w1, w2, scale):

@@ -44,12 +44,14 @@ def mixed_product(x: Array, w: Array, w1: Array, window: Window) -> Array:
     return _mixed_product(x, w, w1, window=window)
 
 
-def _cpu(x, w, w1, *, window, keep):
+def mixed_cpu(x, w, w1, *, window, keep):
+    """(the result, inner if keep)."""
     inner = finished(wide_product(x, w, window), None, None, None, x)
     return _mix_blocks(inner, w1, turned=False), inner if keep else None
 
 
-def _gpu(x, w, w1, *, window, keep):
+def mixed_gpu(x, w, w1, *, window, keep):
+    """The same."""
     if _in_one_launch(x, w, w1, window):
         return _launch(x, w, w1, keep)
     inner = product_gpu.forward(x, w, window, scale=None, add=None, bias=None)
@@ -58,20 +60,31 @@ def _gpu(x, w, w1, *, window, keep):
 
 def _in_one_launch(x, w, w1, window) -> bool:
     """Whether the kernel takes these, and is estimated to be the faster way."""
-    (_, n, columns), positions = w.shape, prod(x.shape[:-1])
-    rows = positions * window.groups
+    n, positions = w.shape[1], prod(x.shape[:-1])
     if not window.pointwise or n % 8 or window.groups > ROW or positions > skinny_gpu.MOST:
         return False
     if not takes(x, w) or w1.dtype != bf16 or not w1.flags.c_contiguous:
         return False
-    operations, results = 2 * rows * n * columns, positions * sum(w1.shape) * columns * 2
+    what = f"x {tuple(x.shape)} * w {tuple(w.shape)}, mixed by w1 {tuple(w1.shape)}"
+    return plan.choose(what, *_ways(x, w, w1)) == "mixed"
+
+
+def _ways(x, w, w1):
+    """(seconds of each way, operations, bytes), pointwise, of arrays that Hopper's kernels take."""
+    (_, n, columns), positions = w.shape, prod(x.shape[:-1])
+    operations = 2 * positions * w1.shape[1] * n * columns
+    results = positions * sum(w1.shape) * columns * 2
     moved = (x.size + w.size) * 2 + results
-    seconds = {
+    ways = {
         "mixed": plan.skinny(moved, -(-n // ROW) * 2 * ROW * ROW * 2),
         "library": max(plan.library(operations), plan.moving(moved)) + plan.moving(results),
     }
-    what = f"x {tuple(x.shape)} * w {tuple(w.shape)}, mixed by w1 {tuple(w1.shape)}"
-    return plan.choose(what, seconds, operations, moved) == "mixed"
+    return ways, operations, moved
+
+
+def seconds(x: Array, w: Array, w1: Array) -> float:
+    """Estimated of mixed_product by itself, of the same."""
+    return min(_ways(x, w, w1)[0].values())
 
 
 def _launch(x, w, w1, keep):
@@ -92,20 +105,21 @@ def _launch(x, w, w1, keep):
     return z, inner
 
 
+def mixed_gradients(needs, g, x, w, w1, inner, window):
+    """For x, w and w1, by that of the result; None for one that is not needed."""
+    rows, columns = w1.shape
+    if not any(needs[:2]):
+        return None, None, _mix_blocks_dw1(g, inner, rows=rows, columns=columns)
+    if needs[2]:
+        flow, dw1 = mix_gradients(g, inner, w1)
+    else:
+        flow, dw1 = _mix_blocks(g, w1, turned=True), None
+    own = (x if needs[1] else None), (w if needs[0] else None)
+    return (*product_gradients(flow, *own, None, window, in_space_of(x, window)), dw1)
+
+
 def _vjp(needs, out, x, w, w1, *, window, kept):
-    in_space = in_space_of(x, window)
-    x, w = (x if needs[1] else None), (w if needs[0] else None)
-
-    def pull(g):
-        if not any(needs[:2]):
-            return None, None, _mix_blocks_dw1(g, kept, rows=w1.shape[0], columns=w1.shape[1])
-        if needs[2]:
-            flow, dw1 = mix_gradients(g, kept, w1)
-        else:
-            flow, dw1 = _mix_blocks(g, w1, turned=True), None
-        return (*product_gradients(flow, x, w, None, window, in_space), dw1)
-
-    return pull
+    return lambda g: mixed_gradients(needs, g, x, w, w1, kept, window)
 
 
-_mixed_product = Primitive("mixed_product", _cpu, _gpu, _vjp, keeps=True)
+_mixed_product = Primitive("mixed_product", mixed_cpu, mixed_gpu, _vjp, keeps=True)

@@ -32,7 +32,6 @@ def product(
     add: Array | None = None,
     scale: Array | None = None,
     spend: bool = False,
-    made: Array | None = None,
 ) -> Array:
     """add + scale[0] * (x * w) + bias, summed wide, rounded once.
 
@@ -40,8 +39,8 @@ def product(
     (taps, IN, groups * OUT) when groups have their own columns (a window with `shared` gives all
     groups the same); a wide w is rounded to the dtype of x. bias: (columns,). add: the output's
     shape. scale: (1,) wide, a constant of the tape. spend: add is read nowhere else, and may be
-    where the result is written. made: the result, if another kernel has computed it already.
-    Returns (..., columns) in the dtype of x. Raises ShapeError, DtypeError.
+    where the result is written. Returns (..., columns) in the dtype of x. Raises ShapeError,
+    DtypeError.
     """
     require_float(value_of(x), "x")
     if w.dtype != x.dtype and w.dtype == wide_dtype(x.dtype):
@@ -57,7 +56,7 @@ def product(
             require_same("x", value_of(x), name, value_of(array))
             if tuple(array.shape) != expected:
                 raise ShapeError(f"{name} has shape {tuple(array.shape)}, expected {expected}")
-    return _product(x, w, bias, add, scale, window=window, spend=spend, made=made)
+    return _product(x, w, bias, add, scale, window=window, spend=spend)
 
 
 def convolution(

@@ -4,7 +4,8 @@ rounding, in the time of reading w.
 For arrays that `extended_gpu.takes` allows, and shapes that `plan_forward` or `plan_dx` has a plan
 for: linear products, of which the second, or one by itself, may have blocks of channels that share
 its w. `skinny_mixed` makes the x2 of a LoKr inside, by `plan_mixed`, `skinny_low_rank` that of a
-LoRA, by `plan_low_rank`. See cuda_src/skinny.cu.
+LoRA, by `plan_low_rank`; `skinny_mixed_down_gpu` that of a LoKr with a factored w2. See
+cuda_src/skinny.cu.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .window import Window
 
 MOST = 128  # positions; more multiply for longer than it takes to read w
 _MOST_ROWS = 1024  # of all the blocks that share a w
-_MOST_MIXED, _RANKS = 64, 16  # columns of a w1, or of a down, whose product with x is made inside
+MOST_MIXED, RANKS = 64, 16  # columns of a w1, or of a down, whose product with x is made inside
 _ROWS = 64  # of a tile
 # Of the kernels that share skinny.cuh: a warpgroup that multiplies and a warp that copies; 96 KiB
 # of stages, and what their alignment may cost.
@@ -109,7 +110,7 @@ def _plan(b_rows, x, columns, width, window: Window, extra: Second | None, count
     if columns % (8 * blocks) or (blocks > 1 and width2 % 8):
         return None
     numbers = positions, columns, width, width2, columns // blocks, 1
-    size = _Size(numbers, -(-width // ROW) + -(-width2 // ROW), count)
+    size = Size(numbers, -(-width // ROW) + -(-width2 // ROW), count)
     return size.planned(VARIANTS, b_rows)
 
 
@@ -119,14 +120,15 @@ def plan_mixed(x, w, window: Window, w1, extra: Second, count: int) -> Plan | No
     (rows, blocks), width2 = w1, extra.shape[1]
     if apart is None or extra.window.groups != rows or w[1] != blocks * width2 or width2 % 8:
         return None
-    if not 1 < blocks <= _MOST_MIXED:
+    if not 1 < blocks <= MOST_MIXED:
         return None
     return _plan_mixed((*apart.numbers[:5], blocks), count)
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan_mixed(numbers, count: int) -> Plan | None:
-    size = _Size(numbers, -(-numbers[3] // ROW), count)  # a step is a slice of all blocks
+    # A step is a slice of all blocks of x, and of w2.
+    size = Size(numbers, -(-numbers[3] // ROW), count, numbers[5] + 1)
     return size.planned(MIXED, True)
 
 
@@ -135,20 +137,23 @@ def plan_low_rank(x, w, window: Window, down, extra: Second, count: int) -> Plan
     apart = _plan(True, x, w[2], w[1], window, extra, count)
     if apart is None or extra.window.groups > 1 or down != (1, w[1], extra.shape[1]):
         return None
-    return _plan_low_rank(apart.numbers, count) if down[2] in (8, _RANKS) else None
+    return _plan_low_rank(apart.numbers, count) if down[2] in (8, RANKS) else None
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan_low_rank(numbers, count: int) -> Plan | None:
-    return _Size(numbers, -(-numbers[2] // ROW), count).planned(LOW_RANK, True, RANKS=_RANKS)
+    return Size(numbers, -(-numbers[2] // ROW), count).planned(LOW_RANK, True, RANKS=RANKS)
 
 
-class _Size(NamedTuple):
-    """What is cut into blocks. numbers: as in Plan. steps: that the blocks of a cluster share."""
+class Size(NamedTuple):
+    """What is cut into blocks. numbers: as in Plan. steps: that the blocks of a cluster share.
+    stages: of a step.
+    """
 
     numbers: tuple[int, int, int, int, int, int]
     steps: int
     count: int
+    stages: int = 1
 
     def grid(self, variant) -> tuple[int, int]:
         positions, columns, _, _, block, _ = self.numbers
@@ -157,9 +162,9 @@ class _Size(NamedTuple):
 
     def loads(self, variant) -> tuple[int, int]:
         """`copied` and `added` of Plan."""
-        (positions, *_, blocks), (tile, cluster, _) = self.numbers, variant
+        positions, (tile, cluster, _) = self.numbers[0], variant
         turns = -(-prod(self.grid(variant)) // self.count)
-        stages = -(-self.steps // cluster) * (blocks + 1 if blocks > 1 else 1)
+        stages = -(-self.steps // cluster) * self.stages
         rows = -(-min(positions, _ROWS) // 16) * 16
         added = rows * tile * 4 * (cluster - 1) // cluster  # by each, at the same time
         return turns * stages * (tile + _ROWS) * ROW * bf16.itemsize, added
@@ -180,7 +185,7 @@ class _Size(NamedTuple):
         return Plan(launch, *variant, self.grid(variant), w_box, self.numbers, *loads)
 
 
-def _choose(size: _Size, variants) -> tuple[int, int, int] | None:
+def _choose(size: Size, variants) -> tuple[int, int, int] | None:
     """The variant that is estimated to be the fastest, of those with a step for each block, blocks
     alone on a multiprocessor only where there are enough of these, and narrow strips only for more
     than a few positions.
@@ -226,7 +231,7 @@ def _run(planned: Plan | None, x, w, extra: Extra | None, scale, add, bias, out)
         maps, scale = (*maps, *planned.maps(extra.x, extra.w, width2)), extra.scale
     bias2 = None if extra is None else extra.bias
     numbers = (positions, columns, width, width2, block, 1)
-    _launch(planned, *maps, scale, add, bias, bias2, None, None, out, *numbers)
+    _launch(planned, *maps, scale, add, bias, bias2, None, None, None, out, *numbers)
     return out
 
 
@@ -253,23 +258,25 @@ def low_rank_plan(x, w, window: Window, down, up, other: Window, *more) -> Plan 
 def skinny_mixed(x, w, w1, planned: Plan, extra: Extra, *, add, bias, keep, out=None) -> tuple:
     """(add + x * w + bias + extra, x2 if keep), where extra's x is x2, the mix of x by w1."""
     maps = planned.mixed_maps(x, w, extra.w)
-    return _inside(x, maps, w1, w1.shape[0], planned, extra, add, bias, keep, out)
+    return inside(x, maps, w1, planned, extra, add, bias, keep, out)
 
 
 def skinny_low_rank(x, w, down, planned: Plan, extra: Extra, *, add, bias, keep, out=None) -> tuple:
     """(add + x * w + bias + extra, x2 if keep), where extra's x is x2 = x * down."""
     maps = planned.inner_maps(x, w, down, extra.w)
-    return _inside(x, maps, None, 1, planned, extra, add, bias, keep, out)
+    return inside(x, maps, None, planned, extra, add, bias, keep, out)
 
 
-def _inside(x, maps, w1, rows: int, planned: Plan, extra: Extra, add, bias, keep, out) -> tuple:
-    """rows: blocks of x2."""
+def inside(
+    x, maps, w1, planned: Plan, extra: Extra, add, bias, keep, out, inner=None
+) -> tuple[Array, Array | None]:
+    """(The result, x2 if keep) by a plan whose x2 is made there. w1, inner: of a mix, or None."""
     import cupy
 
-    _, columns, _, width2, *_ = planned.numbers
+    _, columns, _, width2, block, _ = planned.numbers
     out = cupy.empty((*x.shape[:-1], columns), x.dtype) if out is None else out
-    kept = cupy.empty((*x.shape[:-1], rows * width2), x.dtype) if keep else None
-    terms = (extra.scale, add, bias, extra.bias, w1, kept)
+    kept = cupy.empty((*x.shape[:-1], columns // block * width2), x.dtype) if keep else None
+    terms = (extra.scale, add, bias, extra.bias, w1, kept, inner)
     _launch(planned, *maps, *terms, out, *planned.numbers)
     return out, kept
 

@@ -17,10 +17,12 @@ _JOB = np.dtype(
     [
         *((name, np.int32, 3) for name in ("size", "a", "b")),
         *((name, np.int32, 2) for name in ("inner", "a_inner", "b_inner")),
+        ("lanes", np.int32),
         ("blocks", np.int32),
     ]
 )
-_LANES, _THREADS, _MOST = 8, 256, 3  # as in small_sums.cu
+_THREADS, _MOST = 256, 3  # as in small_sums.cu
+_SHORT = 16  # terms of a sum that one lane adds
 _SMALL = 1 << 22  # multiply-adds up to which a launch costs more. Estimated
 
 
@@ -82,8 +84,15 @@ def _job(term: Sum) -> tuple[np.ndarray, tuple[int, ...]]:
             job[names[2]][place] = _stride(term.b.shape, right, axis)
         job[names[0]][: count - len(axes)] = 1
     shape = tuple(sizes[axis] for axis in to)
-    job["blocks"] = -(-prod(shape) * _LANES // _THREADS)
+    job["lanes"] = _lanes(term)
+    job["blocks"] = -(-prod(shape) * job["lanes"] // _THREADS)
     return job, shape
+
+
+def _lanes(term: Sum) -> int:
+    """That an element has: more than one only wait for each other where there is little to add."""
+    to = term.spec.split("->")[1]
+    return 1 if prod(n for axis, n in term.sizes.items() if axis not in to) <= _SHORT else 8
 
 
 _INNER = ("inner", "a_inner", "b_inner")

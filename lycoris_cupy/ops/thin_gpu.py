@@ -54,6 +54,12 @@ def pays(g: Array, w: Array) -> bool:
     return w.shape[1] <= 16 or g.nbytes > 48 << 20
 
 
+def thin_seconds(moved: int) -> float:
+    """Estimated of both gradients, of up to 16 ranks, by a g of so many bytes (H100: 25.2 us for 28
+    MB, 54.6 for 113)."""
+    return 15.5e-6 + moved / 2.9e12
+
+
 def thin_gradients(
     g: Array, x: Array, w: Array, window: Window, scale: Array | None,
     c: Array | None = None, z: Array | None = None,
