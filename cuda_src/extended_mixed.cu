@@ -6,7 +6,8 @@
 // with b = c / block, and scale * x2 rounded by itself. It is the extended product (extended.cu) with its second term
 // behind the first. Mixing by itself costs what moving x and x2 costs; here three warps beside the thread that copies,
 // which have no other work, mix the block's share of the positions while the first tile is multiplied, and count what
-// they have done on the flag of a row of tiles. The copying thread waits for it before the second term of a tile.
+// they have done on the flag of a row of tiles. The copying thread waits for it before the second term of a tile. x
+// passes through the shared memory where the first finished tile will wait for the copy engine.
 //
 // Blocks wait for each other's flags, so all of them have to run at once: a cooperative launch. Nobody that makes x2
 // waits for anybody.
@@ -19,40 +20,72 @@
 
 constexpr int SIDE = 8, MOST_ROWS = 16;  // columns of w1, and rows, at most
 constexpr int MIXERS = 96;               // threads
+constexpr int AHEAD = SLOT_BYTES / (MIXERS * SIDE * 8);
 static_assert(STAGED && CLUSTER == 1 && EXT_N == TILE_N, "what the workers count on");
 
-// This thread's of `items` chunks of eight channels from position `first` on.
-INLINE void mix(const bf16* x, const float* factors, float scale, bf16* x2, bf16* scaled, int first, int items,
-                int rows, int blocks, int width) {
+// Four channels to shared memory without passing registers.
+INLINE void copy_quad(unsigned to, const bf16* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
+INLINE uint2 read_quad(unsigned from) {
+  uint2 v;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");
+  return v;
+}
+
+// The workers and the mixers meet: from then on finished tiles wait where x stood.
+INLINE void meet_mixers() {
+  asm volatile("bar.sync %0, %1;" ::"n"(WORKERS + 1), "n"(WORKERS * GROUP + MIXERS) : "memory");
+}
+
+// This thread's of `items` quads of channels, each of all blocks, from position `first` on. What it reads waits behind
+// all that the copying thread has asked for, so AHEAD of them are on their way to its own places from `memory` on.
+INLINE void mix(const bf16* x, const float* factors, float scale, bf16* x2, bf16* scaled, unsigned memory, int first,
+                int items, int rows, int blocks, int width) {
+  const int own = threadIdx.x % GROUP, quads = width / 4;
+  const auto place = [&](int i, int count) {  // fewer than 2^31 values
+    return (first + i / quads) * count * width + i % quads * 4;
+  };
+  const auto fetch = [&](int i, int turn) {
+    const bf16* from = x + place(i, blocks);
+    const unsigned to = memory + (turn * SIDE * MIXERS + own) * 8;
+    if (i < items)
+      for (int m = 0; m < blocks; ++m) copy_quad(to + m * MIXERS * 8, from + m * width);
+    commit_copies();
+  };
 #pragma unroll 1
-  for (int i = threadIdx.x % GROUP; i < items; i += MIXERS) {
-    const int p = first + i / (width / 8), n = i % (width / 8) * 8,
-              from = p * blocks * width + n;  // fewer than 2^31 values
-    uint4 v[SIDE];
+  for (int turn = 0; turn < AHEAD; ++turn) fetch(own + turn * MIXERS, turn);
+  int turn = 0;
+#pragma unroll 1
+  for (int i = own; i < items; i += MIXERS) {
+    wait_copies<AHEAD - 1>();
+    float v[SIDE][4];
 #pragma unroll
-    for (int m = 0; m < SIDE; ++m)
-      v[m] = m < blocks ? *reinterpret_cast<const uint4*>(x + (from + m * width)) : uint4{};
-    int to = p * rows * width + n;
+    for (int m = 0; m < SIDE; ++m) {
+      const uint2 quad = m < blocks ? read_quad(memory + ((turn * SIDE + m) * MIXERS + own) * 8) : uint2{};
+      v[m][0] = low_half(quad.x), v[m][1] = high_half(quad.x), v[m][2] = low_half(quad.y), v[m][3] = high_half(quad.y);
+    }
+    fetch(i + AHEAD * MIXERS, turn);
+    if (++turn == AHEAD) turn = 0;
+    int to = place(i, rows);
+    const float4* by = reinterpret_cast<const float4*>(factors);
+    float4 next[SIDE / 4] = {by[0], by[1]};  // beside the products' operands a read takes long
 #pragma unroll 1
     for (int l = 0; l < rows; ++l, to += width) {
+      float sum[4] = {};
+      by += SIDE / 4;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {  // registers are scarce
-        unsigned own[2], by[2];
+      for (int m = 0; m < SIDE; m += 4) {
+        const float4 f = next[m / 4];
+        next[m / 4] = by[m / 4];
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float low = 0, high = 0;
-#pragma unroll
-          for (int m = 0; m < SIDE; ++m) {
-            unsigned& pair = reinterpret_cast<unsigned (&)[4]>(v[m])[half * 2 + j];
-            asm volatile("" : "+r"(pair));  // stays a pair: apart, for all l at once, they would be 64 registers
-            low += factors[l * SIDE + m] * low_half(pair);
-            high += factors[l * SIDE + m] * high_half(pair);
-          }
-          own[j] = round_pair(low, high), by[j] = round_pair(scale * low, scale * high);
-        }
-        if (x2) *reinterpret_cast<uint2*>(x2 + (to + half * 4)) = make_uint2(own[0], own[1]);
-        *reinterpret_cast<uint2*>(scaled + (to + half * 4)) = make_uint2(by[0], by[1]);
+        for (int j = 0; j < 4; ++j)
+          sum[j] += f.x * v[m][j], sum[j] += f.y * v[m + 1][j], sum[j] += f.z * v[m + 2][j],
+              sum[j] += f.w * v[m + 3][j];
       }
+      if (x2) *reinterpret_cast<uint2*>(x2 + to) = make_uint2(round_pair(sum[0], sum[1]), round_pair(sum[2], sum[3]));
+      *reinterpret_cast<uint2*>(scaled + to) =
+          make_uint2(round_pair(scale * sum[0], scale * sum[1]), round_pair(scale * sum[2], scale * sum[3]));
     }
   }
 }
@@ -75,7 +108,7 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
                          int columns, int rows, int blocks, int width, int band) {
   extern __shared__ char memory[];
   __shared__ unsigned long long barriers[2 * STAGES];
-  __shared__ float factors[MOST_ROWS * SIDE];
+  __shared__ __align__(16) float factors[(MOST_ROWS + 1) * SIDE];  // one row is read too many
   Ring ring = {(shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers)};
   asm volatile("" : "+r"(ring.memory), "+r"(ring.barriers));  // kept, not found anew at each step
   const unsigned slots = ring.memory + STAGES * STAGE;
@@ -99,21 +132,22 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
       const int from = (long long)blockIdx.x * positions / gridDim.x;
       const int to = (blockIdx.x + 1ll) * positions / gridDim.x;
       for (int t = from / TILE_M; t * TILE_M < to; ++t) {
-        const int first = max(from, t * TILE_M), items = (min(to, (t + 1) * TILE_M) - first) * (width / 8);
-        mix(x_values, factors, factor, x2, scaled, first, items, rows, blocks, width);
+        const int first = max(from, t * TILE_M), items = (min(to, (t + 1) * TILE_M) - first) * (width / 4);
+        mix(x_values, factors, factor, x2, scaled, slots, first, items, rows, blocks, width);
         fence_copies_global();
         __threadfence();
         const int done = (items - int(threadIdx.x % GROUP) + MIXERS - 1) / MIXERS;
         const unsigned all = __reduce_add_sync(~0u, max(done, 0));
         if (threadIdx.x % 32 == 0) raise(reinterpret_cast<Flag*>(flags) + t, all);
       }
+      meet_mixers();
     } else if (threadIdx.x % 32 == 0) {
       prefetch_map(&x), prefetch_map(&w), prefetch_map(&scaled_map), prefetch_map(&w2), prefetch_map(&y_map);
       for (int t = blockIdx.x; t < tiles_m * tiles_n; t += gridDim.x) {
         const Tile tile(t, tiles_m, tiles_n, band, g, false);
         fetch<TILE_N>(&x, &w, nullptr, own, tile, tile.column, g, ring, stage);
         Flag* flag = reinterpret_cast<Flag*>(flags) + tile.row / TILE_M;
-        await(flag, min(positions - tile.row, TILE_M) * (width / 8));
+        await(flag, min(positions - tile.row, TILE_M) * (width / 4));
         fetch<TILE_N>(&scaled_map, &w2, nullptr, other, tile, tile.column, g, ring, stage);
         lower(flag, tiles_n);
       }
@@ -127,6 +161,7 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
       begin<true>(sum, 0, nullptr, bias, tile, columns);
       accumulate<TILE_N, 0>(sum, sum, own, group, chief, ring, stage);
       accumulate<TILE_N, 0>(sum, sum, other, group, chief, ring, stage);
+      if (t == blockIdx.x) meet_mixers();
       finish_staged(sum, tile, group, &y_map, slots, positions);
     }
     if (threadIdx.x % 32 == 0) stores_read<0>();  // shared memory ends with the block

@@ -151,11 +151,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
     spread(reinterpret_cast<float*>(shares[warp]), sum);
   }
   if (CLUSTER > 1) meet_relaxed();  // no block ends before it has been read
-  if (!task.back) return;
+  if (!mixes) return;
 
   // Warps, then parts are added in a fixed order, the parts by the block that comes last.
   __shared__ bool last;
-  __syncthreads();
+  group_barrier(0);
   if (threadIdx.x < VECTORS) {
     float4 total = {};
 #pragma unroll
@@ -163,10 +163,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
     reinterpret_cast<float4*>(partial)[blockIdx.x * VECTORS + threadIdx.x] = total;
   }
   __threadfence();
-  __syncthreads();
+  group_barrier(0);
   if (threadIdx.x == 0) last = atomicInc(seen, parts - 1) == parts - 1;
-  __syncthreads();
-  if (!last || threadIdx.x >= GROUP) return;
+  group_barrier(0);
+  if (!last) return;
   __threadfence();
   add_parts(dw1, reinterpret_cast<const float4*>(partial), parts, L, M);
 }

@@ -28,7 +28,8 @@
 //
 // With both a step is a whole block of x: what stands in the 16 columns after it is that block of inner, complete, so
 // that it can be rounded, and written by the first strip. Times its factor of w1 it is added to this block's part of x2,
-// eight more registers; the rest is as with RANKS.
+// eight more registers; the rest is as with RANKS. All of down stays in shared memory, and the blocks of a cluster copy
+// a part of it each, for all: were it copied step by step, hundreds of blocks would ask L2 for the same few lines.
 //
 // Positions go by 64, and each 64 read w again, from L2. Fewer are 64 all the same: the copy engine writes zeros for
 // those that are not there, and reads nothing.
@@ -58,7 +59,10 @@
 // variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=2 MIXED=1 RANKS=16
 #define ALL_BYTES ((EACH == 1 ? 226 : 112) * 1024)  // of shared memory, but for barriers and the factors of a mix
 #define SLICED (MIXED && !RANKS)                    // x2 is made in slices of 64 channels
-#define RING (ALL_BYTES - 1024 - PARTS_BYTES - SLICED * 64 * 128)
+#define DOWN_TILE (64 * 32)                         // 64 channels by 16 ranks
+#define BESIDE (RANKS && !MIXED ? DOWN_TILE : 0)
+#define ALL_OF_DOWN (RANKS && MIXED ? 8 * DOWN_TILE : 0)
+#define RING (ALL_BYTES - 1024 - PARTS_BYTES - SLICED * 64 * 128 - ALL_OF_DOWN)
 #include "cluster_sums.cuh"
 #include "skinny.cuh"
 #include "skinny_terms.cuh"
@@ -74,14 +78,14 @@ INLINE void fetch_w(const TensorMap* w, int k, int m, int n, const Stage& stage)
 }
 
 // Copies the operands of the steps [from, to) of one of the two sums. p: the first position. b: the block of x. m: that
-// of w. n: the first column of w. down: with RANKS.
+// of w. n: the first column of w. down: with RANKS, but not MIXED.
 INLINE void fetch(const TensorMap* x, const TensorMap* w, const TensorMap* down, int from, int to, int p, int b, int m,
                   int n, Stage& stage) {
 #pragma unroll 1
   for (int k = from * TILE_K; k < to * TILE_K; k += TILE_K) {
     stage.claim();
     fetch_w(w, k, m, n, stage);
-    if (RANKS) copy_box(stage.b() + W_BYTES, down, stage.full(), 0, k, 0);
+    if (BESIDE) copy_box(stage.b() + W_BYTES, down, stage.full(), 0, k, 0);
     copy_box(stage.a(), x, stage.full(), k, b, p);
     stage.next();
   }
@@ -134,13 +138,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
                  bf16* y,                               // (positions, columns)
                  int positions, int columns, int width, int width2, int block, int blocks) {
   extern __shared__ char memory[];
-  __shared__ unsigned long long barriers[2 * STAGES + 1];
+  __shared__ unsigned long long barriers[2 * STAGES + 2];
   Stage stage = {(shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers)};
-  const unsigned tile2 = stage.memory + STAGES * STAGE;  // of x2, if SLICED
+  const unsigned tile2 = stage.memory + STAGES * STAGE;  // of x2, if SLICED; all tiles of down, if there are any
+  const unsigned down_full = shared_address(barriers + 2 * STAGES + 1);
   const int rank = cluster_rank();
   const int strips = (block + TILE_N - 1) / TILE_N, strip = blockIdx.x / CLUSTER;
   const int pieces = RANKS && (!kept || strip % strips) ? TILE_N / 8 : PIECES;
-  const Parts parts = {tile2 + SLICED * BOX, shared_address(barriers + 2 * STAGES), rank, pieces};
+  const Parts parts = {tile2 + SLICED * BOX + ALL_OF_DOWN, shared_address(barriers + 2 * STAGES), rank, pieces};
 
   const int b = strip / strips, column = b * block + strip % strips * TILE_N;
   const int past = min(column + TILE_N, (b + 1) * block);
@@ -151,33 +156,47 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
   const int steps = SLICED ? steps2 : MIXED ? blocks : steps2 + slices;
   const int first = rank * steps / CLUSTER, last = (rank + 1) * steps / CLUSTER;
 
-  if (threadIdx.x == 0) parts.begin((rows + 15) / 16), stage.begin();
+  if (threadIdx.x == 0) {
+    if (ALL_OF_DOWN) barrier_init(down_full, 1), barrier_expect(down_full, slices * DOWN_TILE);
+    parts.begin((rows + 15) / 16), stage.begin();
+  }
   __syncthreads();
   arrive();
 
   const float factor = scale ? *scale : 1.0f;
   if (threadIdx.x >= GROUP) {
-    if (threadIdx.x == GROUP) {
-      prefetch_map(&w), prefetch_map(&x), prefetch_map(&w2);
+    const bool copies = threadIdx.x == GROUP;
+    const auto fetch_up = [&] {
+      stage.claim(W_BYTES);
+      fetch_w(&w2, 0, 0, column - b * block, stage);
+    };
+    const int head = first < last ? min(slices, STAGES) : 0;  // steps of a block of x, before down is copied
+    if (copies) {
+      prefetch_map(&w), prefetch_map(&x), prefetch_map(&w2), prefetch_map(&x2);
       if constexpr (SLICED) {
         fetch_slices(&x, &w, &w2, first, last, blocks, start, column, column - b * block, stage);
+      } else if constexpr (MIXED) {
+        fetch(&x, &w, nullptr, 0, head, start, first, first, column, stage);
       } else {
-        prefetch_map(&x2);
-        if constexpr (!RANKS)
-          fetch(&x2, &w2, nullptr, first, min(last, steps2), start, b, 0, column - b * block, stage);
-        if constexpr (MIXED) {
-#pragma unroll 1
-          for (int m = first; m < last; ++m) fetch(&x, &w, &x2, 0, slices, start, m, m, column, stage);
-        } else {
-          fetch(&x, &w, &x2, max(first, steps2) - steps2, last - steps2, start, 0, 0, column, stage);
-        }
-        if constexpr (RANKS) {
-          stage.claim(W_BYTES);
-          fetch_w(&w2, 0, 0, column - b * block, stage);
-        }
+        fetch(&x2, &w2, nullptr, first, min(last, steps2), start, b, 0, column - b * block, stage);
+        fetch(&x, &w, &x2, max(first, steps2) - steps2, last - steps2, start, 0, 0, column, stage);
+        if constexpr (RANKS) fetch_up();
       }
     }
     await();
+    if constexpr (ALL_OF_DOWN) {
+      if (!copies) return;
+#pragma unroll 1
+      for (int i = rank; i < slices; i += CLUSTER)
+        if (CLUSTER == 1)
+          copy_box(tile2 + i * DOWN_TILE, &x2, down_full, 0, i * TILE_K, 0);
+        else
+          copy_box_to((1 << CLUSTER) - 1, tile2 + i * DOWN_TILE, &x2, down_full, 0, i * TILE_K, 0);
+#pragma unroll 1
+      for (int m = first; m < last; ++m)
+        fetch(&x, &w, nullptr, m == first ? head : 0, slices, start, m, m, column, stage);
+      fetch_up();
+    }
     return;
   }
 
@@ -195,7 +214,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
       if (add && row + 8 < rows) prefetch(add + (long long)(start + row + 8) * columns + n);
     }
 
-  float sum[SUMS] = {};
+  float sum[PIECES * 4] = {};
+  float (&own_sum)[TILE_N / 2] = reinterpret_cast<float (&)[TILE_N / 2]>(sum);
   __shared__ float factors[MOST_MIXED];
   if constexpr (MIXED) {
     if (threadIdx.x < blocks) factors[threadIdx.x] = widen(w1[b * blocks + threadIdx.x]);
@@ -209,7 +229,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
 #pragma unroll 1
       for (int m = 0; m < blocks; ++m) {
         barrier_wait(stage.full(), stage.parity);
-        multiply_tiles<false, B_ROWS>(sum, stage.a(), stage.b());
+        multiply_tiles<false, B_ROWS>(own_sum, stage.a(), stage.b());
         mix_tile(mixed, stage.a(), factors[m]);  // beside the products
         products_wait<0>();
         stage.release();
@@ -237,20 +257,23 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
     float mixed[8] = {};  // of x2, as the 16 columns lie
     bf16* to = blockIdx.x < CLUSTER ? inner : nullptr;
     if (to) to += (long long)start * blocks * width2;
+    barrier_wait(down_full, 0);
 #pragma unroll 1
     for (int m = first; m < last; ++m) {
-      multiply<false, B_ROWS>(sum, slices, stage);
+      multiply_low_rank(sum, slices, tile2, stage);
       mix_inner(mixed, sum + TILE_N / 2, factors[m], to ? to + m * width2 : nullptr, blocks * width2, rows, width2);
     }
 #pragma unroll
     for (int i = 0; i < RANKS / 2; ++i) sum[TILE_N / 2 + i] = mixed[i];
+  } else if constexpr (RANKS) {
+    multiply_low_rank(sum, last - first, 0, stage);
   } else {
     const int before = min(last, steps2) - first;
-    multiply<false, B_ROWS>(sum, before, stage);
+    multiply<false, B_ROWS>(own_sum, before, stage);
     if (before > 0)
 #pragma unroll
       for (int i = 0; i < TILE_N / 2; ++i) sum[i] *= factor;
-    multiply<false, B_ROWS>(sum, last - max(first, steps2), stage);
+    multiply<false, B_ROWS>(own_sum, last - max(first, steps2), stage);
   }
   if constexpr (RANKS) {
     barrier_wait(stage.full(), stage.parity);

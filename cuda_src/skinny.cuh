@@ -8,11 +8,11 @@
 
 constexpr int TILE_M = 64, TILE_K = 64;
 constexpr int BOX = TILE_K * ROW_BYTES;  // 64 rows of 64 values
-#ifndef RANKS
-#define RANKS 0  // columns of a second w beside those of the tile, at most 64
+#ifndef BESIDE
+#define BESIDE 0  // bytes of a stage behind the tile of w
 #endif
-constexpr int A_BYTES = BOX, W_BYTES = TILE_N * ROW_BYTES, B_BYTES = W_BYTES + (RANKS ? BOX : 0);
-constexpr int STAGE = A_BYTES + B_BYTES, SUMS = (TILE_N + RANKS) / 2;
+constexpr int A_BYTES = BOX, W_BYTES = TILE_N * ROW_BYTES;
+constexpr int STAGE = A_BYTES + W_BYTES + BESIDE;
 #ifndef RING
 #define RING (96 * 1024)  // bytes of all stages: two blocks share a multiprocessor's 228 KiB
 #endif
@@ -81,7 +81,7 @@ INLINE void multiply_tiles(float (&sum)[COUNT], unsigned a, unsigned b) {
 
 // sum += the products of so many stages.
 template <bool A_ALONG_M, bool B_ALONG_N>
-INLINE void multiply(float (&sum)[SUMS], int steps, Stage& stage) {
+INLINE void multiply(float (&sum)[TILE_N / 2], int steps, Stage& stage) {
   if (steps <= 0) return;
   settle(sum);
 #pragma unroll 1

@@ -39,6 +39,30 @@ INLINE void leave_mix(const float (&mixed)[32], unsigned tile, bf16* kept, int p
   }
 }
 
+// sum += the products of so many stages with w, and in its last eight values those with 16 ranks of down, whose tiles of
+// 64 channels lie at `down`, one behind the other, or, with 0, in the stages.
+template <int COUNT>
+INLINE void multiply_low_rank(float (&sum)[COUNT], int steps, unsigned down, Stage& stage) {
+  settle(sum);
+#pragma unroll 1
+  for (int i = 0; i < steps; ++i) {
+    barrier_wait(stage.full(), stage.parity);
+    const unsigned tile = down ? down + i * DOWN_TILE : stage.b() + W_BYTES;
+    products_begin();
+#pragma unroll
+    for (int s = 0; s < TILE_K / 16; ++s) {
+      const unsigned long long a = operand(stage.a() + s * 32, 16);
+      wgmma<TILE_N, true>(sum, a, operand(stage.b() + s * 16 * ROW_BYTES, BOX));
+      wgmma<16, true>(sum + COUNT - 8, a, narrow_operand(tile + s * 16 * 32));
+    }
+    products_commit();
+    products_wait<0>();
+    stage.release();
+    stage.next();
+  }
+  settle(sum);
+}
+
 // mixed += factor * inner: 64 x 16 sums as a product leaves them, rounded; they are zeros again. What rows and columns
 // there are of inner also goes to `kept`, if not null.
 INLINE void mix_inner(float (&mixed)[8], float* inner, float factor, bf16* kept, int pitch, int rows, int columns) {

@@ -134,7 +134,8 @@ def test_what_is_not_a_number_stays_in_its_row(on_hopper):
     planned = mixed_plan(*on[:2], FLAT, *on[2:], FLAT.grouped(2, shared=True), None, None, None)
     y, x2 = mixed(*on, planned, scale=None, bias=None, keep=True, out=None)
     y, x2 = wide(y), wide(x2)
-    assert np.isnan(y[399]).all() and np.isinf(y[3]).all() and np.isnan(x2[399]).sum() == 2
+    # Infinity times a zero behind the last channel of a block of 72, where the next block follows.
+    assert np.isnan(y[399]).all() and not np.isfinite(y[3]).any() and np.isnan(x2[399]).sum() == 2
     rest = np.delete(y, [3, 399], axis=0)
     assert (rest == np.float64(np.float32(144 + 2 * 72).astype(bf16))).all()
 

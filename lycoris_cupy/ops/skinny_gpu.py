@@ -64,8 +64,14 @@ class Plan(NamedTuple):
 
     def inner_maps(self, x, w, down, up) -> tuple:
         """Of x, w, down and up."""
-        own = self.maps(x, w, self.numbers[2])
-        return (*own, *(matrix_map(a.data.ptr, tuple(a.shape), self.w_box) for a in (down, up)))
+        return (*self.maps(x, w, self.numbers[2]), *self.low_rank_maps(down, up))
+
+    def low_rank_maps(self, down, up) -> tuple:
+        boxes = (1, ROW, RANKS), self.w_box
+        return tuple(
+            matrix_map(a.data.ptr, tuple(a.shape), box)
+            for a, box in zip((down, up), boxes, strict=True)
+        )
 
     def mixed_maps(self, x, w, w2) -> tuple:
         """Of x and w by the blocks of channels that are mixed, and of w2."""

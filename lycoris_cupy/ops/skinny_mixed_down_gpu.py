@@ -22,6 +22,7 @@ from .skinny_gpu import LOW_RANK, MOST_MIXED, RANKS, Plan, Size, inside, plan_fo
 from .window import Window
 
 VARIANTS = LOW_RANK
+_WIDEST = 512  # channels of a block of x: down stays in shared memory
 
 
 def plan_mixed_down(x, w, window: Window, down, w1, extra: Second, count: int) -> Plan | None:
@@ -31,6 +32,8 @@ def plan_mixed_down(x, w, window: Window, down, w1, extra: Second, count: int) -
     apart = plan_forward(x, w, window, extra, count)
     (rows, blocks), (taps, n, ranks) = w1, down
     if apart is None or extra.window.groups != rows or ranks not in (8, RANKS) or n % 8:
+        return None
+    if n > _WIDEST:
         return None
     if (taps, blocks * n, ranks) != (1, w[1], extra.shape[1]) or not 1 < blocks <= MOST_MIXED:
         return None
@@ -69,7 +72,7 @@ def skinny_mixed_down(
     maps = (
         matrix_map(x.data.ptr, (positions, blocks, n), (ROW, 1, ROW)),
         matrix_map(w.data.ptr, (blocks, n, columns), planned.w_box),
-        *(matrix_map(a.data.ptr, tuple(a.shape), planned.w_box) for a in (down, extra.w)),
+        *planned.low_rank_maps(down, extra.w),
     )
     inner = cupy.empty((*x.shape[:-1], blocks * ranks), x.dtype) if keep else None
     out, x2 = inside(x, maps, w1, planned, extra, add, bias, keep, out, inner)
