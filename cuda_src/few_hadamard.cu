@@ -18,7 +18,7 @@
 // of h, and writes it as the lanes of the blocks behind hold it. Those have TILE_N columns each, and fetch all else that
 // they need while h is made. They wait for blocks before them only, which wait for nobody and begin first.
 //
-// only sm_90a
+// only sm_90a sm_100a sm_120
 // variants bf16: none
 #include "few_hadamard.cuh"
 
