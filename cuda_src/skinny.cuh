@@ -11,7 +11,10 @@ constexpr int BOX = TILE_K * ROW_BYTES;  // 64 rows of 64 values
 #ifndef RANKS
 #define RANKS 0  // columns of a second w beside those of the tile, at most 64
 #endif
-constexpr int A_BYTES = BOX, W_BYTES = TILE_N * ROW_BYTES, B_BYTES = W_BYTES + (RANKS ? BOX : 0);
+#ifndef BESIDE
+#define BESIDE (RANKS ? BOX : 0)  // bytes of a stage behind the tile of w
+#endif
+constexpr int A_BYTES = BOX, W_BYTES = TILE_N * ROW_BYTES, B_BYTES = W_BYTES + BESIDE;
 constexpr int STAGE = A_BYTES + B_BYTES, SUMS = (TILE_N + RANKS) / 2;
 #ifndef RING
 #define RING (96 * 1024)  // bytes of all stages: two blocks share a multiprocessor's 228 KiB
