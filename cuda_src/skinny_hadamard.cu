@@ -88,38 +88,34 @@ INLINE void make(float (&e1)[32], float (&e2)[32], unsigned of, unsigned by) {
 INLINE void multiply_both(float (&sum)[TILES][32], int steps, float factor, unsigned fixed, Stage& stage) {
 #pragma unroll 1
   for (; steps > 0; --steps) {
-    float e1[32], e2[32];
-    unsigned change[TILES][4][4];
-    const unsigned by = stage.b() + W_BYTES;
     barrier_wait(stage.full(), stage.parity);
-    products_begin();
-    make(e1, e2, fixed, by);
 #pragma unroll
-    for (int m = 0; m < TILES; ++m)
+    for (int m = 0; m < TILES; ++m) {
+      const unsigned w = stage.b() + m * BOX;
+      float e1[32], e2[32];
+      unsigned change[4][4];
+      products_begin();
+      make(e1, e2, fixed + m * BESIDE, stage.b() + W_BYTES);
 #pragma unroll
       for (int s = 0; s < TILE_K / 16; ++s) {
-        const unsigned w = stage.b() + m * BOX;
         const unsigned long long x = operand(stage.a() + s * 32, 16);
         if constexpr (B_ROWS)
           wgmma_turned<64, false>(sum[m], operand(w + s * 16 * ROW_BYTES, BOX), x);
         else
           wgmma<64, false>(sum[m], operand(w + s * 32, 16), x);
       }
-    products_commit();
-#pragma unroll
-    for (int m = 0; m < TILES; ++m) {
-      products_wait<1>();  // of E, not of what was begun after it
-      settle(e1), settle(e2);
-      round_change(change[m], e1, e2, factor);
-      products_begin();
-      if (m + 1 < TILES) make(e1, e2, fixed + (m + 1) * BESIDE, by);
-#pragma unroll
-      for (int s = 0; s < TILE_K / 16; ++s) wgmma_own<64, false>(sum[m], change[m][s], operand(stage.a() + s * 32, 16));
       products_commit();
-    }
-    products_wait<0>();
+      products_wait<1>();  // for E alone
+      settle(e1), settle(e2);
+      round_change(change, e1, e2, factor);
+      products_begin();
 #pragma unroll
-    for (int i = 0; i < TILES * 16; ++i) asm volatile("" ::"r"(change[i / 16][i / 4 % 4][i % 4]));  // read until here
+      for (int s = 0; s < TILE_K / 16; ++s) wgmma_own<64, false>(sum[m], change[s], operand(stage.a() + s * 32, 16));
+      products_commit();
+      products_wait<0>();
+#pragma unroll
+      for (int i = 0; i < 16; ++i) asm volatile("" ::"r"(change[i / 4][i % 4]));  // they are read until here
+    }
     stage.release();
     stage.next();
   }
