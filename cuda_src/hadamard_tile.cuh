@@ -2,10 +2,10 @@
 //
 //   E1 = d1 @ u1, E2 = d2 @ u2, change = scale * E1 * E2 (elementwise), rounded
 //
-// From boxes of the factors in shared memory, 2 KiB each: of d 64 rows of 16 ranks (32-byte swizzle), of u 16 ranks of 64
-// columns (128-byte swizzle); both have zeros for ranks that are not there. Row i and column j of E are row i of d and
-// column j of u, or TURNED column i of u and row j of d. They lie as sums of a product, so that the change in pairs is
-// the a of four wgmma_own: no shared memory is written.
+// From boxes of the factors in shared memory, 2 KiB each: of d 64 rows of 16 ranks (32-byte swizzle), of u 16 ranks of
+// 64 columns (128-byte swizzle); both have zeros for ranks that are not there. Row i and column j of E are row i of d
+// and column j of u, or TURNED column i of u and row j of d. They lie as sums of a product, so that the change in pairs
+// is the a of four wgmma_own: no shared memory is written.
 #pragma once
 #include "hopper.cuh"
 

@@ -180,8 +180,7 @@ INLINE void wgmma(float* d, unsigned long long a, unsigned long long b);
 template <int N, bool ALONG_N = true>
 INLINE void wgmma_turned(float* d, unsigned long long a, unsigned long long b);
 
-// wgmma_own<N, ALONG_N>: the same for an a in registers, as the sums of a product of 16 columns lie, in pairs. Without
-// ALONG_N for 64 alone.
+// wgmma_own<N, ALONG_N>: the same for an a in registers, as the sums of a product of 16 columns lie, in pairs.
 template <int N, bool ALONG_N = true>
 INLINE void wgmma_own(float* d, const unsigned (&a)[4], unsigned long long b);
 
@@ -248,15 +247,20 @@ DEFINE_WGMMA(160, 80, 80, 81)
 DEFINE_WGMMA(192, 96, 96, 97)
 
 // COUNT, A, B: as above; A, A1, A2, A3: the numbers of a's registers among the asm's operands, B of the descriptor.
-// ALONG: ALONG_N, TURN the same as 0 or 1.
-#define DEFINE_WGMMA_OWN(N, COUNT, A, A1, A2, A3, B, ALONG, TURN)                                                \
-  template <>                                                                                                    \
-  INLINE void wgmma_own<N, ALONG>(float* d, const unsigned (&a)[4], unsigned long long b) {                      \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT "}, {%" TEXT(       \
-                     A) ", %" TEXT(A1) ", %" TEXT(A2) ", %" TEXT(A3) "}, %" TEXT(B) ", 1, 1, 1, " TEXT(TURN) ";" \
-                 : OUT##COUNT                                                                                    \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                          \
+#define DEFINE_WGMMA_OWN(N, COUNT, A, A1, A2, A3, B)                                                         \
+  template <>                                                                                                \
+  INLINE void wgmma_own<N>(float* d, const unsigned (&a)[4], unsigned long long b) {                         \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT                 \
+                 "}, {%" TEXT(A) ", %" TEXT(A1) ", %" TEXT(A2) ", %" TEXT(A3) "}, %" TEXT(B) ", 1, 1, 1, 1;" \
+                 : OUT##COUNT                                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                      \
+  }                                                                                                          \
+  template <>                                                                                                \
+  INLINE void wgmma_own<N, false>(float* d, const unsigned (&a)[4], unsigned long long b) {                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT                 \
+                 "}, {%" TEXT(A) ", %" TEXT(A1) ", %" TEXT(A2) ", %" TEXT(A3) "}, %" TEXT(B) ", 1, 1, 1, 0;" \
+                 : OUT##COUNT                                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                      \
   }
-DEFINE_WGMMA_OWN(64, 32, 32, 33, 34, 35, 36, true, 1)
-DEFINE_WGMMA_OWN(64, 32, 32, 33, 34, 35, 36, false, 0)
-DEFINE_WGMMA_OWN(128, 64, 64, 65, 66, 67, 68, true, 1)
+DEFINE_WGMMA_OWN(64, 32, 32, 33, 34, 35, 36)
+DEFINE_WGMMA_OWN(128, 64, 64, 65, 66, 67, 68)

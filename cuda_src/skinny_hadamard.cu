@@ -26,6 +26,7 @@
 // variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=2 EACH=1 | TILE_N=128 B_ROWS=0 CLUSTER=2 EACH=1
 // variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=1 | TILE_N=128 B_ROWS=0 CLUSTER=1 EACH=1
 // variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=4 EACH=2 | TILE_N=128 B_ROWS=0 CLUSTER=4 EACH=2
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=8 EACH=2 | TILE_N=128 B_ROWS=0 CLUSTER=8 EACH=2
 // variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=2 | TILE_N=128 B_ROWS=0 CLUSTER=1 EACH=2
 #define ALL_BYTES ((EACH == 1 ? 226 : 112) * 1024)  // of shared memory, but for barriers
 #define BESIDE (2 * FACTOR_BOX)                     // the factors of a step: d1 and d2, turned u1 and u2

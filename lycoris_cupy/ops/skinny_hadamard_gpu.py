@@ -23,7 +23,7 @@ from .skinny_gpu import MOST, Plan, Size, _choose, _launch
 RANKS = (8, 16)
 # (TILE_N, CLUSTER, EACH) of the variants, as in `skinny_gpu`.
 VARIANTS = [*((64, c, 2) for c in (5, 4, 8)), *((128, c, 1) for c in (5, 4, 8, 2, 1))]
-VARIANTS += [(128, 4, 2), (128, 1, 2)]
+VARIANTS += [(128, c, 2) for c in (4, 8, 1)]
 _ROWS = 16  # ranks of a box of a factor
 # Cycles for 64 x 64 of w and of the change, estimated. Of the tensor cores: 10 products of 64 x 64
 # x 16 of 32 cycles each. A block alone waits for d @ u, 2 of them and the way there and back, then
