@@ -96,11 +96,6 @@ INLINE void multiply(float (&sum)[2][ROWS / 8][4], unsigned step, bool turned, i
   }
 }
 
-INLINE float4& operator+=(float4& a, const float4& b) {
-  a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
-  return a;
-}
-
 // The pieces of h of r and r + 1 and 64 positions from `start` on, by a cluster. h: (ranks, 4) pieces of 32 uint4.
 INLINE void make(const Side& side, float4* memory, unsigned arrived, int start, int positions, int r, uint4* h,
                  Flag* flag) {

@@ -20,10 +20,6 @@
 constexpr int WARPS = GROUP / 32, STRIDE = CLUSTER * WARPS;  // warps that share the items of a tile
 constexpr int VECTORS = SIDE * SIDE / 4;                     // of a part of dw1
 
-INLINE void operator+=(float4& a, const float4& b) {
-  a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
-}
-
 // The sum of so many parts of dw1, in a fixed order, by a warpgroup.
 INLINE void add_parts(float* dw1, const float4* partial, int parts, int L, int M) {
   constexpr int SHARES = GROUP / VECTORS, BATCH = 8;  // threads of a vector; loads that each has under way

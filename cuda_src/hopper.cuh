@@ -176,14 +176,12 @@ INLINE void registers_fewer() {
 template <int N, bool ALONG_N>
 INLINE void wgmma(float* d, unsigned long long a, unsigned long long b);
 
-// wgmma_turned<N>: the same for an a whose rows of 64 values run along M in shared memory, and a b whose rows run
-// along N.
-template <int N>
+// wgmma_turned<N, ALONG_N>: the same for an a whose rows of 64 values run along M in shared memory.
+template <int N, bool ALONG_N = true>
 INLINE void wgmma_turned(float* d, unsigned long long a, unsigned long long b);
 
-// wgmma_own<N>: the same for an a in registers, as the sums of a product of 16 columns lie, in pairs; b's rows run
-// along N.
-template <int N>
+// wgmma_own<N, ALONG_N>: the same for an a in registers, as the sums of a product of 16 columns lie, in pairs.
+template <int N, bool ALONG_N = true>
 INLINE void wgmma_own(float* d, const unsigned (&a)[4], unsigned long long b);
 
 #define TEXT_(x) #x
@@ -230,6 +228,13 @@ INLINE void wgmma_own(float* d, const unsigned (&a)[4], unsigned long long b);
                  "}, %" TEXT(A) ", %" TEXT(B) ", 1, 1, 1, 1, 1;"                             \
                  : OUT##COUNT                                                                \
                  : "l"(a), "l"(b));                                                          \
+  }                                                                                          \
+  template <>                                                                                \
+  INLINE void wgmma_turned<N, false>(float* d, unsigned long long a, unsigned long long b) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT \
+                 "}, %" TEXT(A) ", %" TEXT(B) ", 1, 1, 1, 1, 0;"                             \
+                 : OUT##COUNT                                                                \
+                 : "l"(a), "l"(b));                                                          \
   }
 DEFINE_WGMMA(16, 8, 8, 9)
 DEFINE_WGMMA(40, 20, 20, 21)
@@ -247,6 +252,13 @@ DEFINE_WGMMA(192, 96, 96, 97)
   INLINE void wgmma_own<N>(float* d, const unsigned (&a)[4], unsigned long long b) {                         \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT                 \
                  "}, {%" TEXT(A) ", %" TEXT(A1) ", %" TEXT(A2) ", %" TEXT(A3) "}, %" TEXT(B) ", 1, 1, 1, 1;" \
+                 : OUT##COUNT                                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                      \
+  }                                                                                                          \
+  template <>                                                                                                \
+  INLINE void wgmma_own<N, false>(float* d, const unsigned (&a)[4], unsigned long long b) {                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT                 \
+                 "}, {%" TEXT(A) ", %" TEXT(A1) ", %" TEXT(A2) ", %" TEXT(A3) "}, %" TEXT(B) ", 1, 1, 1, 0;" \
                  : OUT##COUNT                                                                                \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                      \
   }

@@ -18,13 +18,6 @@ __device__ __forceinline__ const unsigned* words(const Chunk& v) {
   return reinterpret_cast<const unsigned*>(&v);
 }
 
-// An 8 x 8 matrix of which lane l holds row l / 4, columns 2 * (l % 4) and the next, turned.
-__device__ __forceinline__ unsigned turned(unsigned v) {
-  unsigned out;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
-  return out;
-}
-
 // w1 turned, as the first operand: rows m = row and row + 8, columns l = 2 q, 2 q + 1 and those behind 8. w1 holds
 // (l, m) at l * l_step + m * m_step.
 __device__ __forceinline__ void load_mix(unsigned (&mix)[4], const bf16* w1, int L, int M, int l_step, int m_step) {

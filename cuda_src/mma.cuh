@@ -45,6 +45,13 @@ __device__ __forceinline__ void load_matrices(unsigned (&f)[4], unsigned address
                  : "memory");
 }
 
+// An 8 x 8 matrix of which lane l holds row l / 4, columns 2 * (l % 4) and the next, turned.
+__device__ __forceinline__ unsigned turned(unsigned v) {
+  unsigned out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
+  return out;
+}
+
 // c (16x8 f32) += a (16x16) @ b (16x8). Lane l holds rows l/4 and l/4 + 8, columns 2 * (l%4) and the next.
 __device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   asm volatile(

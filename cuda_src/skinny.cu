@@ -109,10 +109,6 @@ INLINE void fetch_slices(const TensorMap* x, const TensorMap* w, const TensorMap
   }
 }
 
-INLINE void prefetch(const bf16* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-}
-
 // total += factor * two values.
 INLINE void add_pair(float* total, const bf16* from, float factor) {
   const unsigned pair = *reinterpret_cast<const unsigned*>(from);

@@ -70,3 +70,7 @@ template <class E, int N>
 struct alignas(N * sizeof(E)) Pack {
   E at[N];
 };
+
+__device__ __forceinline__ void operator+=(float4& a, const float4& b) {
+  a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
+}
