@@ -5,9 +5,10 @@
 //
 // with b = c / block, and scale * x2 rounded by itself. It is the extended product (extended.cu) with its second term
 // behind the first. Mixing by itself costs what moving x and x2 costs; here three warps beside the thread that copies,
-// which have no other work, mix the block's share of the positions while the first tile is multiplied, and count what
-// they have done on the flag of a row of tiles. The copying thread waits for it before the second term of a tile. x
-// passes through the shared memory where the first finished tile will wait for the copy engine.
+// which have no other work, mix while tiles are multiplied, and count what they have done on the flag of a row of tiles.
+// The copying thread waits for it before the second term of a tile. Beside products of tensor cores, which take their
+// sums from the registers too, a warp issues every four to five cycles: all that has to be there when the first tiles
+// end is the band of rows that these belong to, so the blocks mix band after band, a share of each.
 //
 // Blocks wait for each other's flags, so all of them have to run at once: a cooperative launch. Nobody that makes x2
 // waits for anybody.
@@ -20,64 +21,48 @@
 
 constexpr int SIDE = 8, MOST_ROWS = 16;  // columns of w1, and rows, at most
 constexpr int MIXERS = 96;               // threads
-constexpr int AHEAD = SLOT_BYTES / (MIXERS * SIDE * 8);
 static_assert(STAGED && CLUSTER == 1 && EXT_N == TILE_N, "what the workers count on");
 
-// Four channels to shared memory without passing registers.
-INLINE void copy_quad(unsigned to, const bf16* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
-}
-INLINE uint2 read_quad(unsigned from) {
-  uint2 v;
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");
-  return v;
-}
+// Four channels of a position, of all blocks.
+struct Quads {
+  uint2 of[SIDE];
 
-// The workers and the mixers meet: from then on finished tiles wait where x stood.
-INLINE void meet_mixers() {
-  asm volatile("bar.sync %0, %1;" ::"n"(WORKERS + 1), "n"(WORKERS * GROUP + MIXERS) : "memory");
-}
+  INLINE void read(const bf16* x, int at, int blocks, int width) {
+#pragma unroll
+    for (int m = 0; m < SIDE; ++m) of[m] = m < blocks ? *reinterpret_cast<const uint2*>(x + (at + m * width)) : uint2{};
+  }
+};
 
-// This thread's of `items` quads of channels, each of all blocks, from position `first` on. What it reads waits behind
-// all that the copying thread has asked for, so AHEAD of them are on their way to its own places from `memory` on.
-INLINE void mix(const bf16* x, const float* factors, float scale, bf16* x2, bf16* scaled, unsigned memory, int first,
-                int items, int rows, int blocks, int width) {
-  const int own = threadIdx.x % GROUP, quads = width / 4;
+// This thread's of `items` quads of channels from position `first` on; the next one is on its way meanwhile.
+INLINE void mix(const bf16* x, const float* factors, float scale, bf16* x2, bf16* scaled, int first, int items,
+                int rows, int blocks, int width) {
+  const int quads = width / 4;
   const auto place = [&](int i, int count) {  // fewer than 2^31 values
     return (first + i / quads) * count * width + i % quads * 4;
   };
-  const auto fetch = [&](int i, int turn) {
-    const bf16* from = x + place(i, blocks);
-    const unsigned to = memory + (turn * SIDE * MIXERS + own) * 8;
-    if (i < items)
-      for (int m = 0; m < blocks; ++m) copy_quad(to + m * MIXERS * 8, from + m * width);
-    commit_copies();
-  };
+  int i = threadIdx.x % GROUP;
+  Quads next;
+  if (i < items) next.read(x, place(i, blocks), blocks, width);
 #pragma unroll 1
-  for (int turn = 0; turn < AHEAD; ++turn) fetch(own + turn * MIXERS, turn);
-  int turn = 0;
-#pragma unroll 1
-  for (int i = own; i < items; i += MIXERS) {
-    wait_copies<AHEAD - 1>();
+  for (; i < items; i += MIXERS) {
     float v[SIDE][4];
 #pragma unroll
     for (int m = 0; m < SIDE; ++m) {
-      const uint2 quad = m < blocks ? read_quad(memory + ((turn * SIDE + m) * MIXERS + own) * 8) : uint2{};
+      const uint2 quad = next.of[m];
       v[m][0] = low_half(quad.x), v[m][1] = high_half(quad.x), v[m][2] = low_half(quad.y), v[m][3] = high_half(quad.y);
     }
-    fetch(i + AHEAD * MIXERS, turn);
-    if (++turn == AHEAD) turn = 0;
+    if (i + MIXERS < items) next.read(x, place(i + MIXERS, blocks), blocks, width);
     int to = place(i, rows);
     const float4* by = reinterpret_cast<const float4*>(factors);
-    float4 next[SIDE / 4] = {by[0], by[1]};  // beside the products' operands a read takes long
+    float4 ahead[SIDE / 4] = {by[0], by[1]};  // beside the products' operands a read takes long
 #pragma unroll 1
     for (int l = 0; l < rows; ++l, to += width) {
       float sum[4] = {};
       by += SIDE / 4;
 #pragma unroll
       for (int m = 0; m < SIDE; m += 4) {
-        const float4 f = next[m / 4];
-        next[m / 4] = by[m / 4];
+        const float4 f = ahead[m / 4];
+        ahead[m / 4] = by[m / 4];
 #pragma unroll
         for (int j = 0; j < 4; ++j)
           sum[j] += f.x * v[m][j], sum[j] += f.y * v[m + 1][j], sum[j] += f.z * v[m + 2][j],
@@ -129,18 +114,19 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
     if (warp < MIXERS / 32) {
       const float factor = scale ? *scale : 1.0f;
-      const int from = (long long)blockIdx.x * positions / gridDim.x;
-      const int to = (blockIdx.x + 1ll) * positions / gridDim.x;
-      for (int t = from / TILE_M; t * TILE_M < to; ++t) {
-        const int first = max(from, t * TILE_M), items = (min(to, (t + 1) * TILE_M) - first) * (width / 4);
-        mix(x_values, factors, factor, x2, scaled, slots, first, items, rows, blocks, width);
-        fence_copies_global();
-        __threadfence();
-        const int done = (items - int(threadIdx.x % GROUP) + MIXERS - 1) / MIXERS;
-        const unsigned all = __reduce_add_sync(~0u, max(done, 0));
-        if (threadIdx.x % 32 == 0) raise(reinterpret_cast<Flag*>(flags) + t, all);
+      for (int row = 0; row < positions; row += band * TILE_M) {
+        const long long count = min(positions - row, band * TILE_M);
+        const int from = row + blockIdx.x * count / gridDim.x, to = row + (blockIdx.x + 1) * count / gridDim.x;
+        for (int t = from / TILE_M; t * TILE_M < to; ++t) {
+          const int first = max(from, t * TILE_M), items = (min(to, (t + 1) * TILE_M) - first) * (width / 4);
+          mix(x_values, factors, factor, x2, scaled, first, items, rows, blocks, width);
+          fence_copies_global();
+          __threadfence();
+          const int done = (items - int(threadIdx.x % GROUP) + MIXERS - 1) / MIXERS;
+          const unsigned all = __reduce_add_sync(~0u, max(done, 0));
+          if (threadIdx.x % 32 == 0) raise(reinterpret_cast<Flag*>(flags) + t, all);
+        }
       }
-      meet_mixers();
     } else if (threadIdx.x % 32 == 0) {
       prefetch_map(&x), prefetch_map(&w), prefetch_map(&scaled_map), prefetch_map(&w2), prefetch_map(&y_map);
       for (int t = blockIdx.x; t < tiles_m * tiles_n; t += gridDim.x) {
@@ -161,7 +147,6 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
       begin<true>(sum, 0, nullptr, bias, tile, columns);
       accumulate<TILE_N, 0>(sum, sum, own, group, chief, ring, stage);
       accumulate<TILE_N, 0>(sum, sum, other, group, chief, ring, stage);
-      if (t == blockIdx.x) meet_mixers();
       finish_staged(sum, tile, group, &y_map, slots, positions);
     }
     if (threadIdx.x % 32 == 0) stores_read<0>();  // shared memory ends with the block

@@ -11,7 +11,8 @@ import numpy as np
 
 from .arrays import Array, require_float, require_same, to_device
 from .errors import ShapeError
-from .ops.extended import Pending, extended
+from .ops.extended import Change, Pending, extended
+from .ops.hadamard_product import PendingHadamard
 from .ops.product import product
 from .ops.window import Window
 
@@ -108,7 +109,7 @@ class Layer:
     def forward(
         self,
         x: Array,
-        change: Array | Pending | None = None,
+        change: Change | None = None,
         c: Array | None = None,
         spend: bool = False,
     ) -> Array:
@@ -117,7 +118,7 @@ class Layer:
         the change is read nowhere else, and may be where the output is written.
         """
         more = {"bias": self.bias, "spend": spend}
-        if isinstance(change, Pending):
+        if isinstance(change, Pending | PendingHadamard):
             return extended(x, self.matrix, self.window, change, c=c, **more)
         return product(x, self.matrix, self.window, add=change, **more)
 

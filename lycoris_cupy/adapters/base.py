@@ -21,7 +21,7 @@ from ..arrays import Array
 from ..errors import FileFormatError, LycorisError
 from ..layers import Layer, LayerShape
 from ..norms import NormShape
-from ..ops.extended import Pending, ready
+from ..ops.extended import Change, ready
 from ..ops.product import product
 from ..svd import Svd
 from .factor import Factor, require
@@ -245,7 +245,7 @@ class Adapter(ABC):
         p: Parameters,
         scale: Array,
         columns: Array | None = None,
-    ) -> Array | Pending:
+    ) -> Change:
         """change (of earlier adapters, or None) plus this adapter's part of the layer's output.
 
         The law: layer.forward(x, apply(None, layer, x, p, s)) is what the layer gives with the

@@ -20,7 +20,9 @@ from ..errors import FileFormatError, ShapeError
 from ..layers import Layer, LayerShape
 from ..ops.changed import hadamard_changed
 from ..ops.elementwise import cast
+from ..ops.extended import Pending, ready
 from ..ops.hadamard import face_split, hadamard_weight
+from ..ops.hadamard_product import PendingHadamard, waits
 from ..ops.low_rank import fold_core
 from ..ops.shapes import reshape
 from ..ops.squares import low_rank_square
@@ -111,10 +113,18 @@ class LoHa(Adapter):
         p: Parameters,
         scale: Array,
         columns: Array | None = None,
-    ) -> Array:
+    ) -> Array | Pending | PendingHadamard:
         if self.route == "delta":
             return super().apply(change, layer, x, p, scale, columns)
-        return apply_low_rank(change, layer, x, *self._pair(p, x.dtype), scale, columns)
+
+        def factored() -> Pending:
+            return apply_low_rank(change, layer, x, *self._pair(p, x.dtype), scale, columns)
+
+        if self.tucker or columns is not None or not waits(x, self.rank, layer.window):
+            return factored()
+        change = ready(change)
+        factors = tuple(cast(p[name], x.dtype) for name in ("w1_down", "w1_up", "w2_down", "w2_up"))
+        return PendingHadamard(x, factors, change, scale, factored)
 
     @classmethod
     def guess_shape(cls, tensors: Mapping[str, np.ndarray]) -> LayerShape:

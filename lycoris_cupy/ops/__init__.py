@@ -11,6 +11,7 @@ from .elementwise import add, cast, multiply, prelu, scale
 from .embedding import embedding
 from .extended import Pending, extended, pending, ready
 from .hadamard import face_split, hadamard_weight
+from .hadamard_product import hadamard_product
 from .join import join_columns, take_columns
 from .kron import kron_weight, mix_blocks
 from .kron_square import kron_square
@@ -59,6 +60,7 @@ __all__ = [
     "fold_core",
     "gelu",
     "group_norm",
+    "hadamard_product",
     "hadamard_weight",
     "join_columns",
     "interleave",

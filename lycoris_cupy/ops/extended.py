@@ -19,6 +19,7 @@ from .before import Down, Mixed, MixedDown, Terms
 from .columns import column_sum
 from .elementwise import cast
 from .elementwise import scale as scaled
+from .hadamard_product import PendingHadamard
 from .product import (
     LINEAR,
     finished,
@@ -57,12 +58,15 @@ class Pending:
         return self.scale is None and self.bias is None
 
 
+Change = Array | Pending | PendingHadamard  # what an adapter adds to a layer's output
+
+
 def pending(
     x: Array,
     w: Array,
     window: Window = LINEAR,
     *,
-    add: Array | Pending | None = None,
+    add: Change | None = None,
     scale: Array | None = None,
     bias: Array | None = None,
     before: Down | Mixed | MixedDown | None = None,
@@ -73,10 +77,12 @@ def pending(
     return Pending(x, w, window, ready(add), scale, bias, before)
 
 
-def ready(change: Array | Pending | None, spend: bool = False) -> Array | None:
+def ready(change: Change | None, spend: bool = False) -> Array | None:
     """The array that a pending product stands for; anything else as it is. spend: as for `product`,
     of what it is added to.
     """
+    if isinstance(change, PendingHadamard):
+        change = change.factored()
     if not isinstance(change, Pending):
         return change
     p, bias = change, change.bias
@@ -89,7 +95,7 @@ def extended(
     x: Array,
     w: Array,
     window: Window,
-    change: Pending,
+    change: Pending | PendingHadamard,
     *,
     bias: Array | None = None,
     c: Array | None = None,
@@ -102,6 +108,11 @@ def extended(
     wide dtype, or None for 1; the change must have no scale then, it stands in its own w, and no
     bias. Returns (..., columns) in the dtype of x. Raises ShapeError, DtypeError.
     """
+    if isinstance(change, PendingHadamard):
+        joined = change.joined(x, w, window, bias, c, spend)
+        if joined is not None:
+            return joined
+        change = change.factored()
     w2, add, before = cast(change.w, x.dtype), change.add, change.before
     x2, factors, kind = change.x, (), None
     if before is not None and change.x is x:  # made beside x * w, if that is faster

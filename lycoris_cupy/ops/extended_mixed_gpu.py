@@ -28,9 +28,9 @@ from .window import Window
 _SIDE, _MOST_ROWS = 8, 16  # columns and rows of w1, as in extended_mixed.cu
 _TILE = Tile(192, 192, 192, 0.0)
 _THREADS = 512
-# Cycles that a chunk of eight channels takes a mixing thread: loads waited for, and 140
-# instructions a row of w1 that three threads share an issue slot for. Estimated.
-_CHUNK = 1300, 140
+# Cycles that four channels of a position take one of the mixing threads, and each row of w1 more of
+# them: 48 us for 35 times four channels and 8 rows as measured beside the products.
+_QUAD, _ROW = 300, 220
 _MIXERS = 96
 
 
@@ -62,16 +62,21 @@ def plan_mixed(
     steps = ceil(blocks * width, ROW), ceil(width, ROW)
     tile = _TILE.timed(True, positions, columns, *steps, count)
     grid = tile.grid(positions, columns, count)
-    # All have mixed their share when the first tile ends, or wait for it.
+    # Blocks mix band after band of rows; tiles of the first wait for it, if it takes longer.
+    band = tile.band(count)
+
+    def mixing(positions):
+        return ceil(positions * width // 4, grid[0] * _MIXERS) * (_QUAD + rows * _ROW)
+
     first = tile.cycles / ceil(tile.clusters(positions, columns), count)
-    mixing = ceil(positions * width // 8, grid[0] * _MIXERS) * (_CHUNK[0] + rows * _CHUNK[1])
+    late = mixing(min(positions, band * _TILE.rows)) - first, mixing(positions) - tile.cycles
     moved = positions * (blocks * width + columns) + blocks * width * columns
-    seconds = plan.extended(tile.cycles + max(0.0, mixing - first), moved * bf16.itemsize)
+    seconds = plan.extended(tile.cycles + max(0.0, *late), moved * bf16.itemsize)
     defines = {"TILE_M": 192, "TILE_N": 192, "B_ROWS": 1}
     return Plan(
         kernel("extended_mixed.cu", "extended_mixed", bf16, **defines), grid,
         term(1, blocks * width, None), term(1, width, None, columns // rows),
-        (positions, columns, rows, blocks, width, tile.band(count)), seconds,
+        (positions, columns, rows, blocks, width, band), seconds,
     )  # fmt: skip
 
 

@@ -113,13 +113,22 @@ def _terms(g, down1, up1, down2, up2, scale):
     return first, second
 
 
-def _hadamard_vjp(needs, out, down1, up1, down2, up2, scale):
-    def pull(g):
-        first, second = _terms(cast(g, wide_dtype(down1.dtype)), down1, up1, down2, up2, scale)
-        one = low_rank_gradients(needs[:2], first, down1, up1, None)
-        return (*one, *low_rank_gradients(needs[2:4], second, down2, up2, None), None)
+def hadamard_matrix(down1, up1, down2, up2, scale):
+    """`hadamard_weight` of plain arrays of one dtype."""
+    run = _hadamard_gpu if on_gpu(down1) else _hadamard_cpu
+    return run(down1, up1, down2, up2, scale)
 
-    return pull
+
+def hadamard_gradients(needs, g, down1, up1, down2, up2, scale):
+    """Wide, of the four factors, for a cotangent g of their `hadamard_weight`; None for one that is
+    not needed."""
+    first, second = _terms(cast(g, wide_dtype(down1.dtype)), down1, up1, down2, up2, scale)
+    one = low_rank_gradients(needs[:2], first, down1, up1, None)
+    return (*one, *low_rank_gradients(needs[2:4], second, down2, up2, None))
+
+
+def _hadamard_vjp(needs, out, down1, up1, down2, up2, scale):
+    return lambda g: (*hadamard_gradients(needs, g, down1, up1, down2, up2, scale), None)
 
 
 _hadamard_weight = Primitive("hadamard_weight", _hadamard_cpu, _hadamard_gpu, _hadamard_vjp)
