@@ -16,6 +16,7 @@ from tests.row import FACTOR, Row
 def product_rows():
     yield from _product_rows()
     yield from _extended_rows()
+    yield from _hadamard_rows()
     yield from _low_rank_rows()
 
 
@@ -90,6 +91,34 @@ def _extended_cases():
         "conv, long reach": (_window((3,), padding=300, dilation=300), (2, 70, 24), (3, 24, 40), _window((1,)), (2, 70, 16), (1, 16, 40)),
         "empty": (flat, (0, 8), (1, 8, 16), flat, (0, 8), (1, 8, 16)),
     }  # fmt: skip
+
+
+def _hadamard_rows():
+    """As Hopper's kernels of few positions take it, and as they do not."""
+    for name, rows, (inputs, outputs), rank in (
+        ("odd", (2, 3), (5, 11), 3),
+        ("few", (13,), (136, 72), 8),
+        ("image", (2, 3, 9), (72, 200), 16),
+        ("many", (300,), (24, 40), 16),
+        ("none", (0,), (8, 16), 8),
+    ):
+        down, up, y = (1, inputs, rank), (1, rank, outputs), (*rows, outputs)
+        yield Row(
+            "hadamard_product",
+            name,
+            lambda x, w, b, a, d1, u1, d2, u2, s: ops.hadamard_product(
+                x, w, (d1, u1, d2, u2), scale=s, add=a, bias=b
+            ),
+            lambda x, w, b, a, d1, u1, d2, u2, s: (
+                a + b + x @ (w[0] + s * (d1[0] @ u1[0]) * (d2[0] @ u2[0]))
+            ),
+            ((*rows, inputs), (1, inputs, outputs), (outputs,), y, down, up, down, up, FACTOR),
+            2 * inputs + 3 * rank + 4,
+            wide=(8,),
+            fixed=(8,),
+            roundings=2.0,  # the change is rounded by itself
+            gradient_roundings=2.0,  # and what is shared by the gradients of the factors
+        )
 
 
 def _extended_rows():

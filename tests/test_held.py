@@ -24,7 +24,6 @@ LARGE = {
     ("conv 4x32x32 1280 k3", "LoHa r16"),
     ("conv 4x32x32 1280 k3", "LoHa Tucker r16"),
     ("conv 4x32x32 1280 k3", "LoCon r16, an up a tap"),
-    ("linear 64 x 3072 -> 3072", "LoHa r16"),
 }
 
 
