@@ -52,12 +52,16 @@ INLINE void take(const Side& side, float4* memory, int column, int positions, in
     copy_async(tile + p * V_PITCH + i % TILES_N * 16, side.v + p * side.width + l, p < positions && l < side.width);
   }
   commit_copies();
+  constexpr int F_CHUNKS = RANKS_MOST * TILES_N;  // of a factor
+  static_assert(2 * F_CHUNKS <= THREADS, "a chunk a thread");
+  if (threadIdx.x < 2 * F_CHUNKS) {
+    const int f = threadIdx.x / F_CHUNKS, i = threadIdx.x % F_CHUNKS;
+    const int r = side.turned ? i / TILES_N : i % 2 * 8, n = side.turned ? i % TILES_N * 8 : i / 2;
+    Chunk v = {};
+    if (r < ranks && column + n < side.width)
+      v = *reinterpret_cast<const Chunk*>((f ? side.f2 : side.f1) + side.at(r, column + n));
 #pragma unroll
-  for (int i = threadIdx.x; i < RANKS_MOST * TILE_N; i += THREADS) {
-    const int r = side.turned ? i / TILE_N : i % RANKS_MOST, n = side.turned ? i % TILE_N : i / RANKS_MOST;
-    const bool there = r < ranks && column + n < side.width;
-    factors[0][r][n] = there ? widen(side.f1[side.at(r, column + n)]) : 0;
-    factors[1][r][n] = there ? widen(side.f2[side.at(r, column + n)]) : 0;
+    for (int e = 0; e < 8; ++e) factors[f][side.turned ? r : r + e][side.turned ? n + e : n] = widen(v.at[e]);
   }
   const float factor = scale ? *scale : 1.0f;
   wait_copies<0>();

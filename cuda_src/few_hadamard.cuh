@@ -101,11 +101,9 @@ INLINE void make(const Side& side, float4* memory, unsigned arrived, int start, 
                  Flag* flag) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = cluster_rank();
   float4* received = memory + WARPS * ROOM / 16;
-  if (threadIdx.x == 0) {
-    barrier_init(arrived, 1);
-    barrier_init_done();
-    barrier_expect(arrived, CLUSTER * PIECE);
-  }
+  if (threadIdx.x == 0) barrier_init(arrived, 1), barrier_init_done();
+  __syncwarp();
+  if (threadIdx.x == 0) barrier_expect(arrived, CLUSTER * PIECE);
   arrive();
 
   const int steps = (side.width + 15) / 16, part = rank * WARPS + warp;

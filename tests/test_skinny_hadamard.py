@@ -175,9 +175,9 @@ def test_a_plan_suits_the_device(turned):
     # Reading w, and little else.
     assert 28e-6 < planned.seconds(2 * 3072 * 12288) < 36e-6
     planned = make((64, 3072), (1, 3072, 3072), 16, 132)
-    assert (planned.tile, planned.cluster, planned.grid) == (64, 5, (240, 1))
+    assert (planned.tile, planned.cluster, planned.grid) == (64, 4, (192, 1))
     planned = make((1, 3072), (1, 3072, 3072), 16, 132)
-    assert planned.each == 1 and planned.grid[0] <= 132
+    assert planned.tile == 128 and planned.grid[0] <= 132 * planned.each
 
 
 def test_what_has_a_plan():
