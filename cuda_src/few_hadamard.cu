@@ -4,7 +4,7 @@
 //
 // What flows back to w is x^T @ g, (K, N). With few positions it need not be made: the same sums in another order are
 //
-//   h[p, r, s] = sum over k of x[p, k] * d1[k, r] * d2[k, s]                     rounded
+//   h[p, r, s] = sum over k of x[p, k] * (d1[k, r] * d2[k, s])                   rounded, and so is d1 * d2
 //   c[r, s, n] = sum over p of h[p, r, s] * g[p, n]
 //   du1[r, n] = scale * sum over s of u2[s, n] * c[r, s, n]
 //   du2[s, n] = scale * sum over r of u1[r, n] * c[r, s, n]
@@ -12,11 +12,11 @@
 // and with (x, d) and (g, u) exchanged dd1 and dd2: 2 * positions * R^2 products for each k and each n, where all K * N
 // values of x^T @ g, and what is made of them, take positions + 6 * R each.
 //
-// The first clusters make h, of both sides. A cluster has a pair of r and 64 positions; each of its warps has a part of
-// the steps of 16 channels, which it copies for itself. d1 * d2 is made in registers, where a product wants it, as two
-// bf16 that lose nothing. Warps add up in shared memory, blocks by sending: each owns one of the cluster's eight pieces
-// of h, and writes it as the lanes of the blocks behind hold it. Those have TILE_N columns each, and fetch all else that
-// they need while h is made. They wait for blocks before them only, which wait for nobody and begin first.
+// The first clusters make h, of both sides. A cluster has four r and 32 positions; each of its warps has a part of the
+// steps of 16 channels, which it copies for itself. d1 * d2 is made in registers, where a product wants it. Warps add up
+// in shared memory, blocks by sending: each owns one of the cluster's eight pieces of h, and writes it as the lanes of
+// the blocks behind hold it. Those have TILE_N columns each, and fetch all else that they need while h is made. They
+// wait for blocks before them only, which wait for nobody and begin first.
 //
 // only sm_90a sm_100a sm_120
 // variants bf16: none
@@ -37,9 +37,11 @@ INLINE void fold(float* v, int bit) {
   }
 }
 
-// The gradients of both factors of a side for TILE_N columns, from the h of the other side. groups: of 64 positions.
+constexpr int GROUP_ROWS = 64;  // positions of h that are multiplied at a time
+
+// The gradients of both factors of a side for TILE_N columns, from the h of the other side. made: times ROWS positions.
 // all: pieces of h. many: blocks that take it.
-INLINE void take(const Side& side, float4* memory, int column, int positions, int groups, const uint4* h, Flag* flag,
+INLINE void take(const Side& side, float4* memory, int column, int positions, int made, const uint4* h, Flag* flag,
                  int all, int many, const float* scale, float* df1, float* df2) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, ranks = side.ranks;
   float4* parts = memory;  // of df2, by warps
@@ -47,7 +49,8 @@ INLINE void take(const Side& side, float4* memory, int column, int positions, in
       reinterpret_cast<float (*)[RANKS_MOST][F_PITCH]>(parts + WARPS * TILES_N * 32);
   float (*sums)[TILE_N] = reinterpret_cast<float (*)[TILE_N]>(factors + 2);  // df1
   const unsigned tile = shared_address(sums + RANKS_MOST);
-  for (int i = threadIdx.x; i < groups * ROWS * TILES_N; i += THREADS) {
+  const int groups = (made + 1) / 2;
+  for (int i = threadIdx.x; i < groups * GROUP_ROWS * TILES_N; i += THREADS) {
     const int p = i / TILES_N, l = column + i % TILES_N * 8;
     copy_async(tile + p * V_PITCH + i % TILES_N * 16, side.v + p * side.width + l, p < positions && l < side.width);
   }
@@ -73,17 +76,18 @@ INLINE void take(const Side& side, float4* memory, int column, int positions, in
   if (first < ranks)
 #pragma unroll 1
     for (int group = 0; group < groups; ++group) {
-      uint4 a[2][ROWS / 16];
+      uint4 a[2][GROUP_ROWS / 16];
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int q = 0; q < ROWS / 16; ++q) a[i][q] = __ldcg(h + ((group * ranks + first + i) * 4 + q) * 32 + lane);
+        for (int q = 0; q < GROUP_ROWS / 16; ++q)
+          a[i][q] = group * 2 + q / 2 < made ? __ldcg(h + ((group * ranks + first + i) * 4 + q) * 32 + lane) : uint4{};
 #pragma unroll
-      for (int q = 0; q < ROWS / 16; ++q)
+      for (int q = 0; q < GROUP_ROWS / 16; ++q)
 #pragma unroll
         for (int j = 0; j < TILES_N / 2; ++j) {
           unsigned v[4];
-          load_matrices<true>(v, tile + (group * ROWS + q * 16 + lane % 16) * V_PITCH + (j * 2 + lane / 16) * 16);
+          load_matrices<true>(v, tile + (group * GROUP_ROWS + q * 16 + lane % 16) * V_PITCH + (j * 2 + lane / 16) * 16);
 #pragma unroll
           for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -134,7 +138,7 @@ INLINE void take(const Side& side, float4* memory, int column, int positions, in
   if (threadIdx.x == 0) lower(flag, many);
 }
 
-// Grid: a cluster for each two ranks of each 64 positions of each side, then a block for each TILE_N columns of u and
+// Grid: a cluster for each four ranks of each 32 positions of each side, then a block for each TILE_N columns of u and
 // each of d, up to whole clusters. K, N: multiples of 8. ranks: 8 or 16.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2)
     NAME(few_hadamard)(const bf16* x,       // (positions, K)
@@ -156,14 +160,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   const auto side_of = [&](bool outputs) -> Side {
     return {outputs ? g : x, outputs ? u1 : d1, outputs ? u2 : d2, outputs ? N : K, ranks, outputs};
   };
-  const int groups = (positions + ROWS - 1) / ROWS, pairs = ranks / 2, all = groups * pairs * CLUSTER;
+  const int groups = (positions + ROWS - 1) / ROWS, quads = ranks / QUAD, all = groups * quads * CLUSTER;
   uint4* pieces = reinterpret_cast<uint4*>(h);
-  const int a_group = ranks * 4 * 32, a_side = groups * a_group;
+  const int a_group = ranks * 4 * 32, a_side = (groups + 1) / 2 * a_group;  // 64 positions; a side
   const int begun = int(blockIdx.x) - 2 * all;
   if (begun < 0) {
-    const int cluster = blockIdx.x / CLUSTER, side = cluster % 2, group = cluster / 2 / pairs;
-    make(side_of(side), memory, shared_address(&barrier), group * ROWS, positions, cluster / 2 % pairs * 2,
-         pieces + side * a_side + group * a_group, reinterpret_cast<Flag*>(flags) + side);
+    const int cluster = blockIdx.x / CLUSTER, side = cluster % 2, group = cluster / 2 / quads;
+    make(side_of(side), memory, shared_address(&barrier), group * ROWS, positions, cluster / 2 % quads * QUAD,
+         pieces + side * a_side + group / 2 * a_group + group % 2 * 2 * 32, reinterpret_cast<Flag*>(flags) + side);
     return;
   }
   const int tiles_n = (N + TILE_N - 1) / TILE_N, tiles_k = (K + TILE_N - 1) / TILE_N;

@@ -12,23 +12,20 @@ import functools
 from math import prod
 from typing import NamedTuple
 
-from .. import plan
 from ..arrays import Array, bf16, f32
 from ..kernels import Kernel, kernel
-from .conv_gpu import processors
 from .counters import counters
 from .extended_gpu import takes
 from .skinny_gpu import MOST
 
 _RANKS = (8, 16)
-# As in few_hadamard.cu: positions whose h is made together; blocks of a cluster, and warps of a
-# block; channels of a step; columns of a block.
-_ROWS, _CLUSTER, _STEP, _TILE = 64, 8, 16, 48
+# As in few_hadamard.cu: positions and ranks whose h is made together; blocks of a cluster, and
+# warps of a block; channels of a step; columns of a block.
+_ROWS, _QUAD, _CLUSTER, _STEP, _TILE = 32, 4, 8, 16, 48
 _THREADS = 32 * _CLUSTER
 _STEP_BYTES = (_ROWS + 2 * _RANKS[-1]) * _STEP * bf16.itemsize
-_SENT = _ROWS * 2 * _RANKS[-1] * f32.itemsize  # sums of a block
+_SENT = _ROWS * _QUAD * _RANKS[-1] * f32.itemsize  # sums of a block
 _SHARED = _CLUSTER * 4 * _STEP_BYTES + _SENT  # four steps of each warp, and what the block is sent
-_TOLD = 2e-6  # seconds until blocks see what others have written; as of extended_low_rank.cu
 
 
 class Plan(NamedTuple):
@@ -38,30 +35,21 @@ class Plan(NamedTuple):
     grid: tuple[int]
     sums: tuple[int, ...]  # shape of h
     numbers: tuple[int, int, int, int]
-    seconds: float
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_few_hadamard(
-    positions: int, channels: int, columns: int, rank: int, count: int
-) -> Plan | None:
-    """The plan for shapes; None where the kernel does not take them. count: multiprocessors."""
+def plan_few_hadamard(positions: int, channels: int, columns: int, rank: int) -> Plan | None:
+    """The plan for shapes; None where the kernel does not take them."""
     if rank not in _RANKS or not 1 <= positions <= MOST or channels % 8 or columns % 8:
         return None
     if not 0 < min(channels, columns) or max(channels, columns) * MOST >= 2**31:
         return None
     groups, tiles = -(-positions // _ROWS), -(-channels // _TILE) + -(-columns // _TILE)
-    first = groups * rank * _CLUSTER  # rank / 2 clusters for each of two sides
+    first = 2 * groups * (rank // _QUAD) * _CLUSTER  # of two sides
     second = -(-tiles // _CLUSTER) * _CLUSTER
-    steps = -(-max(channels, columns) // (_STEP * _CLUSTER**2))  # of a warp
-    turns, more = (-(-blocks // count) for blocks in (first, second))
-    taken = groups * _ROWS * (_TILE + rank * _RANKS[-1]) * bf16.itemsize
-    copied = turns * _CLUSTER * steps * _STEP_BYTES + more * taken
-    moved = (channels + columns) * (positions * bf16.itemsize + 2 * rank * (2 + f32.itemsize))
-    seconds = plan.skinny(moved, copied, turns * _SENT) + _TOLD
     launch = kernel("few_hadamard.cu", "few_hadamard", bf16)
-    sums = 2, groups, rank, _ROWS, _RANKS[-1]
-    return Plan(launch, (first + second,), sums, (positions, channels, columns, rank), seconds)
+    sums = 2, -(-groups // 2), rank, 2 * _ROWS, _RANKS[-1]
+    return Plan(launch, (first + second,), sums, (positions, channels, columns, rank))
 
 
 def few_hadamard_plan(x, g, d1, u1, d2, u2) -> Plan | None:
@@ -76,7 +64,7 @@ def few_hadamard_plan(x, g, d1, u1, d2, u2) -> Plan | None:
         return None
     if not tuple(u1.shape) == tuple(u2.shape) == up:
         return None
-    return plan_few_hadamard(prod(x.shape[:-1]), channels, columns, rank, processors())
+    return plan_few_hadamard(prod(x.shape[:-1]), channels, columns, rank)
 
 
 def few_hadamard_gradients(
