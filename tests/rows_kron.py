@@ -67,22 +67,26 @@ def _kron_product_rows():
         )
 
 
-def _mixed_product_rows():
-    """The aligned ones are one launch on Hopper: one block of rows and several, tails in all sizes,
-    blocks that do not divide 64."""
+def _blocks():
+    """Windows, leading axes of x, w1 and what blocks are multiplied with."""
     flat, square = _window(), _window((3, 3), padding=1)
-    cases = {
+    return {
         "odd": (flat, (2, 3), (3, 2), (1, 7, 5)),
         "one": (flat, (1,), (1, 1), (1, 1, 1)),
         "none": (flat, (0,), (2, 3), (1, 8, 8)),
         "vector": (flat, (), (8, 8), (1, 24, 16)),
         "few": (flat, (61,), (8, 8), (1, 136, 16)),
-        "uneven": (flat, (3, 7), (6, 5), (1, 40, 72)),
         "wide blocks": (flat, (5,), (4, 37), (1, 16, 8)),
         "many positions": (flat, (131,), (4, 8), (1, 16, 8)),
         "1x1": (_window((1, 1)), (2, 3, 5), (4, 4), (1, 72, 8)),
         "conv": (square, (1, 4, 5), (4, 2), (9, 8, 8)),
     }
+
+
+def _mixed_product_rows():
+    """The aligned ones are one launch on Hopper: one block of rows and several, tails in all sizes,
+    blocks that do not divide 64."""
+    cases = _blocks() | {"uneven": (_window(), (3, 7), (6, 5), (1, 40, 72))}
     for name, (window, lead, w1, w) in cases.items():
         walk = window.grouped(w1[1], shared=True)
         yield Row(
@@ -100,21 +104,12 @@ def _mixed_product_rows():
 def _mixed_rows():
     """The aligned ones with few positions are one launch on Hopper: tails in all sizes, more rows of
     w1 than columns and fewer, strips that end within a block."""
-    flat, square = _window(), _window((3, 3), padding=1)
-    cases = {
-        "odd": (flat, (2, 3), (3, 2), (1, 7, 5)),
-        "one": (flat, (1,), (1, 1), (1, 1, 1)),
-        "none": (flat, (0,), (2, 3), (1, 8, 8)),
-        "vector": (flat, (), (8, 8), (1, 24, 16)),
-        "few": (flat, (61,), (8, 8), (1, 136, 16)),
+    flat = _window()
+    cases = _blocks() | {
         "uneven": (flat, (3, 7), (6, 5), (1, 40, 200)),
         "two bands": (flat, (67,), (2, 3), (1, 72, 136)),
         "one block": (flat, (5,), (3, 1), (1, 72, 8)),
-        "wide blocks": (flat, (5,), (4, 37), (1, 16, 8)),
         "more blocks than there are places": (flat, (2,), (2, 65), (1, 8, 16)),
-        "many positions": (flat, (131,), (4, 8), (1, 16, 8)),
-        "1x1": (_window((1, 1)), (2, 3, 5), (4, 4), (1, 72, 8)),
-        "conv": (square, (1, 4, 5), (4, 2), (9, 8, 8)),
     }
     for name, (window, lead, w1, w2) in cases.items():
         other = window.grouped(w1[0], shared=True)

@@ -66,6 +66,23 @@ def wide(array):
     return to_device(array, "cpu").astype(np.float64)
 
 
+def added(rng, terms, positions, columns):
+    """What stands beside two products, as far as terms name it: add, bias, bias2."""
+    shapes = {"add": (positions, columns), "bias": (columns,), "bias2": (columns,)}
+    return [draw(rng, shape) if term in terms else None for term, shape in shapes.items()]
+
+
+def totals(own, second, add, bias, bias2):
+    """(y, its size) of y = own + SCALE * (second + bias2) + add + bias, from (value, size) of both
+    products."""
+    b2 = 0 if bias2 is None else bias2
+    y, size = own[0] + SCALE * (second[0] + b2), own[1] + second[1] + abs(b2)
+    for more in (add, bias):
+        if more is not None:
+            y, size = y + more, size + abs(more)
+    return y, size
+
+
 @pytest.fixture(params=[None, *skinny_gpu.VARIANTS], ids=str)
 def variant(request, monkeypatch):
     if not extended_gpu.hopper():

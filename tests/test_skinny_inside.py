@@ -16,7 +16,7 @@ from lycoris_cupy.ops.kron import _mix_blocks
 from lycoris_cupy.ops.window import Window
 from tests.bounds import assert_within, bound
 from tests.dry_gpu import dry_gpu
-from tests.test_skinny import FLAT, SCALE, draw, on_gpu, times, wide
+from tests.test_skinny import FLAT, SCALE, added, draw, on_gpu, times, totals, wide
 
 # L, M, N, K of w1 (L, M) and w2 (N, K). Slices of less than 64 channels and several, strips that end
 # with a block of 8, 136 or 200 columns, more blocks of x than of y and fewer.
@@ -58,16 +58,9 @@ def check(split, positions, terms, name):
     columns, other = rows * k, FLAT.grouped(rows, shared=True)
     x, w = draw(rng, (positions, blocks * n)), draw(rng, (1, blocks * n, columns))
     w1, w2 = draw(rng, (rows, blocks)), draw(rng, (1, n, k))
-    add, bias, bias2 = (
-        draw(rng, shape) if term in terms else None
-        for term, shape in (
-            ("add", (positions, columns)),
-            ("bias", (columns,)),
-            ("bias2", (columns,)),
-        )
-    )
+    beside = added(rng, terms, positions, columns)
     on = dict(zip(("x", "w", "w1", "w2"), on_gpu(x, w, w1, w2), strict=True))
-    more, scale = on_gpu(add, bias, bias2), to_device(SCALE, "cuda:0")
+    more, scale = on_gpu(*beside), to_device(SCALE, "cuda:0")
     planned = skinny_gpu.mixed_plan(on["x"], on["w"], FLAT, on["w1"], on["w2"], other, *more)
     assert planned is not None
     extra = Extra(on["x"], on["w2"], other, scale, more[2])
@@ -81,12 +74,9 @@ def check(split, positions, terms, name):
     assert ran[1][1] is None and all((wide(ran[i][1]) == x2).all() for i in (0, 2))
     out = [wide(y) for y, _ in ran]
     assert (out[0] == out[1]).all() and (out[0] == out[2]).all()
-    b2 = 0 if bias2 is None else bias2
-    y = times(x, w) + SCALE * (times(x2, w2, other) + b2)
-    size = times(abs(x), abs(w)) + times(abs(x2), abs(w2), other) + abs(b2)
-    for term in (add, bias):
-        if term is not None:
-            y, size = y + term, size + abs(term)
+    own = times(x, w), times(abs(x), abs(w))
+    second = times(x2, w2, other), times(abs(x2), abs(w2), other)
+    y, size = totals(own, second, *beside)
     assert_within(out[0], y, bound(y, size, blocks * n + n + 4, bf16), name)
 
 
@@ -110,15 +100,8 @@ def check_low_rank(positions, inputs, rank, columns, terms):
     rng = np.random.default_rng([positions, inputs, rank, columns])
     x, w = draw(rng, (positions, inputs)), draw(rng, (1, inputs, columns))
     down, up = draw(rng, (1, inputs, rank)), draw(rng, (1, rank, columns))
-    add, bias, bias2 = (
-        draw(rng, shape) if term in terms else None
-        for term, shape in (
-            ("add", (positions, columns)),
-            ("bias", (columns,)),
-            ("bias2", (columns,)),
-        )
-    )
-    on, more = on_gpu(x, w, down, up), on_gpu(add, bias, bias2)
+    beside = added(rng, terms, positions, columns)
+    on, more = on_gpu(x, w, down, up), on_gpu(*beside)
     planned = skinny_gpu.low_rank_plan(*on[:2], FLAT, *on[2:], FLAT, *more)
     assert planned is not None
     extra = Extra(on[0], on[3], FLAT, to_device(SCALE, "cuda:0"), more[2])
@@ -132,12 +115,9 @@ def check_low_rank(positions, inputs, rank, columns, terms):
     out = [wide(y) for y, _ in ran]
     assert (out[0] == out[1]).all() and (out[0] == out[2]).all()
     # x2 is not rounded on the way, but for 2^-16 of each part of it: less than a bf16's rounding.
-    b2 = 0 if bias2 is None else bias2
-    y = times(x, w) + SCALE * (times(x2, up) + b2)
-    size = times(abs(x), abs(w)) + times(x2_size, abs(up)) + abs(b2)
-    for term in (add, bias):
-        if term is not None:
-            y, size = y + term, size + abs(term)
+    own = times(x, w), times(abs(x), abs(w))
+    second = times(x2, up), times(x2_size, abs(up))
+    y, size = totals(own, second, *beside)
     depth = inputs + rank + 4 + 2**8  # 2^-16 is 2^8 roundings of f32
     assert_within(out[0], y, bound(y, size, depth, bf16), "y")
 

@@ -18,7 +18,7 @@ from lycoris_cupy.ops.extended_plan import Second
 from lycoris_cupy.ops.window import Window
 from lycoris_cupy.tape import Tape
 from tests.bounds import assert_within, bound
-from tests.test_skinny import FLAT, SCALE, draw, on_gpu, times, wide
+from tests.test_skinny import FLAT, SCALE, added, draw, on_gpu, times, totals, wide
 
 # L, M, N, K, ranks: blocks of x of less than 64 channels, whole steps of them and a tail; strips that
 # end with a block of 40 or 200 columns; fewer blocks of x than a cluster has, and more than it divides.
@@ -76,15 +76,8 @@ def check(case, positions, terms, name):
     columns, walk, other = rows * k, FLAT.grouped(blocks, True), FLAT.grouped(rows, True)
     x, w = draw(rng, (positions, blocks * n)), draw(rng, (1, blocks * n, columns))
     down, w1, up = draw(rng, (1, n, ranks)), draw(rng, (rows, blocks)), draw(rng, (1, ranks, k))
-    add, bias, bias2 = (
-        draw(rng, shape) if term in terms else None
-        for term, shape in (
-            ("add", (positions, columns)),
-            ("bias", (columns,)),
-            ("bias2", (columns,)),
-        )
-    )
-    on, more = on_gpu(x, w, down, w1, up), on_gpu(add, bias, bias2)
+    beside = added(rng, terms, positions, columns)
+    on, more = on_gpu(x, w, down, w1, up), on_gpu(*beside)
     planned = inside.mixed_down_plan(on[0], on[1], FLAT, *on[2:], other, *more)
     assert planned is not None
     extra = Extra(on[0], on[4], other, to_device(SCALE, "cuda:0"), more[2])
@@ -102,12 +95,9 @@ def check(case, positions, terms, name):
     # of it, which are 2^8 roundings of f32.
     exact, size = mixed(inner, w1), mixed(abs(inner), abs(w1))
     assert_within(x2, exact, bound(exact, size, blocks, bf16), f"x2, {name}")
-    b2 = 0 if bias2 is None else bias2
-    y = times(x, w) + SCALE * (times(exact, up, other) + b2)
-    size = times(abs(x), abs(w)) + times(size, abs(up), other) + abs(b2)
-    for term in (add, bias):
-        if term is not None:
-            y, size = y + term, size + abs(term)
+    own = times(x, w), times(abs(x), abs(w))
+    second = times(exact, up, other), times(size, abs(up), other)
+    y, size = totals(own, second, *beside)
     depth = blocks * n + blocks + ranks + 4 + 2**8
     assert_within(out[0], y, bound(y, size, depth, bf16), name)
 
