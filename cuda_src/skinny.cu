@@ -50,13 +50,11 @@
 // variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=4 EACH=2 MIXED=1 | TILE_N=128 B_ROWS=1 CLUSTER=3 EACH=2 MIXED=1
 // variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=2 EACH=2 MIXED=1 | TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=2 MIXED=1
 // variants bf16: TILE_N=64 B_ROWS=1 CLUSTER=4 EACH=2 MIXED=0 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=3 EACH=1 MIXED=0 RANKS=16
-// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=4 EACH=1 MIXED=0 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=8 EACH=1 MIXED=0 RANKS=16
-// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=2 EACH=1 MIXED=0 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=1 MIXED=0 RANKS=16
-// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=2 MIXED=0 RANKS=16
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=4 EACH=1 MIXED=0 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=2 EACH=1 MIXED=0 RANKS=16
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=1 MIXED=0 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=2 MIXED=0 RANKS=16
 // variants bf16: TILE_N=64 B_ROWS=1 CLUSTER=4 EACH=2 MIXED=1 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=3 EACH=1 MIXED=1 RANKS=16
-// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=4 EACH=1 MIXED=1 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=8 EACH=1 MIXED=1 RANKS=16
-// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=2 EACH=1 MIXED=1 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=1 MIXED=1 RANKS=16
-// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=2 MIXED=1 RANKS=16
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=4 EACH=1 MIXED=1 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=2 EACH=1 MIXED=1 RANKS=16
+// variants bf16: TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=1 MIXED=1 RANKS=16 | TILE_N=128 B_ROWS=1 CLUSTER=1 EACH=2 MIXED=1 RANKS=16
 #define ALL_BYTES ((EACH == 1 ? 226 : 112) * 1024)  // of shared memory, but for barriers and the factors of a mix
 #define SLICED (MIXED && !RANKS)                    // x2 is made in slices of 64 channels
 #define DOWN_TILE (64 * 32)                         // 64 channels by 16 ranks
@@ -65,49 +63,8 @@
 #define RING (ALL_BYTES - 1024 - PARTS_BYTES - SLICED * 64 * 128 - ALL_OF_DOWN)
 #include "cluster_sums.cuh"
 #include "skinny.cuh"
+#include "skinny_fetch.cuh"
 #include "skinny_terms.cuh"
-
-// Copies the columns from n on of 64 channels from k on, of w or of its block m.
-INLINE void fetch_w(const TensorMap* w, int k, int m, int n, const Stage& stage) {
-  if (B_ROWS) {
-#pragma unroll
-    for (int box = 0; box < TILE_N / 64; ++box) copy_box(stage.b() + box * BOX, w, stage.full(), n + 64 * box, k, m);
-  } else {
-    copy_box(stage.b(), w, stage.full(), k, n, 0);
-  }
-}
-
-// Copies the operands of the steps [from, to) of one of the two sums. p: the first position. b: the block of x. m: that
-// of w. n: the first column of w. down: with RANKS, but not MIXED.
-INLINE void fetch(const TensorMap* x, const TensorMap* w, const TensorMap* down, int from, int to, int p, int b, int m,
-                  int n, Stage& stage) {
-#pragma unroll 1
-  for (int k = from * TILE_K; k < to * TILE_K; k += TILE_K) {
-    stage.claim();
-    fetch_w(w, k, m, n, stage);
-    if (BESIDE) copy_box(stage.b() + W_BYTES, down, stage.full(), 0, k, 0);
-    copy_box(stage.a(), x, stage.full(), k, b, p);
-    stage.next();
-  }
-}
-
-// The same for slices: of each the tiles of all blocks of x, then that of w2 by itself.
-INLINE void fetch_slices(const TensorMap* x, const TensorMap* w, const TensorMap* w2, int from, int to, int blocks,
-                         int p, int n, int n2, Stage& stage) {
-#pragma unroll 1
-  for (int k = from * TILE_K; k < to * TILE_K; k += TILE_K) {
-#pragma unroll 1
-    for (int m = 0; m < blocks; ++m) {
-      stage.claim();
-      fetch_w(w, k, m, n, stage);
-      copy_box(stage.a(), x, stage.full(), k, m, p);
-      stage.next();
-    }
-    stage.claim(W_BYTES);
-    fetch_w(w2, k, 0, n2, stage);
-    stage.next();
-  }
-}
 
 // total += factor * two values.
 INLINE void add_pair(float* total, const bf16* from, float factor) {
