@@ -164,6 +164,8 @@ def head(data: dict) -> str:
     names = ("driver", "cupy", "cublaslt", "cudnn", "commit", "date")
     found = [f"{name} {data[name]}" for name in names if data.get(name)]
     peers = {f"{r['peer']} {r['version']}" for r in data.get("peers", []) if r.get("version")}
+    if data.get("peers_at"):  # rows of an earlier run
+        peers.add(f"peers of {data['peers_at']}")
     return ", ".join([data.get("gpu") or "CPU", *found, *sorted(peers)])
 
 
