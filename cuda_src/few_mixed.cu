@@ -171,7 +171,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
   if (CLUSTER > 1) meet_relaxed();  // no block ends before it has been read
   if (!task.back) return;
 
-  // dx is written. The copying warp says so: it takes as long as the rest.
+  // dx is written. The copying warp says so while the others go on: it takes a fence of the whole GPU.
   __syncwarp();
   __syncthreads();
   if (threadIdx.x >= GROUP) {
