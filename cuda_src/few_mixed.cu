@@ -12,9 +12,17 @@
 // rounded, and goes to no memory but the registers of the warps that mix it, by items of mix_item.cuh: dx is that of
 // few.cu and kron_mix.cu to the bit.
 //
+// Where x is a product too, as in a LoKr with a factored w2, further blocks make the gradient of its factor:
+//
+//   x[p, m * N + n] = sum over c of source[p, m * C + c] * down[c, n]                                    N <= 16
+//   ddown[c, n] = sum over p and m of source[p, m * C + c] * dx[p, m * N + n]
+//
+// They are the last, and wait only for the first, which write dx and wait for nobody: see few_down.cuh.
+//
 // only sm_90a
 // variants bf16: CLUSTER=1 SIDE=8 | CLUSTER=1 SIDE=16 | CLUSTER=8 SIDE=8 | CLUSTER=8 SIDE=16
 #include "few.cuh"
+#include "few_down.cuh"
 #include "mix_item.cuh"
 
 constexpr int WARPS = GROUP / 32, STRIDE = CLUSTER * WARPS;  // warps that share the items of a tile
@@ -46,26 +54,40 @@ INLINE void add_parts(float* dw1, const float4* partial, int parts, int L, int M
   }
 }
 
-// Grid as of few. rows = positions * L, inner = N, outer = K.
+// Grid as of few, and behind it a block for each 64 rows of ddown, up to whole clusters. rows = positions * L, inner = N,
+// outer = K.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GROUP + 32, 2)
-    NAME(few_mixed)(const __grid_constant__ TensorMap x2,  // (rows, inner)
-                    const __grid_constant__ TensorMap w2,  // (inner, outer)
-                    const __grid_constant__ TensorMap g,   // (rows, outer)
-                    const float* scale,                    // (1,), or null for 1
-                    const bf16* x,                         // (positions, M * inner)
-                    const bf16* w1,                        // (L, M)
-                    bf16* dx,                              // (positions, M * inner)
-                    float* dw2,                            // (inner, outer)
-                    float* partial,                        // (parts, SIDE, SIDE)
-                    float* dw1,                            // (L, M)
-                    unsigned* seen,                        // (1,): zero before and after
+    NAME(few_mixed)(const __grid_constant__ TensorMap x2,      // (rows, inner)
+                    const __grid_constant__ TensorMap w2,      // (inner, outer)
+                    const __grid_constant__ TensorMap g,       // (rows, outer)
+                    const __grid_constant__ TensorMap source,  // (positions * M, channels)
+                    const __grid_constant__ TensorMap narrow,  // dx, (positions * M, inner)
+                    const float* scale,                        // (1,), or null for 1
+                    const bf16* x,                             // (positions, M * inner)
+                    const bf16* w1,                            // (L, M)
+                    bf16* dx,                                  // (positions, M * inner)
+                    float* dw2,                                // (inner, outer)
+                    float* partial,                            // (parts, SIDE, SIDE)
+                    float* dw1,                                // (L, M)
+                    float* ddown,                              // (channels, inner), or null
+                    unsigned* seen,  // (3,), zeros before and after; the last two: a flag of dx
                     int rows, int inner, int outer,
                     int parts,  // blocks that have tiles of flow
-                    int L, int M) {
+                    int L, int M,
+                    int before,  // blocks before those of ddown
+                    int channels) {
   extern __shared__ char memory[];
-  __shared__ unsigned long long barriers[2 * STAGES];
+  __shared__ unsigned long long barriers[2 * PAIRS];
   __shared__ float4 shares[WARPS][VECTORS];
   Stage stage = {(shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers)};
+  Flag* flag = reinterpret_cast<Flag*>(seen + 1);
+  const int column = (int(blockIdx.x) - before) * 64;  // of a block of ddown
+  if (column >= 0) {
+    if (column < channels)
+      make_down(&source, &narrow, {stage.memory, stage.barriers}, column, flag, parts, ddown, rows / L * M, channels,
+                inner);
+    return;
+  }
   const unsigned sums = stage.memory;
   const Task task(rows, inner, outer);
   const bool mixes = task.back && threadIdx.x < GROUP;
@@ -147,11 +169,18 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
     spread(reinterpret_cast<float*>(shares[warp]), sum);
   }
   if (CLUSTER > 1) meet_relaxed();  // no block ends before it has been read
-  if (!mixes) return;
+  if (!task.back) return;
+
+  // dx is written. The copying warp says so while the others go on: it takes a fence of the whole GPU.
+  __syncwarp();
+  __syncthreads();
+  if (threadIdx.x >= GROUP) {
+    if (ddown && threadIdx.x == GROUP) raise(flag, 1);
+    return;
+  }
 
   // Warps, then parts are added in a fixed order, the parts by the block that comes last.
   __shared__ bool last;
-  group_barrier(0);
   if (threadIdx.x < VECTORS) {
     float4 total = {};
 #pragma unroll

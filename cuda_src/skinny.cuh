@@ -22,25 +22,26 @@ constexpr int STAGES = (RING) / STAGE;
 constexpr int PITCH = TILE_N + 8;
 constexpr int CHUNKS = TILE_N / 8;  // of eight columns
 
-// A place in the ring, and how often it was passed. A stage has a barrier that it is full, and one that it may be
-// written again.
-struct Stage {
+// A place in a ring of COUNT stages of so many bytes, and how often it was passed. A stage has a barrier that it is full,
+// and one that it may be written again.
+template <int BYTES, int COUNT>
+struct StageOf {
   unsigned memory, barriers;  // of the ring
   int index = 0;
   unsigned parity = 0;
 
-  INLINE unsigned a() const { return memory + index * STAGE; }
+  INLINE unsigned a() const { return memory + index * BYTES; }
   INLINE unsigned b() const { return a() + A_BYTES; }
   INLINE unsigned full() const { return barriers + 8 * index; }
-  INLINE unsigned empty() const { return barriers + 8 * (STAGES + index); }
+  INLINE unsigned empty() const { return barriers + 8 * (COUNT + index); }
 
   // Before the first use, by one thread; then all threads of the block meet.
   INLINE void begin() const {
-    for (int i = 0; i < 2 * STAGES; ++i) barrier_init(barriers + 8 * i, i < STAGES ? 1 : GROUP / 32);
+    for (int i = 0; i < 2 * COUNT; ++i) barrier_init(barriers + 8 * i, i < COUNT ? 1 : GROUP / 32);
     barrier_init_done();
   }
   // The next copies go here: the stage is free, and full after so many bytes.
-  INLINE void claim(int bytes = STAGE) const {
+  INLINE void claim(int bytes = BYTES) const {
     barrier_wait(empty(), parity ^ 1);
     barrier_expect(full(), bytes);
   }
@@ -50,9 +51,10 @@ struct Stage {
     if (threadIdx.x % 32 == 0) barrier_arrive(empty());
   }
   INLINE void next() {
-    if (++index == STAGES) index = 0, parity ^= 1;
+    if (++index == COUNT) index = 0, parity ^= 1;
   }
 };
+using Stage = StageOf<STAGE, STAGES>;
 
 // Into L2, ahead of the read.
 INLINE void prefetch(const bf16* from) {

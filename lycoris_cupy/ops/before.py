@@ -253,13 +253,17 @@ class _MixedDown:
 
     def together(self, g, x, w, window: Window, x2, inner, w2, other: Window, scale, down, w1):
         """As for _Down."""
-        made = few_mixed_gradients(g, x2, w2, inner, w1, other, scale)
+        blocks = self.window.pointwise and self.window.shared
+        made = few_mixed_gradients(g, x2, w2, inner, w1, other, scale, x if blocks else None)
         if made is None:
             return None
-        flow, dw1, dw2 = made
-        own = deferred_dx(g, w, None, window, in_space_of(x, window))
-        dx, ddown = product_gradients(flow, x, down, None, self.window, in_space_of(x, window))
-        return own, dx, dw2, ddown, dw1
+        flow, dw1, dw2, *more = made
+        space, ddown = in_space_of(x, window), more[0] if more else None
+        if ddown is not None:
+            dx = deferred_dx(flow, down, None, self.window, space)
+        else:
+            dx, ddown = product_gradients(flow, x, down, None, self.window, space)
+        return deferred_dx(g, w, None, window, space), dx, dw2, ddown, dw1
 
     def joined(self, t: Terms, down: Array, w1: Array, keep: bool) -> Made | None:
         """As for _Down."""

@@ -20,7 +20,7 @@ from .extended_gpu import takes
 from .skinny_gpu import SHARED, THREADS
 from .window import Window
 
-_MOST, _WIDEST = 1024, 512  # rows; columns of dx
+MOST, _WIDEST = 1024, 512  # rows; columns of dx
 _BOX = (ROW, ROW)
 
 
@@ -70,7 +70,7 @@ def plan_few(positions: int, w: tuple[int, int, int], window: Window, count: int
     if not window.pointwise or (window.groups > 1 and not window.shared):
         return None
     rows = positions * window.groups
-    if rows > _MOST or inner > _WIDEST or inner % 8:
+    if rows > MOST or inner > _WIDEST or inner % 8:
         return None
     (tiles_r, tiles_i, tiles_o) = (-(-n // ROW) for n in (rows, inner, outer))
     cluster = _cluster_of(tiles_r * tiles_i, tiles_o, count)
