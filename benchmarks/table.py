@@ -41,9 +41,13 @@ def peer_best(data: dict, shape: str, adapter: str) -> dict[str, dict]:
 
 
 def peer_ratio(data: dict, row: dict) -> dict[str, float]:
-    """call -> the best peer's time over the bare layer's of the same run."""
+    """call -> the best peer's time over the bare layer's of the same run, which a row of an earlier
+    run brings along."""
     best = peer_best(data, row["shape"], row["adapter"])
-    return {call: best[call][f"{call}_us"] / row[f"bare_{call}_us"] for call in best}
+    return {
+        call: peer[f"{call}_us"] / peer.get(f"bare_{call}_us", row[f"bare_{call}_us"])
+        for call, peer in best.items()
+    }
 
 
 def table(data: dict) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .adapters import adapters, builders
 from .shapes import SHAPES, WEIGHTS
-from .table import CALLS, peer_best
+from .table import CALLS, peer_best, peer_ratio
 
 KINDS = {shape.name: shape for shape in SHAPES}
 Value = tuple[float, str]  # the number, and where it was found
@@ -117,9 +117,10 @@ _DESIGN_ROWS = ("LoRA r16", "LoHa r16", "LoKr factor 8", "LoCon Tucker r16")
 def _over_peers(data):
     for row in data["rows"]:
         if row["adapter"] in _DESIGN_ROWS:
+            ratios = peer_ratio(data, row)
             for call, peer in peer_best(data, row["shape"], row["adapter"]).items():
                 place = f"{row['shape']}, {row['adapter']}, {call}: {peer['peer']}, {peer['mode']}"
-                yield row[f"{call}_us"] / peer[f"{call}_us"], place
+                yield row[f"{call}_us"] / row[f"bare_{call}_us"] / ratios[call], place
 
 
 def _wall(data):

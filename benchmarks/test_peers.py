@@ -13,8 +13,10 @@ import pytest
 
 from lycoris_cupy.arrays import gpu_missing
 
+from .earlier_peers import with_peers
 from .peers import run
 from .shapes import CPU_SHAPES, SHAPES
+from .table import head, peer_ratio
 
 GPU = not gpu_missing()
 MEASURED = SHAPES if GPU else CPU_SHAPES
@@ -75,6 +77,28 @@ def test_the_clock_stands_while_others_measure(monkeypatch):
     now[0] += 50
     clock.go_on()
     assert clock.part() == 40.0
+
+
+def test_peers_of_an_earlier_run_keep_their_own_bare_layer():
+    def file(commit: str, bare: float, peers: list) -> dict:
+        row = {"shape": "s", "adapter": "a", "bare_forward_us": bare, "bare_step_us": 2 * bare}
+        kept = {"gpu": "G", "commit": commit, "date": "today", "rows": [row], "peers": peers}
+        return {**kept, "optimizers": [{"optimizer": "SGD"}]}
+
+    peer = {"shape": "s", "adapter": "a", "peer": "p", "mode": "m", "forward_us": 30.0}
+    earlier = file("old", 10.0, [peer, {**peer, "adapter": "none"}])
+    earlier["optimizers"].append({"optimizer": "torch, AdamW"})
+    joined = with_peers(file("new", 12.0, []), earlier)
+    assert peer_ratio(joined, joined["rows"][0]) == {"forward": 3.0}
+    assert joined["peers"][1]["bare_step_us"] == 20.0 and "peers of old today" in head(joined)
+    assert [o["optimizer"] for o in joined["optimizers"]] == ["SGD", "torch, AdamW"]
+    # And once more, beside a third run.
+    later = with_peers(file("newer", 15.0, []), joined)
+    assert peer_ratio(later, later["rows"][0]) == {"forward": 3.0}
+    assert later["peers_at"] == "old today"
+    for wrong in (joined, {**file("new", 12.0, []), "gpu": "H"}):
+        with pytest.raises(ValueError, match=r"peers of its own|one file is of"):
+            with_peers(wrong, earlier)
 
 
 @pytest.mark.parametrize("shape", MEASURED, ids=[s.name for s in MEASURED])
