@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from lycoris_cupy import ops
-from lycoris_cupy.ops.before import Mixed, MixedDown
+from lycoris_cupy.ops.before import by_down_and_mix, by_mix
 from lycoris_cupy.ops.kron_product import _kron_product
 from tests import naive
 from tests.row import FACTOR, Row
@@ -121,7 +121,7 @@ def _mixed_rows():
                 x,
                 w,
                 window,
-                ops.pending(x, w2, other, add=a, scale=s, bias=b2, before=Mixed(w1)),
+                ops.pending(x, w2, other, add=a, scale=s, bias=b2, before=by_mix(w1)),
                 bias=b,
             ),
             lambda x, w, w1, w2, b, a, b2, s, window=window, other=other: (
@@ -170,7 +170,7 @@ def _mixed_down_rows():
                     w,
                     window,
                     ops.pending(
-                        x, up, other, add=a, scale=s, bias=b2, before=MixedDown(down, w1, walk)
+                        x, up, other, add=a, scale=s, bias=b2, before=by_down_and_mix(down, w1, walk)
                     ),
                     bias=b,
                 )

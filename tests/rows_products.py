@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from lycoris_cupy import ops
-from lycoris_cupy.ops.before import Down
+from lycoris_cupy.ops.before import by_down
 from lycoris_cupy.ops.window import Window
 from tests import naive
 from tests.row import FACTOR, Row
@@ -297,7 +297,7 @@ def _low_rank_rows():
                 x,
                 w,
                 window,
-                ops.pending(x, up, other, add=a, scale=s, bias=b2, before=Down(down, window)),
+                ops.pending(x, up, other, add=a, scale=s, bias=b2, before=by_down(down, window)),
                 bias=b,
             ),
             lambda x, w, down, up, b, a, b2, s, window=window, other=other: (

@@ -5,7 +5,7 @@ import pytest
 
 from lycoris_cupy import bf16, ops, to_device
 from lycoris_cupy.ops import cooperative, extended_low_rank_gpu, extended_mixed_gpu
-from lycoris_cupy.ops.before import Down, Mixed
+from lycoris_cupy.ops.before import by_down, by_mix
 from lycoris_cupy.ops.extended_gpu import hopper
 from lycoris_cupy.ops.window import Window
 
@@ -30,11 +30,11 @@ def test_without_room_it_goes_another_way(kind, monkeypatch):
 
     x, w = draw(1536, 512), draw(1, 512, 768)
     if kind == "low rank":
-        before, second, other = Down(draw(1, 512, 16), FLAT), draw(1, 16, 768), FLAT
+        before, second, other = by_down(draw(1, 512, 16), FLAT), draw(1, 16, 768), FLAT
         module, name = extended_low_rank_gpu, "plan_low_rank"
         planned = module.plan_low_rank(1536, 512, 16, 768, 132)
     else:
-        before, second = Mixed(draw(4, 4)), draw(1, 128, 192)
+        before, second = by_mix(draw(4, 4)), draw(1, 128, 192)
         other, module, name = FLAT.grouped(4, shared=True), extended_mixed_gpu, "plan_mixed"
         planned = module.plan_mixed(1536, 768, 4, 4, 128, 132)
     forced = planned._replace(launch=refuse, seconds=0.0)

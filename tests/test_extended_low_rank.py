@@ -8,7 +8,7 @@ import pytest
 from lycoris_cupy import bf16, ops, plan, to_device
 from lycoris_cupy.ops import before, counters, low_rank_back
 from lycoris_cupy.ops import extended_low_rank_gpu as module
-from lycoris_cupy.ops.before import Down
+from lycoris_cupy.ops.before import by_down
 from lycoris_cupy.ops.extended_gpu import hopper
 from lycoris_cupy.ops.extended_low_rank_gpu import plan_low_rank
 from lycoris_cupy.tape import Tape
@@ -124,7 +124,7 @@ def test_a_layer_takes_it_and_its_gradients_are_the_same(shape, last, on_hopper,
         watched = [tape.watch(a) for a in (x, down, up)]
         with plan.recording() as choices:
             change = ops.pending(
-                watched[0], watched[2], window, scale=scale, before=Down(watched[1], window)
+                watched[0], watched[2], window, scale=scale, before=by_down(watched[1], window)
             )
             y = ops.extended(watched[0], w, window, change)
         g = to_device(np.ones(y.shape, bf16), "cuda:0")

@@ -7,7 +7,7 @@ import pytest
 
 from lycoris_cupy import bf16, ops, plan, to_device
 from lycoris_cupy.ops import before, counters
-from lycoris_cupy.ops.before import Mixed
+from lycoris_cupy.ops.before import by_mix
 from lycoris_cupy.ops.extended_gpu import hopper
 from lycoris_cupy.ops.extended_mixed_gpu import mixed, mixed_plan, plan_mixed
 from lycoris_cupy.ops.kron import _mix_blocks
@@ -112,7 +112,7 @@ def test_a_layer_takes_it_and_its_gradients_are_the_same(shape, on_hopper, monke
         watched = [tape.watch(a) for a in (x, w1, w2)]
         with plan.recording() as choices:
             change = ops.pending(
-                watched[0], watched[2], other, scale=scale, before=Mixed(watched[1])
+                watched[0], watched[2], other, scale=scale, before=by_mix(watched[1])
             )
             y = ops.extended(watched[0], w, window, change)
         g = to_device(np.ones(y.shape, bf16), "cuda:0")

@@ -12,7 +12,7 @@ import pytest
 from lycoris_cupy import bf16, ops, plan, to_device
 from lycoris_cupy.ops import before, skinny_gpu
 from lycoris_cupy.ops import skinny_mixed_down_gpu as inside
-from lycoris_cupy.ops.before import MixedDown
+from lycoris_cupy.ops.before import by_down_and_mix
 from lycoris_cupy.ops.extended_gpu import Extra, hopper
 from lycoris_cupy.ops.extended_plan import Second
 from lycoris_cupy.ops.window import Window
@@ -142,7 +142,11 @@ def test_gradients_are_those_of_two_launches(shape, taken, monkeypatch):
         watched = [tape.watch(a) for a in (x, down, w1, up)]
         with plan.recording() as choices:
             change = ops.pending(
-                watched[0], watched[3], other, scale=scale, before=MixedDown(*watched[1:3], walk)
+                watched[0],
+                watched[3],
+                other,
+                scale=scale,
+                before=by_down_and_mix(*watched[1:3], walk),
             )
             y = ops.extended(watched[0], w, window, change)
         g = to_device(np.ones(y.shape, bf16), "cuda:0")

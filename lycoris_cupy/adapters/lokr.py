@@ -21,7 +21,7 @@ import numpy as np
 from ..arrays import Array, module_of, wide_dtype
 from ..errors import ShapeError
 from ..layers import Layer, LayerShape
-from ..ops.before import Mixed, MixedDown
+from ..ops.before import by_down_and_mix, by_mix
 from ..ops.changed import kron_changed
 from ..ops.elementwise import cast, multiply
 from ..ops.extended import pending, ready
@@ -250,12 +250,12 @@ class LoKr(Adapter):
         if self.w2_rank is None:
             # Blocks of channels are mixed, then every block goes through w2.
             w2, blocked = by_columns(p["w2"], columns), window.grouped(rows, shared=shared)
-            return pending(x, w2, blocked, add=change, scale=scale, before=Mixed(w1))
+            return pending(x, w2, blocked, add=change, scale=scale, before=by_mix(w1))
         inner, last, walk = x, p["w2_down"], window.grouped(blocks, shared=True)
         if self.tucker:
             inner, last = product(x, last, window.pointwise_like(blocks, shared=True)), p["t2"]
         # The mix runs between the factors, where the blocks are only rank wide.
-        before = MixedDown(last, w1, walk)
+        before = by_down_and_mix(last, w1, walk)
         up, outer = by_columns(p["w2_up"], columns), window.pointwise_like(rows, shared=shared)
         return pending(inner, up, outer, add=change, scale=scale, before=before)
 

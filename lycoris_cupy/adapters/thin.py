@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..arrays import Array
 from ..layers import Layer, LayerShape
-from ..ops.before import Down
+from ..ops.before import by_down
 from ..ops.extended import Pending, pending
 from ..ops.scale_columns import spread_columns
 
@@ -36,6 +36,6 @@ def apply_low_rank(
     All groups share `down`; each has its own columns of `up`.
     """
     window = layer.window
-    inner, up = Down(down, window.grouped(window.groups, shared=True)), by_columns(up, columns)
+    inner, up = by_down(down, window.grouped(window.groups, shared=True)), by_columns(up, columns)
     outer = window.pointwise_like(window.groups)
     return pending(x, up, outer, add=change, scale=scale, before=inner)

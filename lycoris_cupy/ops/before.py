@@ -70,67 +70,14 @@ Way = tuple[Callable[[int], float], Callable[[], Made | None]]
 
 
 @dataclass(frozen=True)
-class Down:
-    """x * factor, by a window.  factor: down, (taps, IN, R), of the dtype of x or wide."""
-
-    factor: Array
-    window: Window
-
-    def __call__(self, x: Array) -> Array:
-        return product(x, self.factor, self.window)
-
-    @property
-    def factors(self) -> tuple[Array, ...]:
-        return (self.factor,)
-
-    @property
-    def kind(self) -> _Down:
-        return _Down(self.window)
-
-
-@dataclass(frozen=True)
-class Mixed:
-    """mix_blocks(x, factor).  factor: w1, (L, M), of the dtype of x."""
-
-    factor: Array
-
-    def __call__(self, x: Array) -> Array:
-        return mix_blocks(x, self.factor)
-
-    @property
-    def factors(self) -> tuple[Array, ...]:
-        return (self.factor,)
-
-    @property
-    def kind(self) -> _Mixed:
-        return _Mixed()
-
-
-@dataclass(frozen=True)
-class MixedDown:
-    """mixed_product(x, down, w1, window).  down: of the dtype of x, or wide."""
-
-    down: Array
-    w1: Array
-    window: Window
-
-    def __call__(self, x: Array) -> Array:
-        return mixed_product(x, self.down, self.w1, self.window)
-
-    @property
-    def factors(self) -> tuple[Array, ...]:
-        return self.down, self.w1
-
-    @property
-    def kind(self) -> _MixedDown:
-        return _MixedDown(self.window)
-
-
-@dataclass(frozen=True)
 class _Down:
-    """Of plain arrays."""
+    """How x2 is made of x, and what follows: of plain arrays, but for the call itself."""
 
     window: Window
+
+    def __call__(self, x: Array, down: Array) -> Array:
+        """x2, of arrays that a tape may watch."""
+        return product(x, down, self.window)
 
     def shape(self, x: tuple[int, ...], down: tuple[int, ...]) -> tuple[int, ...]:
         return out_shape(x, down, self.window)
@@ -183,7 +130,10 @@ class _Down:
 
 @dataclass(frozen=True)
 class _Mixed:
-    """Of plain arrays."""
+    """As _Down."""
+
+    def __call__(self, x: Array, w1: Array) -> Array:
+        return mix_blocks(x, w1)
 
     def shape(self, x: tuple[int, ...], w1: tuple[int, ...]) -> tuple[int, ...]:
         return mixed_shape(x, w1)
@@ -236,9 +186,12 @@ class _Mixed:
 
 @dataclass(frozen=True)
 class _MixedDown:
-    """Of plain arrays."""
+    """As _Down."""
 
     window: Window
+
+    def __call__(self, x: Array, down: Array, w1: Array) -> Array:
+        return mixed_product(x, down, w1, self.window)
 
     def shape(self, x: tuple[int, ...], down: tuple[int, ...], w1: tuple[int, ...]):
         return mixed_shape(out_shape(x, down, self.window), w1)
@@ -280,6 +233,35 @@ class _MixedDown:
 
         ways: dict[str, Way] = {"inside": (few.seconds, run)}
         return _fastest(t, ways, lambda: mixed_seconds(t.x, down, w1))
+
+
+Kind = _Down | _Mixed | _MixedDown
+
+
+@dataclass(frozen=True)
+class Before:
+    """What makes x2 of x, and its factors, of the dtype of x or wide. See the functions below."""
+
+    kind: Kind
+    factors: tuple[Array, ...]
+
+    def __call__(self, x: Array) -> Array:
+        return self.kind(x, *self.factors)
+
+
+def by_down(down: Array, window: Window) -> Before:
+    """x * down, by a window.  down: (taps, IN, R)."""
+    return Before(_Down(window), (down,))
+
+
+def by_mix(w1: Array) -> Before:
+    """mix_blocks(x, w1).  w1: (L, M), of the dtype of x."""
+    return Before(_Mixed(), (w1,))
+
+
+def by_down_and_mix(down: Array, w1: Array, window: Window) -> Before:
+    """mixed_product(x, down, w1, window)."""
+    return Before(_MixedDown(window), (down, w1))
 
 
 def _and_none(made: tuple | None) -> Made | None:

@@ -15,7 +15,7 @@ from ..arrays import Array, like, on_gpu, require_same
 from ..errors import LycorisError, ShapeError
 from ..tape import Primitive, total_of, value_of
 from . import product_gpu
-from .before import Down, Mixed, MixedDown, Terms
+from .before import Before, Terms
 from .columns import column_sum
 from .elementwise import cast
 from .elementwise import scale as scaled
@@ -46,7 +46,7 @@ class Pending:
     add: Array | None
     scale: Array | None
     bias: Array | None = None
-    before: Down | Mixed | MixedDown | None = None
+    before: Before | None = None
 
     @property
     def operand(self) -> Array:
@@ -69,7 +69,7 @@ def pending(
     add: Change | None = None,
     scale: Array | None = None,
     bias: Array | None = None,
-    before: Down | Mixed | MixedDown | None = None,
+    before: Before | None = None,
 ) -> Pending:
     """A product for `extended` to take in; one that `add` still waits for is computed now. bias:
     (columns,) of the dtype of x, scaled too. before: what is done to x first.
