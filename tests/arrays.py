@@ -10,6 +10,11 @@ def drawn(rng, *shape, size=1.0):
     return (rng.standard_normal(shape) * size).astype(bf16).astype(np.float64)
 
 
+def on_gpu(*arrays):
+    """bf16 on the GPU; None stays."""
+    return [None if a is None else to_device(a.astype(bf16), "cuda:0") for a in arrays]
+
+
 def host(array):
     """An array of any device in f64."""
     return np.asarray(to_device(array, "cpu"), np.float64)

@@ -31,6 +31,15 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
 
 
+@pytest.fixture
+def on_hopper():
+    """Skips where another GPU, or none, would run a kernel of Hopper."""
+    from lycoris_cupy.ops.extended_gpu import hopper
+
+    if not hopper():
+        pytest.skip("the kernel is Hopper's")
+
+
 def pytest_collection_modifyitems(config, items):
     reason = gpu_missing()
     if reason:

@@ -9,9 +9,9 @@ from lycoris_cupy import bf16, ops, plan, to_device
 from lycoris_cupy.ops import before, counters, low_rank_back
 from lycoris_cupy.ops import extended_low_rank_gpu as module
 from lycoris_cupy.ops.before import by_down
-from lycoris_cupy.ops.extended_gpu import hopper
 from lycoris_cupy.ops.extended_low_rank_gpu import plan_low_rank
 from lycoris_cupy.tape import Tape
+from tests.arrays import drawn, host, on_gpu
 from tests.bounds import assert_within, bound
 
 SCALE = np.array([0.703125], np.float32)
@@ -33,39 +33,21 @@ def low_rank(x, w, down, up, *, scale, bias):
     return module.low_rank(x, w, down, up, planned, scale=scale, bias=bias)
 
 
-def draw(rng, *shape):
-    return rng.standard_normal(shape, np.float32).astype(bf16).astype(np.float64)
-
-
-def on_gpu(*arrays):
-    return [None if a is None else to_device(a.astype(bf16), "cuda:0") for a in arrays]
-
-
-def wide(array):
-    return to_device(array, "cpu").astype(np.float64)
-
-
-@pytest.fixture
-def on_hopper():
-    if not hopper():
-        pytest.skip("the kernel is Hopper's")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("terms", ["", "scale", "scale bias"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_against_f64(size, terms, on_hopper):
     positions, inputs, ranks, outputs = size
     rng = np.random.default_rng(size)
-    x, w = draw(rng, positions, inputs), draw(rng, inputs, outputs)
-    down, up = draw(rng, inputs, ranks), draw(rng, ranks, outputs)
-    bias = draw(rng, outputs) if "bias" in terms else None
+    x, w = drawn(rng, positions, inputs), drawn(rng, inputs, outputs)
+    down, up = drawn(rng, inputs, ranks), drawn(rng, ranks, outputs)
+    bias = drawn(rng, outputs) if "bias" in terms else None
     scale, factor = (to_device(SCALE, "cuda:0"), SCALE[0]) if terms else (None, 1.0)
     arrays = on_gpu(x, w[None], down[None], up[None], bias)
     runs = [low_rank(*arrays[:4], scale=scale, bias=arrays[4]) for _ in range(3)]
-    y, h = map(wide, runs[0])
+    y, h = map(host, runs[0])
     for more in runs[1:]:
-        assert all((wide(a) == b).all() for a, b in zip(more, (y, h), strict=True))
+        assert all((host(a) == b).all() for a, b in zip(more, (y, h), strict=True))
     first, size_of_h = x @ down, abs(x) @ abs(down)
     limit = bound(first, size_of_h, inputs, bf16)
     assert_within(h, first, limit, "h")
@@ -76,7 +58,7 @@ def test_against_f64(size, terms, on_hopper):
     size_of_y += 0 if bias is None else abs(bias)
     limit = bound(expected, size_of_y, inputs + ranks + 3, bf16) + rounded
     assert_within(y, expected, limit, "y")
-    assert not wide(counters.counters().view(np.int32)).any()
+    assert not host(counters.counters().view(np.int32)).any()
 
 
 @pytest.mark.gpu
@@ -86,23 +68,23 @@ def test_input_gradient_against_f64(size, scaled, on_hopper):
     """positions, outputs, ranks, inputs: the columns are the inputs here."""
     positions, outputs, ranks, inputs = size
     rng = np.random.default_rng([*size, 1])
-    g, w = draw(rng, positions, outputs), draw(rng, inputs, outputs)
-    down, up = draw(rng, inputs, ranks), draw(rng, ranks, outputs)
+    g, w = drawn(rng, positions, outputs), drawn(rng, inputs, outputs)
+    down, up = drawn(rng, inputs, ranks), drawn(rng, ranks, outputs)
     scale, factor = (to_device(SCALE, "cuda:0"), SCALE[0]) if scaled else (None, 1.0)
     flat = ops.Window()
     on = on_gpu(g, w[None], down[None], up[None])
     planned = module.low_rank_dx_plan(*on[:2], flat, on[2], flat, on[3], flat)
     runs = [module.low_rank_dx(*on, planned, scale=scale) for _ in range(3)]
-    dx, dh = map(wide, runs[0])
+    dx, dh = map(host, runs[0])
     for more in runs[1:]:
-        assert all((wide(a) == b).all() for a, b in zip(more, (dx, dh), strict=True))
+        assert all((host(a) == b).all() for a, b in zip(more, (dx, dh), strict=True))
     first, size_of_dh = factor * g @ up.T, factor * abs(g) @ abs(up).T
     limit = bound(first, size_of_dh, outputs + 1, bf16)
     assert_within(dh, first, limit, "dh")
     expected, size_of_dx = g @ w.T + first @ down.T, abs(g) @ abs(w).T + size_of_dh @ abs(down).T
     rounded = limit @ abs(down).T
     assert_within(dx, expected, bound(expected, size_of_dx, outputs + ranks + 2, bf16) + rounded)
-    assert not wide(counters.counters().view(np.int32)).any()
+    assert not host(counters.counters().view(np.int32)).any()
 
 
 @pytest.mark.gpu
@@ -113,8 +95,8 @@ def test_a_layer_takes_it_and_its_gradients_are_the_same(shape, last, on_hopper,
     last: of the gradients, what is asked for."""
     rng = np.random.default_rng(0)
     x, w, down, up = on_gpu(
-        draw(rng, *shape), draw(rng, 1, shape[-1], 3072), draw(rng, 1, shape[-1], 16),
-        draw(rng, 1, 16, 3072),
+        drawn(rng, *shape), drawn(rng, 1, shape[-1], 3072), drawn(rng, 1, shape[-1], 16),
+        drawn(rng, 1, 16, 3072),
     )  # fmt: skip
     window = ops.Window.of((1, 1)) if len(shape) == 4 else ops.Window()
     scale = to_device(SCALE, "cuda:0")
@@ -132,7 +114,7 @@ def test_a_layer_takes_it_and_its_gradients_are_the_same(shape, last, on_hopper,
         with plan.recording() as back:
             found = dict(zip(order, tape.gradients(y, g, order), strict=True))
         ways = choices[0].way, back[0].way
-        return ways, [wide(a) for a in (y.value, *(found[v] for v in watched))]
+        return ways, [host(a) for a in (y.value, *(found[v] for v in watched))]
 
     way, found = step()
     monkeypatch.setattr(before, "low_rank_plan", lambda *arrays: None)
@@ -149,7 +131,7 @@ def test_what_is_not_a_number_stays_in_its_row(on_hopper):
     x = np.ones((400, 72))
     x[399, 71], x[3, 0] = np.nan, np.inf
     ones = (np.ones((1, *shape)) for shape in ((72, 400), (72, 8), (8, 400)))
-    y, h = map(wide, low_rank(*on_gpu(x, *ones), scale=None, bias=None))
+    y, h = map(host, low_rank(*on_gpu(x, *ones), scale=None, bias=None))
     for a, value in ((h, 72), (y, 72 + 8 * 72)):
         assert np.isnan(a[399]).all() and np.isinf(a[3]).all()
         assert (np.delete(a, [3, 399], axis=0) == np.float64(np.float32(value).astype(bf16))).all()
@@ -162,9 +144,9 @@ def test_graphs_and_streams_have_flags_of_their_own(on_hopper):
 
     rng = np.random.default_rng(5)
     arrays = on_gpu(
-        draw(rng, 1536, 512), *(draw(rng, 1, *s) for s in ((512, 768), (512, 16), (16, 768)))
+        drawn(rng, 1536, 512), *(drawn(rng, 1, *s) for s in ((512, 768), (512, 16), (16, 768)))
     )
-    expected = wide(low_rank(*arrays, scale=None, bias=None)[0])
+    expected = host(low_rank(*arrays, scale=None, bias=None)[0])
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
     cupy.cuda.Device().synchronize()
     found = []
@@ -183,7 +165,7 @@ def test_graphs_and_streams_have_flags_of_their_own(on_hopper):
         for graph, stream in zip(graphs, (streams[0], cold), strict=True):
             graph.launch(stream)
     cupy.cuda.Device().synchronize()
-    assert all((wide(y) == expected).all() for y in found)
+    assert all((host(y) == expected).all() for y in found)
 
 
 def test_plan():

@@ -8,11 +8,11 @@ import pytest
 from lycoris_cupy import bf16, ops, plan, to_device
 from lycoris_cupy.ops import before, counters
 from lycoris_cupy.ops.before import by_mix
-from lycoris_cupy.ops.extended_gpu import hopper
 from lycoris_cupy.ops.extended_mixed_gpu import mixed, mixed_plan, plan_mixed
 from lycoris_cupy.ops.kron import _mix_blocks
 from lycoris_cupy.ops.window import Window
 from lycoris_cupy.tape import Tape
+from tests.arrays import drawn, host, on_gpu
 from tests.bounds import assert_within, bound
 
 FLAT = Window()
@@ -26,24 +26,6 @@ SIZES = [
 ]  # fmt: skip
 
 
-def draw(rng, *shape):
-    return rng.standard_normal(shape, np.float32).astype(bf16).astype(np.float64)
-
-
-def on_gpu(*arrays):
-    return [None if a is None else to_device(a.astype(bf16), "cuda:0") for a in arrays]
-
-
-def wide(array):
-    return to_device(array, "cpu").astype(np.float64)
-
-
-@pytest.fixture
-def on_hopper():
-    if not hopper():
-        pytest.skip("the kernel is Hopper's")
-
-
 def blocks_of(array, count):
     return array.reshape(len(array), count, -1)
 
@@ -54,9 +36,9 @@ def blocks_of(array, count):
 def test_against_f64(size, terms, on_hopper):
     positions, (rows, blocks), (n, k) = size
     rng = np.random.default_rng([positions, rows, blocks, n, k])
-    x, w = draw(rng, positions, blocks * n), draw(rng, blocks * n, rows * k)
-    w1, w2 = draw(rng, rows, blocks), draw(rng, n, k)
-    bias = draw(rng, rows * k) if "bias" in terms else None
+    x, w = drawn(rng, positions, blocks * n), drawn(rng, blocks * n, rows * k)
+    w1, w2 = drawn(rng, rows, blocks), drawn(rng, n, k)
+    bias = drawn(rng, rows * k) if "bias" in terms else None
     scale, factor = (to_device(SCALE, "cuda:0"), SCALE[0]) if terms else (None, 1.0)
     on = on_gpu(x, w[None], w1, w2[None], bias)
     other = FLAT.grouped(rows, shared=True)
@@ -67,8 +49,8 @@ def test_against_f64(size, terms, on_hopper):
         for keep in (True, False, True)
     ]
     assert runs[1][1] is None
-    y, x2 = map(wide, runs[0])
-    assert (wide(runs[2][1]) == x2).all() and all((wide(run[0]) == y).all() for run in runs)
+    y, x2 = map(host, runs[0])
+    assert (host(runs[2][1]) == x2).all() and all((host(run[0]) == y).all() for run in runs)
     first = np.einsum("lm,pmn->pln", w1, blocks_of(x, blocks)).reshape(positions, -1)
     size_of_x2 = np.einsum("lm,pmn->pln", abs(w1), blocks_of(abs(x), blocks)).reshape(positions, -1)
     assert_within(x2, first, bound(first, size_of_x2, blocks, bf16), "x2")
@@ -83,18 +65,18 @@ def test_against_f64(size, terms, on_hopper):
     size_of_y += 0 if bias is None else abs(bias)
     limit = bound(expected, size_of_y, blocks * n + n + 3, bf16) + rounded
     assert_within(y, expected, limit, "y")
-    assert not wide(counters.counters().view(np.int32)).any()
+    assert not host(counters.counters().view(np.int32)).any()
 
 
 @pytest.mark.gpu
 def test_x2_is_what_a_mix_by_itself_gives(on_hopper):
     rng = np.random.default_rng(3)
     x, w, w1, w2 = on_gpu(
-        *(draw(rng, *s) for s in ((700, 384), (1, 384, 1536), (8, 8), (1, 48, 192)))
+        *(drawn(rng, *s) for s in ((700, 384), (1, 384, 1536), (8, 8), (1, 48, 192)))
     )
     planned = mixed_plan(x, w, FLAT, w1, w2, FLAT.grouped(8, shared=True), None, None, None)
     _, x2 = mixed(x, w, w1, w2, planned, scale=None, bias=None, keep=True, out=None)
-    assert (wide(x2) == wide(_mix_blocks(x, w1, turned=False))).all()
+    assert (host(x2) == host(_mix_blocks(x, w1, turned=False))).all()
 
 
 @pytest.mark.gpu
@@ -102,7 +84,7 @@ def test_x2_is_what_a_mix_by_itself_gives(on_hopper):
 def test_a_layer_takes_it_and_its_gradients_are_the_same(shape, on_hopper, monkeypatch):
     rng = np.random.default_rng(0)
     x, w, w1, w2 = on_gpu(
-        draw(rng, *shape), draw(rng, 1, 1536, 3072), draw(rng, 8, 8), draw(rng, 1, 192, 384)
+        drawn(rng, *shape), drawn(rng, 1, 1536, 3072), drawn(rng, 8, 8), drawn(rng, 1, 192, 384)
     )
     window = Window.of((1, 1)) if len(shape) == 4 else FLAT
     other, scale = window.grouped(8, shared=True), to_device(SCALE, "cuda:0")
@@ -116,7 +98,7 @@ def test_a_layer_takes_it_and_its_gradients_are_the_same(shape, on_hopper, monke
             )
             y = ops.extended(watched[0], w, window, change)
         g = to_device(np.ones(y.shape, bf16), "cuda:0")
-        return choices[0].way, [wide(a) for a in (y.value, *tape.gradients(y, g, watched))]
+        return choices[0].way, [host(a) for a in (y.value, *tape.gradients(y, g, watched))]
 
     way, found = step()
     monkeypatch.setattr(before, "mixed_plan", lambda *arrays: None)
@@ -133,7 +115,7 @@ def test_what_is_not_a_number_stays_in_its_row(on_hopper):
     on = on_gpu(x, np.ones((1, 144, 384)), np.ones((2, 2)), np.ones((1, 72, 192)))
     planned = mixed_plan(*on[:2], FLAT, *on[2:], FLAT.grouped(2, shared=True), None, None, None)
     y, x2 = mixed(*on, planned, scale=None, bias=None, keep=True, out=None)
-    y, x2 = wide(y), wide(x2)
+    y, x2 = host(y), host(x2)
     # Infinity times a zero behind the last channel of a block of 72, where the next block follows.
     assert np.isnan(y[399]).all() and not np.isfinite(y[3]).any() and np.isnan(x2[399]).sum() == 2
     rest = np.delete(y, [3, 399], axis=0)

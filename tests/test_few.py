@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lycoris_cupy import bf16, to_device
-from lycoris_cupy.ops import counters, extended_gpu, few_gpu, few_mixed_gpu, kron
+from lycoris_cupy.ops import counters, few_gpu, few_mixed_gpu, kron
 from lycoris_cupy.ops.window import Window
 from tests.bounds import assert_within, bound
 
@@ -43,12 +43,6 @@ def cluster(request, monkeypatch):
     yield request.param
     for made in plans:
         made.cache_clear()
-
-
-@pytest.fixture
-def on_hopper():
-    if not extended_gpu.hopper():
-        pytest.skip("not a Hopper GPU")
 
 
 def draw(rng, *shape):

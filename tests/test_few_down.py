@@ -14,7 +14,7 @@ from lycoris_cupy.kernels import Kernel
 from lycoris_cupy.ops import counters, few_mixed_gpu
 from tests.bounds import assert_within, bound
 from tests.dry_gpu import Array, dry_gpu
-from tests.test_few import FLAT, SCALE, cluster, draw, on_hopper, wide  # noqa: F401
+from tests.test_few import FLAT, SCALE, cluster, draw, wide  # noqa: F401
 from tests.test_held import adapted, on_device, step
 
 SIDES = [(8, 8), (2, 5), (4, 16)]

@@ -11,6 +11,7 @@ from lycoris_cupy import bf16, to_device
 from lycoris_cupy.ops import conv_cpu, extended_gpu, skinny_gpu
 from lycoris_cupy.ops.extended_gpu import Extra
 from lycoris_cupy.ops.window import Window
+from tests.arrays import host, on_gpu
 from tests.bounds import assert_within, bound
 
 FLAT, ONE = Window(), Window.of((1, 1))
@@ -58,14 +59,6 @@ def times(x, w, window=FLAT):
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def on_gpu(*arrays):
-    return [None if a is None else to_device(a.astype(bf16), "cuda:0") for a in arrays]
-
-
-def wide(array):
-    return to_device(array, "cpu").astype(np.float64)
-
-
 def added(rng, terms, positions, columns):
     """What stands beside two products, as far as terms name it: add, bias, bias2."""
     shapes = {"add": (positions, columns), "bias": (columns,), "bias2": (columns,)}
@@ -81,6 +74,25 @@ def totals(own, second, add, bias, bias2):
         if more is not None:
             y, size = y + more, size + abs(more)
     return y, size
+
+
+def only(monkeypatch, *plans):
+    """only(variant): this one is taken wherever it is listed, the best one of other lists; all of
+    the best with None. The plans that are kept are let go, and again after the last."""
+    choose = skinny_gpu._choose
+
+    def clear(variant=None):
+        if variant is not None:  # the plan of a product apart, which is asked for too, stays
+            monkeypatch.setattr(
+                skinny_gpu,
+                "_choose",
+                lambda size, of: variant if variant in of else choose(size, of),
+            )
+        for made in plans:
+            made.cache_clear()
+
+    yield clear
+    clear()
 
 
 @pytest.fixture(params=[None, *skinny_gpu.VARIANTS], ids=str)
@@ -126,7 +138,7 @@ def test_forward(name, variant):
     x, w, add, bias = on_gpu(x, w, add, bias)
     assert extended_gpu.takes(x, w, add, bias)
     run = skinny_gpu.skinny_forward
-    out = [wide(run(x, w, window, extra=extra, scale=scale, add=add, bias=bias)) for _ in range(3)]
+    out = [host(run(x, w, window, extra=extra, scale=scale, add=add, bias=bias)) for _ in range(3)]
     assert (out[0] == out[1]).all() and (out[0] == out[2]).all()
     assert_within(out[0], y, bound(y, size, depth, bf16), name)
 
@@ -154,7 +166,7 @@ def test_backward(name, variant):
     scale = to_device(SCALE, "cuda:0") if "scale" in terms else None
     g, w, add = on_gpu(g, w, add)
     window = ONE if len(shape) == 4 else FLAT
-    out = wide(skinny_gpu.skinny_dx(g, w, window, extra=extra, scale=scale, add=add))
+    out = host(skinny_gpu.skinny_dx(g, w, window, extra=extra, scale=scale, add=add))
     assert_within(out, dx, bound(dx, size, depth, bf16), name)
 
 
@@ -172,8 +184,8 @@ def test_blocks_that_share_w(positions, variant):
     x, w, g, add = on_gpu(x, w, g, add)
     none = {"extra": None, "scale": None, "add": None, "bias": None}
     assert_within(
-        wide(skinny_gpu.skinny_forward(x, w, window, **none)), y, bound(y, size, 72, bf16)
+        host(skinny_gpu.skinny_forward(x, w, window, **none)), y, bound(y, size, 72, bf16)
     )
     scale = to_device(SCALE, "cuda:0")
-    out = wide(skinny_gpu.skinny_dx(g, w, window, extra=None, scale=scale, add=add))
+    out = host(skinny_gpu.skinny_dx(g, w, window, extra=None, scale=scale, add=add))
     assert_within(out, dx, bound(dx, dx_size, 18, bf16))

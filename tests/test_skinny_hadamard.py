@@ -11,9 +11,10 @@ import pytest
 from lycoris_cupy import bf16, to_device
 from lycoris_cupy.ops import skinny_hadamard_gpu as hadamard
 from lycoris_cupy.ops.extended_gpu import hopper
+from tests.arrays import host, on_gpu
 from tests.bounds import ROUNDING, assert_within, bound
 from tests.dry_gpu import dry_gpu
-from tests.test_skinny import SCALE, draw, on_gpu, wide
+from tests.test_skinny import SCALE, draw
 
 # x, columns, rank, terms. Tails in rows, columns and channels; more steps than a ring has stages,
 # fewer than a cluster has blocks.
@@ -74,7 +75,7 @@ def check(name, shape, turned, case, run):
             y, size = y + more, size + abs(more)
     scale = to_device(SCALE, "cuda:0") if "scale" in terms else None
     on = on_gpu(x, w, *factors, add, bias)
-    out = [wide(run(*on[:2], on[2:6], scale, *on[6:])) for _ in range(3)]
+    out = [host(run(*on[:2], on[2:6], scale, *on[6:])) for _ in range(3)]
     assert (out[0] == out[1]).all() and (out[0] == out[2]).all()
     limit = bound(y, size, 2 * shape[-1] + 2 * rank + 6, bf16) + rounded
     assert_within(out[0], y, limit, name)
@@ -111,7 +112,7 @@ def test_the_change_is_rounded_by_itself(variant):
     d1, d2, u = np.zeros((1, 256, 8)), np.ones((1, 256, 8)), np.full((1, 8, 144), 0.0625)
     d1[:, :128, 0] = 2
     on = on_gpu(x, w, d1, u, d2, u)
-    assert (wide(forward(*on[:2], on[2:], None, None, None)) == 128 * 0.0625).all()
+    assert (host(forward(*on[:2], on[2:], None, None, None)) == 128 * 0.0625).all()
 
 
 @pytest.mark.gpu
@@ -120,10 +121,10 @@ def test_what_is_added_may_be_where_the_result_goes(variant):
     w, factors = drawn(rng, 200, 136, 16)
     x, w, *factors, add = on_gpu(draw(rng, (70, 200)), w, *factors, draw(rng, (70, 136)))
     planned, _ = hadamard.hadamard_plans(x, w, *factors, add)
-    expected = wide(forward(x, w, factors, None, add, None))
+    expected = host(forward(x, w, factors, None, add, None))
     more = {"scale": None, "add": add, "bias": None}
     assert hadamard.hadamard_forward(x, w, factors, planned, **more, out=add) is add
-    assert (wide(add) == expected).all()
+    assert (host(add) == expected).all()
 
 
 @pytest.mark.gpu
@@ -131,7 +132,7 @@ def test_what_is_not_a_number_stays_in_its_row(variant):
     x = np.ones((50, 136))
     x[49, 71], x[3, 0] = np.nan, np.inf
     on = on_gpu(x, *(np.ones(s) for s in ((1, 136, 200), *((1, 136, 8), (1, 8, 200)) * 2)))
-    y = wide(forward(*on[:2], on[2:], None, None, None))
+    y = host(forward(*on[:2], on[2:], None, None, None))
     assert np.isnan(y[49]).all() and not np.isfinite(y[3]).any()
     rest = np.delete(y, [3, 49], axis=0)
     assert (rest == np.float64(np.float32(136 * 65).astype(bf16))).all()

@@ -10,13 +10,14 @@ from lycoris_cupy.adapters.locon import LoCon
 from lycoris_cupy.adapters.lokr import LoKr
 from lycoris_cupy.attachment import Attachment
 from lycoris_cupy.ops import skinny_gpu
-from lycoris_cupy.ops.extended_gpu import Extra, hopper
+from lycoris_cupy.ops.extended_gpu import Extra
 from lycoris_cupy.ops.extended_plan import Second
 from lycoris_cupy.ops.kron import _mix_blocks
 from lycoris_cupy.ops.window import Window
+from tests.arrays import host, on_gpu
 from tests.bounds import assert_within, bound
 from tests.dry_gpu import dry_gpu
-from tests.test_skinny import FLAT, SCALE, added, draw, on_gpu, times, totals, wide
+from tests.test_skinny import FLAT, SCALE, added, draw, only, times, totals
 
 # L, M, N, K of w1 (L, M) and w2 (N, K). Slices of less than 64 channels and several, strips that end
 # with a block of 8, 136 or 200 columns, more blocks of x than of y and fewer.
@@ -31,25 +32,9 @@ SPLITS = {
 
 
 @pytest.fixture
-def taken(monkeypatch):
-    """taken(variant): only this one is, if it is not None."""
-    if not hopper():
-        pytest.skip("not a Hopper GPU")
+def taken(monkeypatch, on_hopper):
     plans = skinny_gpu._plan, skinny_gpu._plan_mixed, skinny_gpu._plan_low_rank
-    choose = skinny_gpu._choose
-
-    def clear(variant=None):
-        if variant is not None:  # the plan of a product apart, which is asked for too, stays
-
-            def only(size, variants):
-                return variant if variant in variants else choose(size, variants)
-
-            monkeypatch.setattr(skinny_gpu, "_choose", only)
-        for made in plans:
-            made.cache_clear()
-
-    yield clear
-    clear()
+    yield from only(monkeypatch, *plans)
 
 
 def check(split, positions, terms, name):
@@ -70,9 +55,9 @@ def check(split, positions, terms, name):
         )
         for keep in (True, False, True)
     ]
-    x2 = wide(_mix_blocks(on["x"], on["w1"], turned=False))
-    assert ran[1][1] is None and all((wide(ran[i][1]) == x2).all() for i in (0, 2))
-    out = [wide(y) for y, _ in ran]
+    x2 = host(_mix_blocks(on["x"], on["w1"], turned=False))
+    assert ran[1][1] is None and all((host(ran[i][1]) == x2).all() for i in (0, 2))
+    out = [host(y) for y, _ in ran]
     assert (out[0] == out[1]).all() and (out[0] == out[2]).all()
     own = times(x, w), times(abs(x), abs(w))
     second = times(x2, w2, other), times(abs(x2), abs(w2), other)
@@ -110,9 +95,9 @@ def check_low_rank(positions, inputs, rank, columns, terms):
         for keep in (True, False, True)
     ]
     x2, x2_size = times(x, down), times(abs(x), abs(down))
-    assert ran[1][1] is None and (wide(ran[0][1]) == wide(ran[2][1])).all()
-    assert_within(wide(ran[0][1]), x2, bound(x2, x2_size, inputs, bf16), "x2")
-    out = [wide(y) for y, _ in ran]
+    assert ran[1][1] is None and (host(ran[0][1]) == host(ran[2][1])).all()
+    assert_within(host(ran[0][1]), x2, bound(x2, x2_size, inputs, bf16), "x2")
+    out = [host(y) for y, _ in ran]
     assert (out[0] == out[1]).all() and (out[0] == out[2]).all()
     # x2 is not rounded on the way, but for 2^-16 of each part of it: less than a bf16's rounding.
     own = times(x, w), times(abs(x), abs(w))

@@ -13,12 +13,13 @@ from lycoris_cupy import bf16, ops, plan, to_device
 from lycoris_cupy.ops import before, skinny_gpu
 from lycoris_cupy.ops import skinny_mixed_down_gpu as inside
 from lycoris_cupy.ops.before import by_down_and_mix
-from lycoris_cupy.ops.extended_gpu import Extra, hopper
+from lycoris_cupy.ops.extended_gpu import Extra
 from lycoris_cupy.ops.extended_plan import Second
 from lycoris_cupy.ops.window import Window
 from lycoris_cupy.tape import Tape
+from tests.arrays import host, on_gpu
 from tests.bounds import assert_within, bound
-from tests.test_skinny import FLAT, SCALE, added, draw, on_gpu, times, totals, wide
+from tests.test_skinny import FLAT, SCALE, added, draw, only, times, totals
 
 # L, M, N, K, ranks: blocks of x of less than 64 channels, whole steps of them and a tail; strips that
 # end with a block of 40 or 200 columns; fewer blocks of x than a cluster has, and more than it divides.
@@ -39,28 +40,11 @@ SOME = {name: CASES[name] for name in list(CASES)[::7]} | TAILS
 
 @pytest.fixture
 def planning(monkeypatch):
-    """planning(variant): only this one is taken, if it is not None."""
-    choose = skinny_gpu._choose
-
-    def clear(variant=None):
-        if variant is not None:  # the plan of a product apart, which is asked for too, stays
-
-            def only(size, variants):
-                return variant if variant in variants else choose(size, variants)
-
-            monkeypatch.setattr(skinny_gpu, "_choose", only)
-        skinny_gpu._plan.cache_clear()
-        inside._plan_mixed_down.cache_clear()
-
-    yield clear
-    clear()
+    yield from only(monkeypatch, skinny_gpu._plan, inside._plan_mixed_down)
 
 
 @pytest.fixture
-def taken(planning):
-    """The same, where the kernel runs."""
-    if not hopper():
-        pytest.skip("not a Hopper GPU")
+def taken(planning, on_hopper):
     return planning
 
 
@@ -85,10 +69,10 @@ def check(case, positions, terms, name):
         inside.skinny_mixed_down(*on[:4], planned, extra, add=more[0], bias=more[1], keep=keep)
         for keep in (True, False, True)
     ]
-    out = [wide(y) for y, _ in ran]
+    out = [host(y) for y, _ in ran]
     assert (out[0] == out[1]).all() and (out[0] == out[2]).all() and ran[1][1] is None
-    x2, inner = map(wide, ran[0][1])
-    assert all((a == wide(b)).all() for a, b in zip((x2, inner), ran[2][1], strict=True))
+    x2, inner = map(host, ran[0][1])
+    assert all((a == host(b)).all() for a, b in zip((x2, inner), ran[2][1], strict=True))
     exact, size = times(x, down, walk), times(abs(x), abs(down), walk)
     assert_within(inner, exact, bound(exact, size, n, bf16), f"inner, {name}")
     # The rest is made of the rounded inner. x2 is not rounded on the way, but for 2^-16 of each part
@@ -150,7 +134,7 @@ def test_gradients_are_those_of_two_launches(shape, taken, monkeypatch):
             )
             y = ops.extended(watched[0], w, window, change)
         g = to_device(np.ones(y.shape, bf16), "cuda:0")
-        return choices[0].way, [wide(a) for a in (y.value, *tape.gradients(y, g, watched))]
+        return choices[0].way, [host(a) for a in (y.value, *tape.gradients(y, g, watched))]
 
     way, found = step()
     monkeypatch.setattr(before, "mixed_down_plan", lambda *arrays: None)
@@ -170,7 +154,7 @@ def test_what_is_not_a_number_stays_in_its_row(taken):
     planned = inside.mixed_down_plan(on[0], on[1], FLAT, *on[2:], other)
     extra = Extra(on[0], on[4], other, None)
     y, _ = inside.skinny_mixed_down(*on[:4], planned, extra, add=None, bias=None, keep=True)
-    y = wide(y)
+    y = host(y)
     assert np.isnan(y[49]).all() and not np.isfinite(y[3]).any()
     rest = np.delete(y, [3, 49], axis=0)
     assert (rest == np.float64(np.float32(288 + 8 * 288).astype(bf16))).all()

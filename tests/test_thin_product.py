@@ -5,7 +5,6 @@ import pytest
 
 from lycoris_cupy import bf16, ops, plan, to_device
 from lycoris_cupy.ops import product_ways
-from lycoris_cupy.ops.extended_gpu import hopper
 from lycoris_cupy.ops.thin_product_gpu import _SHARED, plan_thin, thin_product
 from lycoris_cupy.ops.window import Window
 from tests.bounds import assert_within, bound
@@ -23,12 +22,6 @@ SIZES = [
 
 def draw(rng, *shape):
     return rng.standard_normal(shape, np.float32).astype(bf16).astype(np.float64)
-
-
-@pytest.fixture
-def on_hopper():
-    if not hopper():
-        pytest.skip("the kernel is Hopper's")
 
 
 @pytest.mark.gpu
