@@ -207,35 +207,20 @@ INLINE void wgmma_own(float* d, const unsigned (&a)[4], unsigned long long b);
 #define IN96 IN80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
 // COUNT: registers a thread, N / 2. A, B: the numbers of the descriptors among the asm's operands, COUNT and COUNT + 1.
-#define DEFINE_WGMMA(N, COUNT, A, B)                                                         \
-  template <>                                                                                \
-  INLINE void wgmma<N, false>(float* d, unsigned long long a, unsigned long long b) {        \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT \
-                 "}, %" TEXT(A) ", %" TEXT(B) ", 1, 1, 1, 0, 0;"                             \
-                 : OUT##COUNT                                                                \
-                 : "l"(a), "l"(b));                                                          \
-  }                                                                                          \
-  template <>                                                                                \
-  INLINE void wgmma<N, true>(float* d, unsigned long long a, unsigned long long b) {         \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT \
-                 "}, %" TEXT(A) ", %" TEXT(B) ", 1, 1, 1, 0, 1;"                             \
-                 : OUT##COUNT                                                                \
-                 : "l"(a), "l"(b));                                                          \
-  }                                                                                          \
-  template <>                                                                                \
-  INLINE void wgmma_turned<N>(float* d, unsigned long long a, unsigned long long b) {        \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT \
-                 "}, %" TEXT(A) ", %" TEXT(B) ", 1, 1, 1, 1, 1;"                             \
-                 : OUT##COUNT                                                                \
-                 : "l"(a), "l"(b));                                                          \
-  }                                                                                          \
-  template <>                                                                                \
-  INLINE void wgmma_turned<N, false>(float* d, unsigned long long a, unsigned long long b) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT \
-                 "}, %" TEXT(A) ", %" TEXT(B) ", 1, 1, 1, 1, 0;"                             \
-                 : OUT##COUNT                                                                \
-                 : "l"(a), "l"(b));                                                          \
+// TURNED, ALONG_N: 0 or 1.
+#define DEFINE_ONE(NAME, TURNED, N, ALONG_N, COUNT, A, B)                                       \
+  template <>                                                                                   \
+  INLINE void NAME<N, ALONG_N>(float* d, unsigned long long a, unsigned long long b) {          \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT    \
+                 "}, %" TEXT(A) ", %" TEXT(B) ", 1, 1, 1, " TEXT(TURNED) ", " TEXT(ALONG_N) ";" \
+                 : OUT##COUNT                                                                   \
+                 : "l"(a), "l"(b));                                                             \
   }
+#define DEFINE_WGMMA(N, COUNT, A, B)             \
+  DEFINE_ONE(wgmma, 0, N, 0, COUNT, A, B)        \
+  DEFINE_ONE(wgmma, 0, N, 1, COUNT, A, B)        \
+  DEFINE_ONE(wgmma_turned, 1, N, 0, COUNT, A, B) \
+  DEFINE_ONE(wgmma_turned, 1, N, 1, COUNT, A, B)
 DEFINE_WGMMA(16, 8, 8, 9)
 DEFINE_WGMMA(40, 20, 20, 21)
 DEFINE_WGMMA(64, 32, 32, 33)
@@ -247,20 +232,14 @@ DEFINE_WGMMA(160, 80, 80, 81)
 DEFINE_WGMMA(192, 96, 96, 97)
 
 // COUNT, A, B: as above; A, A1, A2, A3: the numbers of a's registers among the asm's operands, B of the descriptor.
-#define DEFINE_WGMMA_OWN(N, COUNT, A, A1, A2, A3, B)                                                         \
-  template <>                                                                                                \
-  INLINE void wgmma_own<N>(float* d, const unsigned (&a)[4], unsigned long long b) {                         \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT                 \
-                 "}, {%" TEXT(A) ", %" TEXT(A1) ", %" TEXT(A2) ", %" TEXT(A3) "}, %" TEXT(B) ", 1, 1, 1, 1;" \
-                 : OUT##COUNT                                                                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                      \
-  }                                                                                                          \
-  template <>                                                                                                \
-  INLINE void wgmma_own<N, false>(float* d, const unsigned (&a)[4], unsigned long long b) {                  \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT                 \
-                 "}, {%" TEXT(A) ", %" TEXT(A1) ", %" TEXT(A2) ", %" TEXT(A3) "}, %" TEXT(B) ", 1, 1, 1, 0;" \
-                 : OUT##COUNT                                                                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                      \
+#define DEFINE_ONE_OWN(N, ALONG_N, COUNT, A, A1, A2, A3, B)                                                         \
+  template <>                                                                                                       \
+  INLINE void wgmma_own<N, ALONG_N>(float* d, const unsigned (&a)[4], unsigned long long b) {                       \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(N) "k16.f32.bf16.bf16 {" IN##COUNT "}, {%" TEXT(          \
+                     A) ", %" TEXT(A1) ", %" TEXT(A2) ", %" TEXT(A3) "}, %" TEXT(B) ", 1, 1, 1, " TEXT(ALONG_N) ";" \
+                 : OUT##COUNT                                                                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                             \
   }
+#define DEFINE_WGMMA_OWN(N, ...) DEFINE_ONE_OWN(N, 0, __VA_ARGS__) DEFINE_ONE_OWN(N, 1, __VA_ARGS__)
 DEFINE_WGMMA_OWN(64, 32, 32, 33, 34, 35, 36)
 DEFINE_WGMMA_OWN(128, 64, 64, 65, 66, 67, 68)
