@@ -11,9 +11,9 @@ import numpy as np
 
 from .arrays import Array, require_float, require_same, to_device
 from .errors import ShapeError
-from .ops.extended import Change, Pending, extended
-from .ops.hadamard_product import PendingHadamard
+from .ops.extended import Change, extended
 from .ops.product import product
+from .ops.waiting import Waiting
 from .ops.window import Window
 
 
@@ -118,7 +118,7 @@ class Layer:
         the change is read nowhere else, and may be where the output is written.
         """
         more = {"bias": self.bias, "spend": spend}
-        if isinstance(change, Pending | PendingHadamard):
+        if isinstance(change, Waiting):
             return extended(x, self.matrix, self.window, change, c=c, **more)
         return product(x, self.matrix, self.window, add=change, **more)
 

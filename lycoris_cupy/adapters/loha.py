@@ -20,7 +20,7 @@ from ..errors import FileFormatError, ShapeError
 from ..layers import Layer, LayerShape
 from ..ops.changed import hadamard_changed
 from ..ops.elementwise import cast
-from ..ops.extended import Pending, ready
+from ..ops.extended import Change, Pending, ready
 from ..ops.hadamard import face_split, hadamard_weight
 from ..ops.hadamard_product import PendingHadamard, waits
 from ..ops.low_rank import fold_core
@@ -113,7 +113,7 @@ class LoHa(Adapter):
         p: Parameters,
         scale: Array,
         columns: Array | None = None,
-    ) -> Array | Pending | PendingHadamard:
+    ) -> Change:
         if self.route == "delta":
             return super().apply(change, layer, x, p, scale, columns)
 
@@ -123,7 +123,7 @@ class LoHa(Adapter):
         if self.tucker or columns is not None or not waits(x, self.rank, layer.window):
             return factored()
         change = ready(change)
-        factors = tuple(cast(p[name], x.dtype) for name in ("w1_down", "w1_up", "w2_down", "w2_up"))
+        factors = tuple(p[name] for name in ("w1_down", "w1_up", "w2_down", "w2_up"))
         return PendingHadamard(x, factors, change, scale, factored)
 
     @classmethod

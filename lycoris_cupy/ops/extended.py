@@ -19,7 +19,6 @@ from .before import Before, Terms
 from .columns import column_sum
 from .elementwise import cast
 from .elementwise import scale as scaled
-from .hadamard_product import PendingHadamard
 from .product import (
     LINEAR,
     finished,
@@ -31,11 +30,12 @@ from .product import (
 )
 from .scale_columns import column_gradients, require_columns
 from .thin_gpu import thin_gradients
+from .waiting import Waiting
 from .window import Window
 
 
 @dataclass(frozen=True)
-class Pending:
+class Pending(Waiting):
     """add + scale * (x * w + bias), not computed yet; the arguments are those of `product`, but the
     scale is the bias's too. before: what makes of x the operand of w, if it is not that itself.
     """
@@ -48,6 +48,9 @@ class Pending:
     bias: Array | None = None
     before: Before | None = None
 
+    def plain(self) -> Pending:
+        return self
+
     @property
     def operand(self) -> Array:
         return self.x if self.before is None else self.before(self.x)
@@ -58,7 +61,7 @@ class Pending:
         return self.scale is None and self.bias is None
 
 
-Change = Array | Pending | PendingHadamard  # what an adapter adds to a layer's output
+Change = Array | Waiting  # what an adapter adds to a layer's output
 
 
 def pending(
@@ -81,11 +84,10 @@ def ready(change: Change | None, spend: bool = False) -> Array | None:
     """The array that a pending product stands for; anything else as it is. spend: as for `product`,
     of what it is added to.
     """
-    if isinstance(change, PendingHadamard):
-        change = change.factored()
-    if not isinstance(change, Pending):
+    if not isinstance(change, Waiting):
         return change
-    p, bias = change, change.bias
+    p = change.plain()
+    bias = p.bias
     if bias is not None and p.scale is not None:
         bias = scaled(bias, p.scale)
     return product(p.operand, p.w, p.window, bias=bias, add=p.add, scale=p.scale, spend=spend)
@@ -95,7 +97,7 @@ def extended(
     x: Array,
     w: Array,
     window: Window,
-    change: Pending | PendingHadamard,
+    change: Waiting,
     *,
     bias: Array | None = None,
     c: Array | None = None,
@@ -108,11 +110,10 @@ def extended(
     wide dtype, or None for 1; the change must have no scale then, it stands in its own w, and no
     bias. Returns (..., columns) in the dtype of x. Raises ShapeError, DtypeError.
     """
-    if isinstance(change, PendingHadamard):
-        joined = change.joined(x, w, window, bias, c, spend)
-        if joined is not None:
-            return joined
-        change = change.factored()
+    joined = change.joined(x, w, window, bias, c, spend)
+    if joined is not None:
+        return joined
+    change = change.plain()
     w2, add, before = cast(change.w, x.dtype), change.add, change.before
     x2, factors, kind = change.x, (), None
     if before is not None and change.x is x:  # made beside x * w, if that is faster

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 from .. import plan
 from ..arrays import Array, like, on_gpu, require_same
@@ -30,33 +31,40 @@ from .product import LINEAR, deferred_dx, finished, out_shape, product_dw, wide_
 from .product_ways import forward_ways
 from .skinny_gpu import MOST
 from .skinny_hadamard_gpu import RANKS, hadamard_dx, hadamard_forward, hadamard_plans
+from .waiting import Waiting
 from .window import Window
+
+if TYPE_CHECKING:
+    from .extended import Pending
 
 Factors = tuple[Array, Array, Array, Array]  # down1, up1, down2, up2: (1, IN, R), (1, R, OUT)
 
 
 @dataclass(frozen=True)
-class PendingHadamard:
-    """add + x @ change, not computed yet.  factors: of x's dtype. factored: the same change as a
-    `Pending` of rank R^2, for where it stands alone or other kernels are faster.
+class PendingHadamard(Waiting):
+    """add + x @ change, not computed yet.  factors: of x's dtype, or wide. factored: makes the same
+    change of rank R^2, for where it stands alone or other kernels are faster.
     """
 
     x: Array
     factors: Factors
     add: Array | None
     scale: Array
-    factored: Callable
+    factored: Callable[[], Pending]
+
+    def plain(self) -> Pending:
+        return self.factored()
 
     def joined(self, x, w, window: Window, bias, c, spend: bool) -> Array | None:
-        """c * (x * w) + this + bias, if it is for the kernels of few positions; else None."""
         own = self.x is x and c is None and window.pointwise and window.groups == 1
         if not own or isinstance(w, Var):
             return None
-        values = [value_of(a) for a in (x, w, *self.factors, self.add, bias)]
+        factors = tuple(cast(f, x.dtype) for f in self.factors)
+        values = [value_of(a) for a in (x, w, *factors, self.add, bias)]
         planned = hadamard_plans(*values)
         if planned is None:
             return None
-        ranks = self.factors[0].shape[2] ** 2
+        ranks = factors[0].shape[2] ** 2
         shapes = tuple(x.shape), tuple(w.shape), window, Second((1, ranks, w.shape[2]), LINEAR)
         what, ways, operations, moved = forward_ways(*shapes, True, True, x.dtype, processors())
         inner = forward_ways(x.shape, (1, w.shape[1], ranks), LINEAR, None, True, True, x.dtype,
@@ -67,7 +75,7 @@ class PendingHadamard:
         if plan.choose(f"{what}, of a LoHa", ways, operations, moved) != "hadamard":
             return None
         more = {"scale": self.scale, "add": self.add, "bias": bias, "spend": spend}
-        return hadamard_product(x, w, self.factors, **more)
+        return hadamard_product(x, w, factors, **more)
 
 
 def waits(x: Array, rank: int, window: Window) -> bool:
