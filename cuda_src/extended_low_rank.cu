@@ -21,13 +21,26 @@
 #define LOW_RANK 1
 #include "extended_ends.cuh"
 #include "extended_steps.cuh"
-#include "low_rank_made.cuh"
+#include "flags.cuh"
 
 constexpr int AHEAD = 2;                   // steps of a tile until the worker's slots are free
 constexpr int UP_BOX = RANKS * ROW_BYTES;  // 16 ranks by 64 columns; turned, one box of TILE_N by 16 is as large in all
 constexpr int UP_BYTES = TILE_N * RANKS * 2, H_BYTES = 64 * RANKS * 2;
 static_assert(STAGED && CLUSTER == 1 && ROWS == 1 && (MAKERS == WORKERS || MAKERS == 1), "what the workers count on");
 static_assert(UP_BYTES + H_BYTES <= SLOT_BYTES / WORKERS, "up and h lie in the worker's slots");
+
+// Rounds factor * h, a worker's, and writes what lies inside; first: its first row.
+INLINE void leave(const float (&h)[RANKS / 2], float factor, bf16* to, int first, int positions, int ranks) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int n = 0; n < RANKS / 8; ++n) {
+      const int row = first + threadIdx.x % GROUP / 32 * 16 + half * 8 + threadIdx.x % 32 / 4;
+      const int r = n * 8 + threadIdx.x % 4 * 2, at = n * 4 + half * 2;
+      if (row < positions && r < ranks)
+        *reinterpret_cast<unsigned*>(to + (long long)row * ranks + r) = round_pair(factor * h[at], factor * h[at + 1]);
+    }
+}
 
 // Grid (blocks that run at once). ranks: a multiple of 8.
 extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
@@ -60,7 +73,14 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
     barrier_init_done();
   }
   __syncthreads();
-  const auto tile_of = [&](int t) { return making_first(t, MAKERS, tiles_m, tiles_n, band); };
+  // The tiles that make h come first, all rows of them; the others by bands.
+  const auto tile_of = [&](int t) {
+    const int before = MAKERS * tiles_m;
+    if (t < before) return Tile(t, tiles_m, MAKERS, tiles_m, Geometry{}, false);
+    Tile tile(t - before, tiles_m, tiles_n - MAKERS, band, Geometry{}, false);
+    tile.column += MAKERS * TILE_N;
+    return tile;
+  };
   const auto flag_of = [&](const Tile& tile, int worker) {
     return reinterpret_cast<Flag*>(flags) + tile.row / 64 + worker;
   };
@@ -123,8 +143,8 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
         release_slots();
         multiply<TILE_N, 0, 4, true>(sum, sum, steps, group, chief, ring, stage, made);
         const float factor = scale ? *scale : 1.0f;
-        if (h) leave(made, 1, h, tile.row + group * 64, 0, positions, ranks);
-        leave(made, factor, scaled, tile.row + group * 64, 0, positions, ranks);
+        if (h) leave(made, 1, h, tile.row + group * 64, positions, ranks);
+        leave(made, factor, scaled, tile.row + group * 64, positions, ranks);
         group_barrier(group);
         if (chief) raise(flag_of(tile, group), 1);
       } else {

@@ -1,6 +1,5 @@
-"""The launches of cuda_src/extended_low_rank.cu, of up to 16 ranks, and extended_ranks.cu, of up to
-64, on Hopper: y = x @ w + scale * (x @ down) @ up + bias from one read of x, one rounding, and its
-input gradient from one read of y's.
+"""The launches of cuda_src/extended_low_rank.cu on Hopper: y = x @ w + scale * (x @ down) @ up +
+bias from one read of x, one rounding, and its input gradient from one read of y's.
 
 For arrays that `extended_gpu.takes` allows, and shapes that there is a plan for.
 """
@@ -23,13 +22,11 @@ from .extended_gpu import OUT_BOX, SHARED, takes
 from .extended_tile import Tile
 from .window import Window
 
-RANKS, MOST = 16, 64  # that one tile makes, as in extended_tile.cuh; that there are kernels for
+RANKS = 16  # as in extended_tile.cuh
 _TILE = Tile(192, 192, 192, 0.0)
 _THREADS = 512
-_MAKERS = (3, 1)  # tiles of a row of tiles that make its h, of up to 16 ranks
-# Cycles until the first round has h: made, told and copied; and what else a tile takes that makes
-# 16 of more ranks, and then has its steps asked for anew. Estimated.
-_WAIT, _MORE = 4000, 5000
+_MAKERS = (3, 1)  # tiles of a row of tiles that make its h
+_WAIT = 4000  # cycles until the first round has h: made, told and copied. Estimated
 
 
 class Plan(NamedTuple):
@@ -45,28 +42,23 @@ class Plan(NamedTuple):
 def plan_low_rank(
     positions: int, inner: int, ranks: int, columns: int, count: int, b_rows: int = 1
 ) -> Plan | None:
-    """The plan for shapes; None for more than 64 ranks, rows that are no multiple of 16 bytes,
+    """The plan for shapes; None for more than 16 ranks, rows that are no multiple of 16 bytes,
     more rows than one round of tiles has. count: multiprocessors. b_rows: 0 for an input gradient,
     whose columns are the inputs.
     """
-    if not 0 < ranks <= MOST or ranks % 8 or inner % 8 or columns % 8 or not positions:
+    if not 0 < ranks <= RANKS or ranks % 8 or inner % 8 or columns % 8 or not positions:
         return None
     height, width = ceil(positions, _TILE.rows), ceil(columns, _TILE.columns)
     # The tiles that make h are the first of their blocks: else whole rounds would wait for a few.
-    ways = _MAKERS if ranks <= RANKS else (ceil(ranks, RANKS),)
-    makers = next((n for n in ways if n <= width and n * height <= count), None)
+    makers = next((n for n in _MAKERS if n <= width and n * height <= count), None)
     if makers is None or 2 * height * _TILE.rows // ROW > COUNTERS:
         return None
     tile = _TILE.timed(b_rows, positions, columns, ceil(inner, ROW), 1, count)
     moved = bf16.itemsize * (positions * (inner + columns) + inner * columns)
-    defines = {"TILE_M": 192, "TILE_N": 192, "B_ROWS": b_rows}
-    if ranks <= RANKS:
-        op, waits, defines = "extended_low_rank", _WAIT, defines | {"MAKERS": makers}
-    else:
-        op, waits = "extended_ranks", _WAIT + _MORE
-    seconds = plan.extended(tile.cycles + waits, moved)
+    defines = {"TILE_M": 192, "TILE_N": 192, "B_ROWS": b_rows, "MAKERS": makers}
+    launch = kernel("extended_low_rank.cu", "extended_low_rank", bf16, **defines)
+    seconds = plan.extended(tile.cycles + _WAIT, moved)
     numbers = (positions, columns, inner, ranks, tile.band(count))
-    launch = kernel(f"{op}.cu", op, bf16, **defines)
     return Plan(launch, tile.grid(positions, columns, count), numbers, seconds)
 
 
@@ -118,20 +110,14 @@ def _run(x, w, first, second, planned: Plan, scale, bias, b_rows: int):
     y = cupy.empty((*x.shape[:-1], columns), bf16)
     scaled = cupy.empty((*x.shape[:-1], ranks), bf16)
     h = cupy.empty(scaled.shape, bf16) if b_rows else None
-    w_box, first_box = (
-        ((ROW, ROW), (ROW, RANKS)) if b_rows else ((_TILE.columns, ROW), (RANKS, ROW))
-    )
-    if ranks <= RANKS:  # the second term has a place of its own
-        second_box = (RANKS, ROW) if b_rows else (_TILE.columns, RANKS)
-        h_box, shape = (ROW, RANKS), tuple(second.shape[1:])
-    else:
-        h_box, shape, second_box = (_TILE.rows, ROW), tuple(second.shape), (1, *w_box)
+    tile = (_TILE.columns, ROW), (RANKS, ROW), (_TILE.columns, RANKS)
+    w_box, first_box, second_box = ((ROW, ROW), (ROW, RANKS), (RANKS, ROW)) if b_rows else tile
     maps = (
         matrix_map(x.data.ptr, (positions, inner), (_TILE.rows, ROW)),
         matrix_map(w.data.ptr, tuple(w.shape), (1, *w_box)),
         matrix_map(first.data.ptr, tuple(first.shape[1:]), first_box),
-        matrix_map(scaled.data.ptr, (positions, ranks), h_box),
-        matrix_map(second.data.ptr, shape, second_box),
+        matrix_map(scaled.data.ptr, (positions, ranks), (ROW, RANKS)),
+        matrix_map(second.data.ptr, tuple(second.shape[1:]), second_box),
         matrix_map(y.data.ptr, (positions, columns), OUT_BOX),
     )
     args = (*maps, scale, bias, h, scaled, counters(), *planned.numbers)
