@@ -18,14 +18,17 @@
 // only sm_90a
 // variants bf16: TILE_M=192 TILE_N=192 B_ROWS=1 MAKERS=3 | TILE_M=192 TILE_N=192 B_ROWS=1 MAKERS=1
 // variants bf16: TILE_M=192 TILE_N=192 B_ROWS=0 MAKERS=3 | TILE_M=192 TILE_N=192 B_ROWS=0 MAKERS=1
+// variants bf16: TILE_M=192 TILE_N=160 B_ROWS=1 MAKERS=3 | TILE_M=192 TILE_N=160 B_ROWS=1 MAKERS=1
+// variants bf16: TILE_M=192 TILE_N=160 B_ROWS=0 MAKERS=3 | TILE_M=192 TILE_N=160 B_ROWS=0 MAKERS=1
 #define LOW_RANK 1
 #include "extended_ends.cuh"
 #include "extended_steps.cuh"
 #include "flags.cuh"
 
 constexpr int AHEAD = 2;                   // steps of a tile until the worker's slots are free
-constexpr int UP_BOX = RANKS * ROW_BYTES;  // 16 ranks by 64 columns; turned, one box of TILE_N by 16 is as large in all
-constexpr int UP_BYTES = TILE_N * RANKS * 2, H_BYTES = 64 * RANKS * 2;
+constexpr int UP_BOX = RANKS * ROW_BYTES, UP_BOXES = (TILE_N + 63) / 64;  // 16 ranks by 64 columns
+// Turned, up is one box of TILE_N by 16.
+constexpr int UP_BYTES = B_ROWS ? UP_BOXES * UP_BOX : TILE_N * RANKS * 2, H_BYTES = 64 * RANKS * 2;
 static_assert(STAGED && CLUSTER == 1 && ROWS == 1 && (MAKERS == WORKERS || MAKERS == 1), "what the workers count on");
 static_assert(UP_BYTES + H_BYTES <= SLOT_BYTES / WORKERS, "up and h lie in the worker's slots");
 
@@ -115,7 +118,7 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
         barrier_expect(done, UP_BYTES + H_BYTES);
         if (B_ROWS)
 #pragma unroll
-          for (int box = 0; box < TILE_N / 64; ++box)
+          for (int box = 0; box < UP_BOXES; ++box)
             copy_box(own + box * UP_BOX, &up, done, tile.column + 64 * box, 0);
         else
           copy_box(own, &up, done, 0, tile.column);

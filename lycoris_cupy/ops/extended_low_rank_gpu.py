@@ -23,7 +23,7 @@ from .extended_tile import Tile
 from .window import Window
 
 RANKS = 16  # as in extended_tile.cuh
-_TILE = Tile(192, 192, 192, 0.0)
+_TILES = [Tile(192, n, n, 0.0, alone=True) for n in (192, 160)]
 _THREADS = 512
 _MAKERS = (3, 1)  # tiles of a row of tiles that make its h
 _WAIT = 4000  # cycles until the first round has h: made, told and copied. Estimated
@@ -35,6 +35,7 @@ class Plan(NamedTuple):
     launch: Kernel
     grid: tuple[int]
     numbers: tuple[int, int, int, int, int]
+    tile: Tile
     seconds: float
 
 
@@ -48,18 +49,26 @@ def plan_low_rank(
     """
     if not 0 < ranks <= RANKS or ranks % 8 or inner % 8 or columns % 8 or not positions:
         return None
-    height, width = ceil(positions, _TILE.rows), ceil(columns, _TILE.columns)
+    plans = [_planned(tile, positions, inner, ranks, columns, count, b_rows) for tile in _TILES]
+    return min((p for p in plans if p), key=lambda p: p.seconds, default=None)
+
+
+def _planned(tile: Tile, positions, inner, ranks, columns, count, b_rows) -> Plan | None:
+    height, width = ceil(positions, tile.rows), ceil(columns, tile.columns)
     # The tiles that make h are the first of their blocks: else whole rounds would wait for a few.
     makers = next((n for n in _MAKERS if n <= width and n * height <= count), None)
-    if makers is None or 2 * height * _TILE.rows // ROW > COUNTERS:
+    if makers is None or 2 * height * tile.rows // ROW > COUNTERS:
         return None
-    tile = _TILE.timed(b_rows, positions, columns, ceil(inner, ROW), 1, count)
+    tile = tile.timed(b_rows, positions, columns, ceil(inner, ROW), 1, count)
     moved = bf16.itemsize * (positions * (inner + columns) + inner * columns)
-    defines = {"TILE_M": 192, "TILE_N": 192, "B_ROWS": b_rows, "MAKERS": makers}
-    launch = kernel("extended_low_rank.cu", "extended_low_rank", bf16, **defines)
-    seconds = plan.extended(tile.cycles + _WAIT, moved)
-    numbers = (positions, columns, inner, ranks, tile.band(count))
-    return Plan(launch, tile.grid(positions, columns, count), numbers, seconds)
+    defines = {"TILE_M": tile.rows, "TILE_N": tile.columns, "B_ROWS": b_rows, "MAKERS": makers}
+    return Plan(
+        kernel("extended_low_rank.cu", "extended_low_rank", bf16, **defines),
+        tile.grid(positions, columns, count),
+        (positions, columns, inner, ranks, tile.band(count)),
+        tile,
+        plan.extended(tile.cycles + _WAIT, moved),
+    )
 
 
 def low_rank_plan(
@@ -106,18 +115,19 @@ def _run(x, w, first, second, planned: Plan, scale, bias, b_rows: int):
     """(y, h) forward; (y, scale * h) of what is turned."""
     import cupy
 
-    positions, columns, inner, ranks, _ = planned.numbers
+    (positions, columns, inner, ranks, _), of = planned.numbers, planned.tile
     y = cupy.empty((*x.shape[:-1], columns), bf16)
     scaled = cupy.empty((*x.shape[:-1], ranks), bf16)
     h = cupy.empty(scaled.shape, bf16) if b_rows else None
-    tile = (_TILE.columns, ROW), (RANKS, ROW), (_TILE.columns, RANKS)
-    w_box, first_box, second_box = ((ROW, ROW), (ROW, RANKS), (RANKS, ROW)) if b_rows else tile
+    boxes = (ROW, ROW), (ROW, RANKS), (RANKS, ROW)
+    if not b_rows:
+        boxes = (of.columns, ROW), (RANKS, ROW), (of.columns, RANKS)
     maps = (
-        matrix_map(x.data.ptr, (positions, inner), (_TILE.rows, ROW)),
-        matrix_map(w.data.ptr, tuple(w.shape), (1, *w_box)),
-        matrix_map(first.data.ptr, tuple(first.shape[1:]), first_box),
+        matrix_map(x.data.ptr, (positions, inner), (of.rows, ROW)),
+        matrix_map(w.data.ptr, tuple(w.shape), (1, *boxes[0])),
+        matrix_map(first.data.ptr, tuple(first.shape[1:]), boxes[1]),
         matrix_map(scaled.data.ptr, (positions, ranks), (ROW, RANKS)),
-        matrix_map(second.data.ptr, tuple(second.shape[1:]), second_box),
+        matrix_map(second.data.ptr, tuple(second.shape[1:]), boxes[2]),
         matrix_map(y.data.ptr, (positions, columns), OUT_BOX),
     )
     args = (*maps, scale, bias, h, scaled, counters(), *planned.numbers)

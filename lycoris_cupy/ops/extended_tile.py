@@ -36,6 +36,7 @@ ALL = 1 << 30  # columns of a block where all columns share one
 class Tile(NamedTuple):
     """A variant of the kernel, and the cycles that it was estimated to take. ext: columns that the
     second sum does at a time. pair: both sums are done at once. scaled: the first has factors.
+    alone: each block copies all of its weights itself.
     """
 
     rows: int
@@ -44,6 +45,7 @@ class Tile(NamedTuple):
     cycles: float
     pair: bool = False
     scaled: bool = False
+    alone: bool = False
 
     @property
     def cluster(self) -> int:
@@ -52,7 +54,7 @@ class Tile(NamedTuple):
         As measured (H100), pairs make 256 x 160 4 to 10 % faster, 256 x 128 up to 8 %, 128 x 160
         17 %, and 192 x 192 no faster. The scaled variant of 256 x 160 has no registers left for it.
         """
-        if self.pair or (self.scaled and self.rows * self.columns == 256 * 160):
+        if self.alone or self.pair or (self.scaled and self.rows * self.columns == 256 * 160):
             return 1
         return 2 if 128 <= self.columns == self.ext < 192 else 1
 
