@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lycoris_cupy import bf16, ops, plan, to_device
-from lycoris_cupy.ops import before, counters, low_rank_back
+from lycoris_cupy.ops import before, counters, low_rank_back, thin_outer_gpu
 from lycoris_cupy.ops import extended_low_rank_gpu as module
 from lycoris_cupy.ops.before import by_down
 from lycoris_cupy.ops.extended_low_rank_gpu import plan_low_rank
@@ -24,6 +24,15 @@ SIZES = [
 ]  # fmt: skip
 
 
+@pytest.fixture(params=module._TILES, ids=lambda tile: f"{tile.columns} columns")
+def tile(request, monkeypatch):
+    """Of all plans."""
+    monkeypatch.setattr(module, "_TILES", [request.param])
+    plan_low_rank.cache_clear()
+    yield request.param
+    plan_low_rank.cache_clear()
+
+
 def low_rank(x, w, down, up, *, scale, bias):
     flat = ops.Window()
     planned = module.low_rank_plan(x, w, flat, down, flat, up, flat, None, bias, None)
@@ -33,7 +42,7 @@ def low_rank(x, w, down, up, *, scale, bias):
 @pytest.mark.gpu
 @pytest.mark.parametrize("terms", ["", "scale", "scale bias"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_against_f64(size, terms, on_hopper):
+def test_against_f64(size, terms, tile, on_hopper):
     positions, inputs, ranks, outputs = size
     rng = np.random.default_rng(size)
     x, w = drawn(rng, positions, inputs), drawn(rng, inputs, outputs)
@@ -61,7 +70,7 @@ def test_against_f64(size, terms, on_hopper):
 @pytest.mark.gpu
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_input_gradient_against_f64(size, scaled, on_hopper):
+def test_input_gradient_against_f64(size, scaled, tile, on_hopper):
     """positions, outputs, ranks, inputs: the columns are the inputs here."""
     positions, outputs, ranks, inputs = size
     rng = np.random.default_rng([*size, 1])
@@ -86,14 +95,18 @@ def test_input_gradient_against_f64(size, scaled, on_hopper):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("last", ["x", "down"])
+@pytest.mark.parametrize("ranks", [16, 64])
 @pytest.mark.parametrize("shape", [(2, 700, 3072), (2, 48, 64, 640)], ids=str)
-def test_a_layer_takes_it_and_its_gradients_are_the_same(shape, last, on_hopper, monkeypatch):
+def test_a_layer_takes_it_and_its_gradients_are_the_same(
+    shape, ranks, last, on_hopper, monkeypatch
+):
     """With the kernels and without: products of the same numbers, h and what follows from it alike.
-    last: of the gradients, what is asked for."""
+    last: of the gradients, what is asked for. More than 16 ranks have their factors' gradients from
+    one launch alone."""
     rng = np.random.default_rng(0)
     x, w, down, up = on_gpu(
-        drawn(rng, *shape), drawn(rng, 1, shape[-1], 3072), drawn(rng, 1, shape[-1], 16),
-        drawn(rng, 1, 16, 3072),
+        drawn(rng, *shape), drawn(rng, 1, shape[-1], 3072), drawn(rng, 1, shape[-1], ranks),
+        drawn(rng, 1, ranks, 3072),
     )  # fmt: skip
     window = ops.Window.of((1, 1)) if len(shape) == 4 else ops.Window()
     scale = to_device(SCALE, "cuda:0")
@@ -110,20 +123,21 @@ def test_a_layer_takes_it_and_its_gradients_are_the_same(shape, last, on_hopper,
         order = watched if last == "down" else watched[::-1]
         with plan.recording() as back:
             found = dict(zip(order, tape.gradients(y, g, order), strict=True))
-        ways = choices[0].way, back[0].way
+        ways = {choice.way for choice in (choices[0], *back)}
         return ways, [host(a) for a in (y.value, *(found[v] for v in watched))]
 
-    way, found = step()
+    ways, found = step()
     monkeypatch.setattr(before, "low_rank_plan", lambda *arrays: None)
-    monkeypatch.setattr(low_rank_back, "low_rank_dx_plan", lambda *arrays: None)
+    monkeypatch.setattr(low_rank_back, "plan_thin_outers", lambda *sizes: None)
+    monkeypatch.setattr(thin_outer_gpu, "plan_thin_outers", lambda *sizes: None)
     _, expected = step()
-    assert way == ("low rank", "low rank")
+    assert ways >= {"low rank" if ranks == 16 else "factors together", "thin outer"}
     for a, b in zip(found, expected, strict=True):
         assert np.linalg.norm(a - b) < 2.0**-8 * np.linalg.norm(b)
 
 
 @pytest.mark.gpu
-def test_what_is_not_a_number_stays_in_its_row(on_hopper):
+def test_what_is_not_a_number_stays_in_its_row(tile, on_hopper):
     """Past the ends are zeros of both operands, not products with what is there."""
     x = np.ones((400, 72))
     x[399, 71], x[3, 0] = np.nan, np.inf
@@ -166,18 +180,21 @@ def test_graphs_and_streams_have_flags_of_their_own(on_hopper):
 
 
 def test_plan():
+    """The tile with the fewest rounds of blocks, where 192 columns are mostly outside."""
+    assert plan_low_rank(16384, 640, 16, 640, 132).tile.columns == 160
     planned = plan_low_rank(4608, 3072, 16, 3072, 132)
     assert planned.grid == (132,) and planned.numbers[:-1] == (4608, 3072, 3072, 16)
+    assert planned.tile.columns == 192
     assert plan_low_rank(5, 64, 8, 400, 132).grid == (3,)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_what_makes_h_comes_first(size):
+def test_what_makes_h_comes_first(size, tile):
     """Three tiles of each row, or one; all of them the first tiles of their blocks."""
     planned = plan_low_rank(*size, 132)
     makers = int(planned.launch.defines["MAKERS"])
     assert makers * -(-size[0] // 192) <= planned.grid[0] <= 132
-    assert makers == (3 if size[3] > 2 * 192 and size[0] <= 44 * 192 else 1)
+    assert makers == (3 if size[3] > 2 * tile.columns and size[0] <= 44 * 192 else 1)
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,13 @@ from itertools import product
 import numpy as np
 import pytest
 
-from benchmarks.adapters import adapters
 from benchmarks.shapes import Shape
-from lycoris_cupy import gemm, to_device
-from lycoris_cupy.kernels import Kernel
+from lycoris_cupy import to_device
 from lycoris_cupy.ops import counters, few_mixed_gpu
 from tests.bounds import assert_within, bound
 from tests.dry_gpu import Array, dry_gpu
+from tests.launches import launches
 from tests.test_few import FLAT, SCALE, cluster, draw, wide  # noqa: F401
-from tests.test_held import adapted, on_device, step
 
 SIDES = [(8, 8), (2, 5), (4, 16)]
 PAIRS = 9  # tiles that few_down.cuh has room for
@@ -115,18 +113,6 @@ def test_which_sources_it_takes():
         assert channels(Array((64, 3072), "bfloat16")) == 0
 
 
-def test_a_step_takes_three_launches(monkeypatch):
-    launched, call = [], Kernel.__call__
-
-    def counted(self, *args, **more):
-        launched.append(self.op)
-        return call(self, *args, **more)
-
+def test_a_step_takes_three_launches():
     shape = Shape("linear", (3072, 3072), (64, 3072))
-    with dry_gpu(90) as device:
-        layer, x, dy = on_device(shape, device)
-        engine = adapted(layer, adapters(shape.layer)["LoKr factor 8 r16"], device)
-        monkeypatch.setattr(Kernel, "__call__", counted)
-        gemm.library().matmul = lambda *args: launched.append("library")
-        step(engine, x, dy)()
-    assert launched == ["skinny", "few_mixed", "skinny"]
+    assert launches(shape, "LoKr factor 8 r16") == ["skinny", "few_mixed", "skinny"]

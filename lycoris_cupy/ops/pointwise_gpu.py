@@ -1,5 +1,5 @@
-"""The product where each output position reads one input position, on cuBLASLt. A group is a column
-range of views.
+"""The product where each output position reads one input position, on cuBLASLt; its gradient for a
+thin w by a kernel of its own. A group is a column range of views.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from ..arrays import wide_dtype
 from ..gemm import gemm
 from .columns import rows_of
 from .conv_gpu import conv
+from .thin_outer_gpu import Outer, thin_outers
 from .window import Window
 
 
@@ -49,8 +50,12 @@ def pointwise_dw(x, g, window: Window, *, scale):
     import cupy
 
     columns = g.shape[-1] // (window.groups if window.shared else 1)
-    out = cupy.empty((1, x.shape[-1] // window.groups, columns), wide_dtype(x.dtype))
+    shape = (1, x.shape[-1] // window.groups, columns)
     x, g = _matrices(x, window), _matrices(g, window)
+    made = thin_outers(Outer(x, g, scale)) if x.ndim == 2 else None
+    if made is not None:
+        return made[0]
+    out = cupy.empty(shape, wide_dtype(x.dtype))
     gemm(x, g, transpose_a=True, scale=scale, out=_columns(out, window))
     return out
 

@@ -52,8 +52,8 @@ def seconds(x, w, window: Window) -> float:
     return min(ways[1].values())
 
 
-def dx_seconds(g, w, window: Window, second: Second) -> float:
-    """Estimated of the input gradient of a linear product with a second term, likewise."""
+def dx_seconds(g, w, window: Window, second: Second | None = None) -> float:
+    """Estimated of the input gradient of a linear product, with a second term, likewise."""
     shapes = tuple(g.shape), tuple(w.shape), window, tuple(g.shape[1:-1]), second
     return min(dx_ways(*shapes, True, True, g.dtype, processors())[1].values())
 
