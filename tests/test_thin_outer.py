@@ -94,17 +94,21 @@ def test_plan():
 
 
 @pytest.mark.parametrize(
-    "ranks, size, expected",
+    "name, size, expected",
     [
-        (16, (4608, 3072, 3072), ["extended_low_rank"] * 2 + ["thin_outer"]),
-        (64, (4608, 3072, 3072), ["library", "extended", "library", "thin_outer", "extended"]),
-        (16, (4096, 1280, 1280), ["library", "extended", "library", "thin_outer", "extended"]),
+        ("LoRA r16", (4608, 3072, 3072), ["extended_low_rank"] * 2 + ["thin_outer"]),
+        ("LoRA r64", (4608, 3072, 3072), ["library", "extended", "library", "thin_outer", "extended"]),
+        ("LoRA r16", (4096, 1280, 1280), ["library", "extended", "library", "thin_outer", "extended"]),
+        (
+            "LoKr factor 8 r16", (4096, 1280, 1280),
+            ["library", "mix_blocks", "extended", "library", "mix_gradients", "column_sum", "thin_outer", "library", "library"],
+        ),
     ],
-)
-def test_a_lora_has_both_factors_gradients_from_one_launch(ranks, size, expected):
+)  # fmt: skip
+def test_both_factors_have_their_gradients_from_one_launch(name, size, expected):
     positions, inputs, outputs = size
     shape = Shape("linear", (inputs, outputs), (positions, inputs))
-    assert launches(shape, f"LoRA r{ranks}") == expected
+    assert launches(shape, name) == expected
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from .kron import _mix_blocks, _mix_blocks_dw1, mix_blocks, mix_gradients, mixed
 from .low_rank_back import low_rank_back
 from .mixed import mixed_cpu, mixed_gpu, mixed_gradients, mixed_product
 from .mixed import seconds as mixed_seconds
+from .mixed_back import mixed_back
 from .product import (
     deferred_dx,
     finished,
@@ -208,6 +209,7 @@ class _MixedDown:
         """As for _Down."""
         blocks = self.window.pointwise and self.window.shared
         made = few_mixed_gradients(g, x2, w2, inner, w1, other, scale, x if blocks else None)
+        made = made or mixed_back(g, x2, w2, other, scale, inner, w1, x, down, self.window)
         if made is None:
             return None
         flow, dw1, dw2, *more = made

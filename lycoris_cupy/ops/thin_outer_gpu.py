@@ -46,6 +46,11 @@ class Plan(NamedTuple):
     thin: int
     ways: tuple  # what `plan.choose` takes
 
+    @property
+    def better(self) -> bool:
+        """Whether this launch is estimated to be the best way."""
+        return min(self.ways[1], key=self.ways[1].__getitem__) == "thin outer"
+
 
 def thin_outers(*products: Outer) -> list[Array] | None:
     """Each product in f32, (1, x's columns, g's columns), of one or two of as many rows; None where
