@@ -25,7 +25,7 @@
 #include "extended_steps.cuh"
 #include "flags.cuh"
 
-constexpr int AHEAD = 2;                   // steps of a tile until the worker's slots are free
+constexpr int AHEAD = 2;  // steps of a tile until the worker's slots are free
 constexpr int UP_BOX = RANKS * ROW_BYTES, UP_BOXES = (TILE_N + 63) / 64;  // 16 ranks by 64 columns
 // Turned, up is one box of TILE_N by 16.
 constexpr int UP_BYTES = B_ROWS ? UP_BOXES * UP_BOX : TILE_N * RANKS * 2, H_BYTES = 64 * RANKS * 2;
@@ -118,8 +118,7 @@ extern "C" __global__ void __launch_bounds__((WORKERS + 1) * GROUP, 1)
         barrier_expect(done, UP_BYTES + H_BYTES);
         if (B_ROWS)
 #pragma unroll
-          for (int box = 0; box < UP_BOXES; ++box)
-            copy_box(own + box * UP_BOX, &up, done, tile.column + 64 * box, 0);
+          for (int box = 0; box < UP_BOXES; ++box) copy_box(own + box * UP_BOX, &up, done, tile.column + 64 * box, 0);
         else
           copy_box(own, &up, done, 0, tile.column);
         await(flag_of(tile, worker), 1);

@@ -3,9 +3,9 @@
 //
 //   out[c, r] = scale * sum over p of wide[p, c] * thin[p, r]                    or out[r, c], with `across`
 //
-// Each reads its wide side once, which is all that takes time: 64 bytes a product. A cluster has BOXES times 64
-// columns of it; its blocks share the rows, and add their sums through shared memory, in a fixed order. Two blocks stand
-// on a multiprocessor, so that one copies while the other begins or ends.
+// The wide sides are read once, and that is what takes time. A cluster has BOXES times 64 columns of one; its blocks
+// share the rows, and add their sums through shared memory, in a fixed order. Two blocks stand on a multiprocessor, so
+// that one copies while the other begins or ends.
 //
 // only sm_90a
 // variants bf16: THIN=16 BOXES=2 CLUSTER=4 | THIN=16 BOXES=1 CLUSTER=8
@@ -24,8 +24,8 @@ INLINE unsigned long long thin_operand(unsigned address) {
   return THIN == 16 ? narrow_operand(address) : operand(address, BOX);
 }
 
-// Grid: a cluster for each BOXES * 64 columns of the first, and then of the second. across: as above, the k-th bit that
-// of the k-th. ranks: of both, even.
+// Grid: a cluster for each BOXES * 64 columns of the first wide side, and then of the second. across: as above, a bit
+// for each. ranks: of both, even.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GROUP + 32, 2)
     NAME(thin_outer)(const __grid_constant__ TensorMap wide,   // (rows, columns)
                      const __grid_constant__ TensorMap thin,   // (rows, ranks)

@@ -72,12 +72,12 @@ def thin_outers(*products: Outer) -> list[Array] | None:
         boxes = ((wide, ROW), (thin, planned.thin))
         maps += [matrix_map(a.data.ptr, tuple(a.shape), (ROW, n)) for a, n in boxes]
         columns, across = [*columns, wide.shape[1]], across | turned << k
-    args = [*zip(*((p.scale, out) for p, out in zip(products, outs, strict=True)), strict=True)]
     missing = 2 - len(products)
-    scales, to = ([*of, *[None] * missing] for of in args)
-    maps, columns = maps + [NOTHING] * 2 * missing, columns + [0] * missing
-    numbers = rows, *columns, min(products[0].shape), across
-    planned.launch(planned.grid, (THREADS,), *maps, *scales, *to, *numbers, shared=_SHARED)
+    args = [*maps, *[NOTHING] * 2 * missing]
+    for of in ([p.scale for p in products], outs):
+        args += [*of, *[None] * missing]
+    args += [rows, *columns, *[0] * missing, min(products[0].shape), across]
+    planned.launch(planned.grid, (THREADS,), *args, shared=_SHARED)
     return outs
 
 
@@ -101,7 +101,6 @@ def plan_thin_outers(rows: int, shapes: tuple[tuple[int, int], ...], count: int)
         return None
     read = [rows * (n + ranks) * bf16.itemsize for n in columns]
     moved = sum(read) + sum(columns) * ranks * f32.itemsize
-
     thin = next(n for n in _VARIANTS if ranks <= n)
 
     def timed(boxes: int, cluster: int) -> tuple[float, int, int, int]:
