@@ -49,7 +49,7 @@ def draw(data: dict, path: Path) -> None:
         ends = panel.get_xlim()
         panel.set_xlim(min(0.75, ends[0]), ends[1] * 1.25)
         panel.set_ylim(-0.8, y - 0.2)
-        wide = ends[1] > 8  # no room for the small steps
+        wide = ends[1] > 5  # no room for the small steps
         steps = (1, 1.5, 2, 3, 5, 10, 20, 50, 100) if wide else (1, 1.1, 1.25, 1.5, 2, 3, 5)
         ticks = [t for t in steps if t < ends[1] * 1.25]
         panel.set_xticks(ticks, [f"{t:g}x" for t in ticks])
