@@ -7,13 +7,14 @@ shape (see `conftest`).
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 
 from lycoris_cupy.arrays import gpu_missing
 
-from .earlier_peers import with_peers
+from .earlier_peers import main, with_peers
 from .peers import run
 from .shapes import CPU_SHAPES, SHAPES
 from .table import head, peer_ratio
@@ -99,6 +100,30 @@ def test_peers_of_an_earlier_run_keep_their_own_bare_layer():
     for wrong in (joined, {**file("new", 12.0, []), "gpu": "H"}):
         with pytest.raises(ValueError, match=r"peers of its own|one file is of"):
             with_peers(wrong, earlier)
+
+
+def test_the_command_writes_the_new_file_anew(tmp_path, monkeypatch, capsys):
+    """And nothing, where a file is not one of these or has peers already."""
+    row = {"shape": "s", "adapter": "a", "bare_forward_us": 1.0, "bare_step_us": 2.0}
+    peer = {"shape": "s", "adapter": "a", "peer": "p", "mode": "m", "forward_us": 3.0}
+    file = {"gpu": "G", "commit": "c", "date": "d", "rows": [row], "peers": [], "optimizers": []}
+    paths = [tmp_path / name for name in ("new.json", "earlier.json", "other.json")]
+    for path, data in zip(paths, (file, {**file, "peers": [peer]}, {"gpu": "G"}), strict=True):
+        path.write_text(json.dumps(data))
+
+    def run_on(*files) -> None:
+        monkeypatch.setattr("sys.argv", ["earlier_peers", *map(str, files)])
+        main()
+
+    with pytest.raises(SystemExit):
+        run_on(paths[0], paths[2])
+    assert "it lacks" in capsys.readouterr().err and json.loads(paths[0].read_text()) == file
+    run_on(*paths[:2])
+    joined = json.loads(paths[0].read_text())
+    assert joined["peers_at"] == "c d" and joined["peers"][0]["bare_step_us"] == 2.0
+    with pytest.raises(SystemExit):
+        run_on(*paths[:2])
+    assert "peers of its own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shape", MEASURED, ids=[s.name for s in MEASURED])
